@@ -1,0 +1,316 @@
+//! The configuration as values, with its defaults. Reading it from files, the environment and flags is the host's work.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::GpuIndex;
+use crate::units::Bytes;
+
+/// Everything that a hotset system can be told. Each field's default is what `Config::default()` gives.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where models are found.
+    pub catalog: CatalogConfig,
+    /// The RAM tier.
+    pub ram: RamConfig,
+    /// The VRAM tier: one entry for each GPU.
+    pub gpu: Vec<GpuConfig>,
+    /// Loading.
+    pub load: LoadConfig,
+    /// Sessions and their bounds.
+    pub sessions: SessionsConfig,
+    /// Eviction.
+    pub policy: PolicyConfig,
+    /// Prediction and prefetch.
+    pub predict: PredictConfig,
+    /// Restarts of failed actors.
+    pub supervision: SupervisionConfig,
+    /// Decisions and measurements.
+    pub monitor: MonitorConfig,
+}
+
+/// Where models are found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CatalogConfig {
+    /// The folders to scan.
+    pub roots: Vec<PathBuf>,
+    /// Whether to watch the folders and follow changes.
+    pub watch: bool,
+    /// How long a file must rest after its last change before it is read.
+    #[serde(with = "humantime_serde")]
+    pub settle: Duration,
+    /// How deep folders are followed below a root.
+    pub max_depth: usize,
+    /// Threads that read headers; 0 means one for each core.
+    pub threads: usize,
+}
+
+impl Default for CatalogConfig {
+    fn default() -> Self {
+        Self {
+            roots: Vec::new(),
+            watch: true,
+            settle: Duration::from_millis(500),
+            max_depth: 16,
+            threads: 0,
+        }
+    }
+}
+
+/// The RAM tier.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RamConfig {
+    /// The most host memory that slabs may take. `None`: half of the machine's memory.
+    pub budget: Option<Bytes>,
+    /// Eviction starts when this share of the budget is used, in the background.
+    pub high_watermark: f64,
+    /// Background eviction stops when no more than this share is used.
+    pub low_watermark: f64,
+}
+
+impl Default for RamConfig {
+    fn default() -> Self {
+        Self {
+            budget: None,
+            high_watermark: 0.95,
+            low_watermark: 0.85,
+        }
+    }
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuConfig {
+    /// Which device stands behind it.
+    pub device: DeviceKind,
+    /// The most VRAM that hotset may use. `None`: the device's memory less `headroom`.
+    pub budget: Option<Bytes>,
+    /// VRAM left to others where no budget is set.
+    pub headroom: Bytes,
+    /// Background eviction starts when this share of the budget is used.
+    pub high_watermark: f64,
+    /// Background eviction stops when no more than this share is used.
+    pub low_watermark: f64,
+    /// What a simulated device is like.
+    pub sim: SimDeviceConfig,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self {
+            device: DeviceKind::Sim,
+            budget: None,
+            headroom: Bytes::mib(512),
+            high_watermark: 1.0,
+            low_watermark: 0.9,
+            sim: SimDeviceConfig::default(),
+        }
+    }
+}
+
+/// The kinds of device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum DeviceKind {
+    /// The simulated device: host memory with a GPU's capacity, granularity, bandwidth and latency.
+    #[default]
+    Sim,
+}
+
+/// A simulated device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SimDeviceConfig {
+    /// Capacity.
+    pub memory: Bytes,
+    /// Allocations are rounded up to this.
+    pub granularity: Bytes,
+    /// Upload rate in bytes each second.
+    pub bandwidth: Bytes,
+    /// Time that each upload takes beside its bytes.
+    #[serde(with = "humantime_serde")]
+    pub latency: Duration,
+    /// Whether uploaded bytes are kept, so that they can be read back.
+    pub keep_bytes: bool,
+}
+
+impl Default for SimDeviceConfig {
+    fn default() -> Self {
+        Self {
+            memory: Bytes::gib(24),
+            granularity: Bytes::mib(2),
+            bandwidth: Bytes::gib(24),
+            latency: Duration::from_micros(10),
+            keep_bytes: false,
+        }
+    }
+}
+
+/// Loading.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoadConfig {
+    /// How many components one request loads at the same time.
+    pub concurrency: usize,
+    /// How many files are read from disk at the same time, over all requests.
+    pub reads: usize,
+    /// How long a request may take where it says nothing itself.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Duration,
+    /// Length of one read.
+    pub piece: Bytes,
+    /// Host memory through which one component is streamed to a GPU when it is larger than the RAM tier can hold.
+    pub ring: Bytes,
+}
+
+impl Default for LoadConfig {
+    fn default() -> Self {
+        Self {
+            concurrency: 4,
+            reads: 4,
+            deadline: Duration::from_secs(300),
+            piece: Bytes::mib(8),
+            ring: Bytes::mib(64),
+        }
+    }
+}
+
+/// Sessions and their bounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SessionsConfig {
+    /// How many sessions may be open.
+    pub max_sessions: usize,
+    /// How many loads of one session may be under way.
+    pub max_loads_per_session: usize,
+    /// How many loads may be under way over all sessions.
+    pub max_loads: usize,
+    /// What a refused client is told to wait before it tries again.
+    #[serde(with = "humantime_serde")]
+    pub retry_after: Duration,
+}
+
+impl Default for SessionsConfig {
+    fn default() -> Self {
+        Self {
+            max_sessions: 10_000,
+            max_loads_per_session: 16,
+            max_loads: 4_096,
+            retry_after: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Eviction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PolicyConfig {
+    /// The policy that chooses what to evict.
+    pub eviction: EvictionPolicyName,
+}
+
+/// The eviction policies, by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum EvictionPolicyName {
+    /// Least recently used first.
+    #[default]
+    Lru,
+}
+
+/// Prediction and prefetch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PredictConfig {
+    /// Whether to learn from requests and prefetch.
+    pub enabled: bool,
+    /// A component is prefetched when it is wanted within this time with at least `threshold` probability.
+    #[serde(with = "humantime_serde")]
+    pub horizon: Duration,
+    /// The least probability for a prefetch.
+    pub threshold: f64,
+    /// The most components whose use is remembered.
+    pub max_tracked: usize,
+    /// Seed of the model's random start.
+    pub seed: u64,
+}
+
+impl Default for PredictConfig {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            horizon: Duration::from_secs(15 * 60),
+            threshold: 0.5,
+            max_tracked: 10_000,
+            seed: 0,
+        }
+    }
+}
+
+/// Restarts of failed actors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SupervisionConfig {
+    /// An actor that fails more often than this within `window` is taken out of service.
+    pub max_restarts: usize,
+    /// The time over which restarts are counted.
+    #[serde(with = "humantime_serde")]
+    pub window: Duration,
+    /// Wait before the first restart; doubled for each further one within the window.
+    #[serde(with = "humantime_serde")]
+    pub backoff: Duration,
+    /// The longest wait before a restart.
+    #[serde(with = "humantime_serde")]
+    pub max_backoff: Duration,
+    /// How long a drain waits for loads under way before it cancels them.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+}
+
+impl Default for SupervisionConfig {
+    fn default() -> Self {
+        Self {
+            max_restarts: 10,
+            window: Duration::from_secs(60),
+            backoff: Duration::from_millis(20),
+            max_backoff: Duration::from_secs(5),
+            drain: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Decisions and measurements.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MonitorConfig {
+    /// How many decisions are kept in memory.
+    pub decisions: usize,
+    /// How often memory pressure is measured.
+    #[serde(with = "humantime_serde")]
+    pub interval: Duration,
+}
+
+impl Default for MonitorConfig {
+    fn default() -> Self {
+        Self {
+            decisions: 10_000,
+            interval: Duration::from_secs(1),
+        }
+    }
+}
+
+impl GpuConfig {
+    /// The name of this GPU's table in messages.
+    #[must_use]
+    pub fn label(index: GpuIndex) -> String {
+        format!("gpu[{index}]")
+    }
+}
