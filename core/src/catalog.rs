@@ -6,3 +6,5 @@ pub use model::{
     BaseModel, Component, DEVICE_TENSOR_ALIGN, FileIdentity, Format, IMAGE_ALIGN, Kind, Model,
     SourceFile,
 };
+mod tmpstub;
+pub use tmpstub::*;
