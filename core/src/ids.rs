@@ -101,7 +101,9 @@ impl fmt::Debug for ContentId {
 
 /// A content id that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a content id: expected blake3:, sha256: or file: and 64 hexadecimal digits")]
+#[error(
+    "`{text}` is not a content id: expected blake3:, sha256: or file: and 64 hexadecimal digits"
+)]
 pub struct ParseContentIdError {
     /// What was written.
     pub text: String,
@@ -255,7 +257,11 @@ mod tests {
         }
         assert!("vram:x".parse::<Tier>().is_err());
         assert!("file:12".parse::<ContentId>().is_err());
-        assert!(format!("file:{}", "é".repeat(32)).parse::<ContentId>().is_err());
+        assert!(
+            format!("file:{}", "é".repeat(32))
+                .parse::<ContentId>()
+                .is_err()
+        );
     }
 
     #[test]
