@@ -1,10 +1,27 @@
 //! Knowing every model for what it is: formats, layouts on disk, scanning, and the snapshot that readers take.
+//!
+//! A scan has four steps, each in a file of its own: [`walk`] lists folders and takes the identity of every file,
+//! [`layout`] sees which files make one entry, [`inspect`] reads the headers and configurations of the entries
+//! that are new, and [`naming`] gives every entry a name of its own. [`snapshot`] is what comes out.
 
+mod config_json;
+mod identify;
+mod inspect;
+mod layout;
 mod model;
+mod naming;
+pub mod safetensors;
+pub mod scan;
+pub mod snapshot;
+#[cfg(test)]
+pub(crate) mod test_utils;
+mod walk;
+mod weights;
 
 pub use model::{
-    BaseModel, Component, DEVICE_TENSOR_ALIGN, FileIdentity, Format, IMAGE_ALIGN, Kind, Model,
-    SourceFile,
+    BaseModel, Component, DEVICE_TENSOR_ALIGN, Evidence, Facts, FileIdentity, FileRange, Format,
+    IMAGE_ALIGN, Kind, Model, Presence, Selection, SourceFile,
 };
-mod tmpstub;
-pub use tmpstub::*;
+pub use scan::{ScanOptions, ScanProgress, ScanReport, identity_of, rescan, scan};
+pub use snapshot::{Catalogue, CatalogueCell, FindError};
+pub use walk::ScanProblem;

@@ -44,16 +44,44 @@ pub enum Format {
     Diffusers,
     /// A folder with a `config.json` beside its weights.
     Transformers,
+    /// A folder with an `adapter_config.json` beside an adapter's weights.
+    Peft,
+    /// One GGUF file, or all the parts of a split one.
+    Gguf,
+    /// An ONNX graph, with its external data where it has any. Listed, not loadable.
+    Onnx,
+    /// A pickle of any suffix. Listed, never opened, not loadable.
+    Pickle,
 }
 
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+impl Format {
+    /// The name as it is written everywhere.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
             Self::Safetensors => "safetensors",
             Self::SafetensorsSharded => "safetensors-sharded",
             Self::Diffusers => "diffusers",
             Self::Transformers => "transformers",
-        })
+            Self::Peft => "peft",
+            Self::Gguf => "gguf",
+            Self::Onnx => "onnx",
+            Self::Pickle => "pickle",
+        }
+    }
+}
+
+impl Format {
+    /// Whether the entry is a folder rather than a file.
+    #[must_use]
+    pub const fn is_folder(self) -> bool {
+        matches!(self, Self::Diffusers | Self::Transformers | Self::Peft)
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
     }
 }
 
@@ -172,6 +200,40 @@ pub struct Component {
     pub content_id: ContentId,
     /// The weight files, in the order of their shards.
     pub files: Vec<SourceFile>,
+    /// Which part of the files belongs to it; `None`: all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub selection: Option<Arc<Selection>>,
+}
+
+/// The part of its files that a component takes, where it shares them with others: the UNet inside a single-file
+/// checkpoint, say. Its tensors are exactly those whose names begin with one of the prefixes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Selection {
+    /// What the names of its tensors begin with.
+    pub prefixes: Vec<Arc<str>>,
+    /// Where their bytes lie, sorted by file and start, neighbours joined.
+    pub ranges: Vec<FileRange>,
+}
+
+impl Selection {
+    /// Whether the tensor of this name belongs to the component.
+    #[must_use]
+    pub fn holds(&self, tensor: &str) -> bool {
+        self.prefixes
+            .iter()
+            .any(|prefix| tensor.starts_with(&**prefix))
+    }
+}
+
+/// Bytes of one of a component's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FileRange {
+    /// Index into [`Component::files`].
+    pub file: u32,
+    /// First byte, counted from the start of the file.
+    pub start: u64,
+    /// End, counted from the start of the file.
+    pub end: u64,
 }
 
 /// Image alignment: every file of a component begins in its image at a multiple of this, so that direct reads need
@@ -183,8 +245,20 @@ pub const DEVICE_TENSOR_ALIGN: u64 = 256;
 
 impl Component {
     /// The host memory that the component takes: the images of its files, each on a page border.
+    ///
+    /// A component with a selection is counted by its ranges, each widened to page borders.
     #[must_use]
     pub fn ram_bytes(&self) -> Bytes {
+        if let Some(selection) = &self.selection {
+            return selection
+                .ranges
+                .iter()
+                .map(|range| {
+                    let start = range.start / IMAGE_ALIGN * IMAGE_ALIGN;
+                    Bytes(range.end.saturating_sub(start)).round_up(IMAGE_ALIGN)
+                })
+                .sum();
+        }
         self.files
             .iter()
             .map(|file| file.identity.size.round_up(IMAGE_ALIGN))
@@ -233,6 +307,61 @@ pub struct Model {
     pub base: Option<BaseModel>,
     /// Why it cannot be loaded, with what to do about it.
     pub error: Option<Arc<str>>,
+    /// What else is known of it.
+    pub facts: Facts,
+    /// Every file that the entry was made from, indexes and configurations included: while none of them changes, the
+    /// entry is as it was.
+    #[serde(skip)]
+    pub inputs: Vec<SourceFile>,
+    /// Whether its files are still there.
+    pub presence: Presence,
+}
+
+/// What is known of a model beside its kind and architecture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Facts {
+    /// Variant of the architecture, such as `inpaint` or `v-prediction`.
+    pub variant: Option<Arc<str>>,
+    /// How many numbers its tensors hold.
+    pub parameters: Option<u64>,
+    /// Scheme of its quantisation, such as `fp8-scaled`, `nf4` or `q4_k`.
+    pub quantization: Option<Arc<str>>,
+    /// For LoRAs: the conventions that its keys follow, such as `kohya`.
+    pub dialect: Option<Arc<str>>,
+    /// For LoRAs: the rank that most of its pairs have.
+    pub rank: Option<u32>,
+    /// Bytes for each dtype, most first.
+    pub dtypes: Vec<(Arc<str>, Bytes)>,
+    /// Why it was taken for what it is, best reason first.
+    pub evidence: Vec<Evidence>,
+}
+
+/// A reason to take a model for what it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// Name of the signature, or the file and key, that says so.
+    pub source: Arc<str>,
+    /// What it says: kind, then architecture where it tells one.
+    pub says: Arc<str>,
+    /// How sure it is, 0 to 100.
+    pub score: u8,
+    /// In words.
+    pub reason: Arc<str>,
+}
+
+/// Whether a model's files are there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Presence {
+    /// They are there, whole.
+    #[default]
+    Present,
+    /// They are still being written; nothing can be loaded yet.
+    Incomplete,
+    /// They were removed; what is leased stays valid.
+    Gone,
 }
 
 impl Model {
@@ -240,5 +369,11 @@ impl Model {
     #[must_use]
     pub fn component(&self, name: &str) -> Option<&Arc<Component>> {
         self.components.iter().find(|c| &*c.id.component == name)
+    }
+
+    /// Whether its components can be loaded.
+    #[must_use]
+    pub fn is_loadable(&self) -> bool {
+        self.error.is_none() && self.presence == Presence::Present && !self.components.is_empty()
     }
 }
