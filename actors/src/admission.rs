@@ -90,7 +90,7 @@ impl Admission {
         let place = self
             .waiting
             .iter()
-            .position(|w| (w.priority, request.asked) > (request.priority, w.asked))
+            .position(|w| (request.priority, w.asked) > (w.priority, request.asked))
             .unwrap_or(self.waiting.len());
         self.waiting.insert(place, request);
         self.set_wake();

@@ -23,7 +23,7 @@ pub(crate) enum DiscoveryMessage {
     /// Scan all folders; the reply comes when a scan that began after this message is published.
     Scan(Option<RpcReplyPort<ScanSummary>>),
     /// A scan has ended.
-    Scanned(Box<Finished>),
+    Scanned(Finished),
     /// These paths changed.
     Changed(Vec<PathBuf>),
     /// The watcher lost events: look at everything.
@@ -107,12 +107,7 @@ impl Discovery {
     }
 
     #[ractor::message(DiscoveryMessage::Scanned(finished))]
-    fn scanned(
-        &self,
-        myself: ActorRef<DiscoveryMessage>,
-        finished: Box<Finished>,
-        state: &mut State,
-    ) {
+    fn scanned(&self, myself: ActorRef<DiscoveryMessage>, finished: Finished, state: &mut State) {
         let waiting = state.running.take().unwrap_or_default();
         match finished.report {
             Some(report) => {
@@ -209,7 +204,7 @@ fn begin(
             took: began.elapsed(),
         };
         // Lost where Discovery has died since: its successor scans anyhow.
-        let _ = myself.send_message(DiscoveryMessage::Scanned(Box::new(finished)));
+        let _ = myself.send_message(DiscoveryMessage::Scanned(finished));
     });
 }
 

@@ -189,9 +189,10 @@ impl System {
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
         let graph = resolve(&self.catalogue(), &set.names, set.dependencies)?;
         let tiers = self.house.ledger.views();
-        let mut policy = (self.house.eviction)();
         let planner = self.house.planner(&tiers);
-        Ok(planner.plan(&graph, set.target, policy.as_mut())?)
+        let mut plan = planner.plan(&graph, set.target)?;
+        plan.evictions = planner.foresee(&plan, (self.house.eviction)().as_mut());
+        Ok(plan)
     }
 
     /// The last decisions that concern the components for which `concerns` holds, newest first.

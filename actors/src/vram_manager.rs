@@ -10,9 +10,10 @@ use hotset_core::catalog::Component;
 use hotset_core::decision::EvictCause;
 use hotset_core::device::layout::DeviceLayout;
 use hotset_core::device::{Allocation, Device};
+use hotset_core::io::{OpenComponent, ReadError, ReadOn};
 use hotset_core::memory::{
     Charge, Claim, Flight, FlightFailure, FlightState, FlightTicket, HostRange, Memory,
-    ResidencyState, Slab,
+    ResidencyState, Slab, SlabWriter,
 };
 use hotset_core::tensor::TensorTable;
 use hotset_core::{Bytes, GpuIndex, Tier};
@@ -171,10 +172,10 @@ impl Upload {
     #[tracing::instrument(name = "upload", skip_all, fields(component = %self.component.id))]
     async fn run(self, source: Source) {
         let outcome = match source {
-            Source::Ram(claim) => self.from_ram(&claim).await,
+            Source::Ram(claim) => self.upload_slab(&claim).await,
             Source::Ring(ring) => {
                 let charge = ring.lock().await;
-                self.through_ring(charge.bytes()).await
+                self.upload_ring(charge.bytes()).await
             }
         };
         let counters = &self.house.counters;
@@ -203,7 +204,7 @@ impl Upload {
     }
 
     /// Follows the slab's watermark to the end of the image.
-    async fn from_ram(&self, claim: &Claim) -> Result<Uploaded, FlightFailure> {
+    async fn upload_slab(&self, claim: &Claim) -> Result<Uploaded, FlightFailure> {
         let (slab, table, mut rising) = match claim.state() {
             ResidencyState::Absent => return Err(FlightFailure::Interrupted),
             ResidencyState::Resident { held, table } => match held.memory() {
@@ -239,7 +240,7 @@ impl Upload {
     }
 
     /// Reads and uploads in turns through two halves of a ring: while one is uploaded, the other is read.
-    async fn through_ring(&self, ring: Bytes) -> Result<Uploaded, FlightFailure> {
+    async fn upload_ring(&self, ring: Bytes) -> Result<Uploaded, FlightFailure> {
         let failed = |error| FlightFailure::Read(Arc::new(error));
         self.check_cancelled()?;
         let _permit = self.house.reads.acquire().await;
@@ -290,14 +291,12 @@ impl Upload {
     }
 }
 
-type OpenBox = Box<dyn hotset_core::io::OpenComponent>;
-
 /// Fills a half of the ring, or reads what is left of the image.
 async fn fill(
-    mut open: OpenBox,
-    mut into: hotset_core::memory::SlabWriter,
+    mut open: Box<dyn OpenComponent>,
+    mut into: SlabWriter,
     left: u64,
-) -> Result<(OpenBox, hotset_core::memory::SlabWriter), hotset_core::io::ReadError> {
+) -> Result<ReadOn, ReadError> {
     let wanted = left.min(into.slab().bytes().get());
     while into.filled().get() < wanted {
         let missing = Bytes(wanted - into.filled().get());

@@ -1,7 +1,7 @@
 //! Reading a component's files into a slab.
 //!
 //! The slab is the byte image of the files, headers included, each file on a page border, so that direct reads need no
-//! second copy. A [`Reader`] opens a component, which checks that the files are still those of the catalogue and where
+//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a component, which checks that the files are still those of the catalogue and where
 //! each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
 //! been read: a file that changed in between gives [`ReadError::SourceChanged`], and its bytes are shown to nobody.
 
@@ -82,6 +82,14 @@ pub enum ReadError {
         /// What is wrong.
         source: HeaderError,
     },
+    /// The header has a tensor of the component where the catalogue knows none.
+    #[error("{}: the tensor `{tensor}` is not where the catalogue has it; scan again", path.display())]
+    Unplaced {
+        /// Which file.
+        path: PathBuf,
+        /// Which tensor.
+        tensor: Arc<str>,
+    },
     /// Two files of one component name the same tensor.
     #[error(
         "{component}: the tensor `{tensor}` is in two files; the index and its shards do not belong together"
@@ -148,8 +156,11 @@ pub trait OpenComponent: Send + 'static {
         self: Box<Self>,
         into: SlabWriter,
         most: Bytes,
-    ) -> BoxFuture<'static, Result<(Box<dyn OpenComponent>, SlabWriter), ReadError>>;
+    ) -> BoxFuture<'static, Result<ReadOn, ReadError>>;
 }
+
+/// What a read gives back: the component and the writer, both one piece further.
+pub type ReadOn = (Box<dyn OpenComponent>, SlabWriter);
 
 /// The path as errors carry it.
 fn owned(path: &Path) -> PathBuf {

@@ -11,9 +11,9 @@ use futures::stream::FuturesUnordered;
 use hotset_core::catalog::Component;
 use hotset_core::decision::Act;
 use hotset_core::memory::{
-    Claim, FlightFailure, FlightState, Lease, Never, Reservation, ResidencyState, Want,
+    Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
-use hotset_core::plan::{ComponentSet, Plan, Route, There, resolve};
+use hotset_core::plan::{ComponentSet, Plan, There, resolve};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -182,9 +182,9 @@ impl Job {
         }
         self.count_hits(&plan);
 
-        let (claims, stage) = self.reserve(&plan, outlet, board).await?;
+        let (claims, staging) = self.reserve(&plan, outlet, board).await?;
         board.stage = Stage::Loading;
-        self.move_all(&plan, claims, stage, outlet, board, leased)
+        self.move_all(claims, staging, outlet, board, leased)
             .await?;
         // All are there: only now does anybody get one, in loading order, since a set is all or nothing.
         for step in &plan.steps {
@@ -200,12 +200,7 @@ impl Job {
         let catalogue = self.house.catalogue.load();
         let graph = resolve(&catalogue, &self.set.names, self.set.dependencies)?;
         let tiers = self.house.ledger.views();
-        let mut policy = (self.house.eviction)();
-        let plan = self
-            .house
-            .planner(&tiers)
-            .plan(&graph, self.set.target, policy.as_mut())?;
-        Ok(plan)
+        Ok(self.house.planner(&tiers).plan(&graph, self.set.target)?)
     }
 
     fn count_hits(&self, plan: &Plan) {
@@ -256,14 +251,19 @@ impl Job {
         let Tier::Vram(_) = plan.tier else {
             return Ok((own.claims, Staging::default()));
         };
-        let wants = plan.stage_wants(self.house.config.load.ring);
+        // While it waited, components may have come and gone: from here on they are pinned, so now it is certain which
+        // of them have to move.
+        let tiers = self.house.ledger.views();
+        let mut routed = plan.clone();
+        self.house.planner(&tiers).route(&mut routed)?;
+        let wants = routed.stage_wants();
         if wants.is_empty() {
             return Ok((own.claims, Staging::default()));
         }
         board.stage = Stage::WaitingFor(Tier::Ram);
         outlet.show(board.progress(self.started));
         let ram = self.ask(Tier::Ram, wants).await?;
-        let stage = Staging {
+        let staging = Staging {
             claims: ram
                 .claims
                 .into_iter()
@@ -271,7 +271,7 @@ impl Job {
                 .collect(),
             ring: ram.scratch.map(|charge| Arc::new(Mutex::new(charge))),
         };
-        Ok((own.claims, stage))
+        Ok((own.claims, staging))
     }
 
     /// Asks the keeper of a tier for memory, and again after each of its restarts.
@@ -325,9 +325,8 @@ impl Job {
     /// Moves all components, several at a time, in loading order.
     async fn move_all(
         &self,
-        plan: &Plan,
         claims: Vec<Claim>,
-        mut stage: Staging,
+        mut staging: Staging,
         outlet: &Outlet,
         board: &mut Board,
         leased: &mut HashMap<ContentId, Lease>,
@@ -344,9 +343,8 @@ impl Job {
             while moving.len() < concurrency
                 && let Some((i, claim)) = waiting.pop_front()
             {
-                let route = plan.steps.get(i).map_or(Route::None, |step| step.route);
-                let source = stage.take(&claim, route);
-                moving.push(self.move_one(i, claim, source, told.clone()));
+                let (source, ring) = staging.take(&claim);
+                moving.push(self.move_one(i, claim, source, ring, told.clone()));
             }
             tokio::select! {
                 biased;
@@ -376,6 +374,7 @@ impl Job {
         i: usize,
         claim: Claim,
         mut source: Option<Source>,
+        ring: Option<Ring>,
         told: Arc<watch::Sender<Vec<Bytes>>>,
     ) -> Result<(usize, Lease), LoadError> {
         let id = claim.component().id.clone();
@@ -406,7 +405,10 @@ impl Job {
                         // The message may have been lost with the actor, and the claim on the slab with it.
                         let waiting = matches!(*states.borrow(), FlightState::Waiting);
                         if waiting && source.is_none() && claim.tier() != Tier::Ram {
-                            return Err(failed(FlightFailure::Interrupted));
+                            source = self.supply_again(&claim, ring.clone());
+                            if source.is_none() {
+                                return Err(failed(FlightFailure::Interrupted));
+                            }
                         }
                     }
                 }
@@ -415,6 +417,20 @@ impl Job {
         Lease::new(claim, self.session)
             .map(|lease| (i, lease))
             .map_err(|_| failed(FlightFailure::Interrupted))
+    }
+
+    /// The source of an upload once more, after the first one was lost with its message. Never waits for memory: that
+    /// would be waiting while holding some, and two loads could wait for each other.
+    fn supply_again(&self, claim: &Claim, ring: Option<Ring>) -> Option<Source> {
+        if let Some(ring) = ring {
+            return Some(Source::Ring(ring));
+        }
+        let component = claim.component();
+        let wants = [Want::Component(component.clone(), component.ram_bytes())];
+        match self.house.ledger.reserve(Tier::Ram, &wants, false) {
+            Ok(Reserved::Granted(mut reservation)) => reservation.claims.pop().map(Source::Ram),
+            _ => None,
+        }
     }
 
     /// Asks for the movement of a component. Whoever asks first starts it; the others' messages change nothing.
@@ -442,13 +458,11 @@ struct Staging {
 }
 
 impl Staging {
-    fn take(&mut self, claim: &Claim, route: Route) -> Option<Source> {
-        match route {
-            Route::Ring => self.ring.clone().map(Source::Ring),
-            Route::None | Route::Ram | Route::ViaRam => self
-                .claims
-                .remove(&claim.component().content_id)
-                .map(Source::Ram),
+    /// The source for a component: its slab where one is promised, else the ring, which is given for later as well.
+    fn take(&mut self, claim: &Claim) -> (Option<Source>, Option<Ring>) {
+        match self.claims.remove(&claim.component().content_id) {
+            Some(claim) => (Some(Source::Ram(claim)), None),
+            None => (self.ring.clone().map(Source::Ring), self.ring.clone()),
         }
     }
 }

@@ -10,21 +10,26 @@ use crate::catalog::{Component, IMAGE_ALIGN, SourceFile, identity_of};
 use crate::tensor::{TensorEntry, TensorTable};
 use crate::units::Bytes;
 
-/// One file's place in the image.
+/// Bytes of one file and their place in the image.
 #[derive(Debug)]
 pub struct Extent {
-    /// The file as it was scanned.
-    pub source: SourceFile,
-    /// Open since the plan was made, so that a file replaced by another one is not half of each.
-    pub file: File,
-    /// Where its first byte goes, a multiple of [`IMAGE_ALIGN`].
+    /// Index into [`ImagePlan::files`].
+    pub file: usize,
+    /// First byte in the file, a multiple of [`IMAGE_ALIGN`].
+    pub start: u64,
+    /// End in the file.
+    pub end: u64,
+    /// Where the first byte goes, a multiple of [`IMAGE_ALIGN`].
     pub image_offset: u64,
 }
 
-/// All files of a component, open and checked, with the places of their tensors.
+/// All files of a component, open and checked, with the places of their bytes and tensors.
 #[derive(Debug)]
 pub struct ImagePlan {
-    /// The files, in the order of the image.
+    /// The files as they were scanned; open since the plan was made, so that a file replaced by another one is not half
+    /// of each.
+    pub files: Vec<(SourceFile, File)>,
+    /// What is read, in the order of the image, without gaps but the padding between two extents.
     pub extents: Vec<Extent>,
     /// The tensors, with offsets into the image.
     pub table: Arc<TensorTable>,
@@ -38,46 +43,110 @@ impl ImagePlan {
     /// # Errors
     /// [`ReadError`].
     pub fn open(component: &Component) -> Result<Self, ReadError> {
-        let mut extents = Vec::with_capacity(component.files.len());
-        let mut entries = Vec::with_capacity(component.tensors as usize);
-        let mut image_offset = 0_u64;
+        let mut plan = Self {
+            files: Vec::with_capacity(component.files.len()),
+            extents: Vec::with_capacity(component.files.len()),
+            table: Arc::default(),
+            bytes: Bytes::ZERO,
+        };
         for source in &component.files {
-            let file = open_checked(source)?;
-            let size = source.identity.size.get();
-            let header = read_header(&file, size).map_err(|error| ReadError::Header {
+            plan.files.push((source.clone(), open_checked(source)?));
+        }
+        match &component.selection {
+            None => {
+                for (file, (source, _)) in plan.files.iter().enumerate() {
+                    push_extent(
+                        &mut plan.extents,
+                        &mut plan.bytes,
+                        file,
+                        0,
+                        source.identity.size.get(),
+                    );
+                }
+            }
+            Some(selection) => {
+                for range in &selection.ranges {
+                    let start = range.start / IMAGE_ALIGN * IMAGE_ALIGN;
+                    push_extent(
+                        &mut plan.extents,
+                        &mut plan.bytes,
+                        range.file as usize,
+                        start,
+                        range.end,
+                    );
+                }
+            }
+        }
+        let mut entries = Vec::with_capacity(component.tensors as usize);
+        for (index, (source, file)) in plan.files.iter().enumerate() {
+            let broken = |error| ReadError::Header {
                 path: owned(&source.path),
                 source: error,
-            })?;
-            // The header is valid for `size`, so each tensor ends within the file, and the sums cannot overflow: the
-            // image is as long as files that exist.
+            };
+            let header = read_header(file, source.identity.size.get()).map_err(broken)?;
             for tensor in header.tensors {
+                if component
+                    .selection
+                    .as_ref()
+                    .is_some_and(|s| !s.holds(&tensor.name))
+                {
+                    continue;
+                }
+                // The header is valid for the file's size, so this cannot overflow.
+                let (start, end) = (
+                    header.data_start + tensor.start,
+                    header.data_start + tensor.end,
+                );
+                // Sorted by file and start, so the only candidate is the last that begins no later.
+                let after = plan
+                    .extents
+                    .partition_point(|extent| (extent.file, extent.start) <= (index, start));
+                let extent = after
+                    .checked_sub(1)
+                    .and_then(|i| plan.extents.get(i))
+                    .filter(|extent| extent.file == index && end <= extent.end);
+                let Some(extent) = extent else {
+                    return Err(ReadError::Unplaced {
+                        path: owned(&source.path),
+                        tensor: tensor.name,
+                    });
+                };
                 entries.push(TensorEntry {
                     name: tensor.name,
                     dtype: tensor.dtype,
                     shape: tensor.shape,
-                    offset: image_offset + header.data_start + tensor.start,
-                    bytes: tensor.end - tensor.start,
+                    offset: extent.image_offset + (start - extent.start),
+                    bytes: end - start,
                 });
             }
-            extents.push(Extent {
-                source: source.clone(),
-                file,
-                image_offset,
-            });
-            image_offset = Bytes(image_offset)
-                .saturating_add(source.identity.size.round_up(IMAGE_ALIGN))
-                .get();
         }
         let table = TensorTable::new(entries).map_err(|tensor| ReadError::DuplicateTensor {
             component: component.id.to_string(),
             tensor,
         })?;
-        Ok(Self {
-            extents,
-            table: Arc::new(table),
-            bytes: Bytes(image_offset),
-        })
+        plan.table = Arc::new(table);
+        Ok(plan)
     }
+
+    /// Where the extent after this one begins, or the image ends.
+    #[must_use]
+    pub fn next_offset(&self, extent: usize) -> u64 {
+        self.extents
+            .get(extent + 1)
+            .map_or(self.bytes.get(), |next| next.image_offset)
+    }
+}
+
+/// Adds bytes `start..end` of a file at the end of the image, and pads the image to the next border.
+fn push_extent(extents: &mut Vec<Extent>, image: &mut Bytes, file: usize, start: u64, end: u64) {
+    let image_offset = image.get();
+    *image = image.saturating_add(Bytes(end.saturating_sub(start)).round_up(IMAGE_ALIGN));
+    extents.push(Extent {
+        file,
+        start,
+        end,
+        image_offset,
+    });
 }
 
 /// Opens a file for reading and makes sure that it is the one that was scanned.

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use super::image::{ImagePlan, check_identity};
-use super::{OpenComponent, ReadError, Reader, owned};
+use super::{OpenComponent, ReadError, ReadOn, Reader, owned};
 use crate::catalog::Component;
 use crate::memory::SlabWriter;
 use crate::tensor::TensorTable;
@@ -62,57 +62,46 @@ impl OpenFiles {
         let mut left = most.get();
         while left > 0 && self.cursor < self.plan.bytes.get() {
             let extent = &self.plan.extents[self.extent];
-            let size = extent.source.identity.size.get();
-            let at = self.cursor - extent.image_offset;
+            let (source, file) = &self.plan.files[extent.file];
+            let at = extent.start + (self.cursor - extent.image_offset);
             let spare = into.spare();
             let room = left.min(spare.len() as u64);
             if room == 0 {
                 return Ok(());
             }
-            let moved = if at < size {
+            let moved = if at < extent.end {
                 // `room` is the length of a slice in memory at most.
-                let wanted = room.min(size - at) as usize;
-                match extent.file.read_at(&mut spare[..wanted], at) {
+                let wanted = room.min(extent.end - at) as usize;
+                match file.read_at(&mut spare[..wanted], at) {
                     Ok(0) => {
                         return Err(ReadError::Truncated {
-                            path: owned(&extent.source.path),
+                            path: owned(&source.path),
                             offset: at,
-                            missing: Bytes(size - at),
+                            missing: Bytes(extent.end - at),
                         });
                     }
                     Ok(read) => read as u64,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => {
                         return Err(ReadError::Io {
-                            path: owned(&extent.source.path),
+                            path: owned(&source.path),
                             offset: at,
                             source: error,
                         });
                     }
                 }
             } else {
-                // Padding up to the next file's border; used memory may hold old bytes.
-                let end = self
-                    .plan
-                    .extents
-                    .get(self.extent + 1)
-                    .map_or(self.plan.bytes.get(), |next| next.image_offset);
-                let padding = room.min(end - self.cursor);
+                // Padding up to the next extent's border; used memory may hold old bytes.
+                let padding = room.min(self.plan.next_offset(self.extent) - self.cursor);
                 spare[..padding as usize].fill(0);
                 padding
             };
             self.cursor += moved;
             left -= moved;
-            let at = at + moved;
-            if at == size || (size == 0 && at == 0) {
-                check_identity(&extent.file, &extent.source, "while it was read")?;
+            if at + moved == extent.end {
+                check_identity(file, source, "while it was read")?;
             }
-            let end = self
-                .plan
-                .extents
-                .get(self.extent + 1)
-                .map_or(self.plan.bytes.get(), |next| next.image_offset);
-            if self.cursor == end && self.extent + 1 < self.plan.extents.len() {
+            if self.cursor == self.plan.next_offset(self.extent) {
                 self.extent += 1;
             }
             // Raised last: bytes of a file that changed stay above the watermark, as far as it is known by then.
@@ -135,7 +124,7 @@ impl OpenComponent for OpenFiles {
         mut self: Box<Self>,
         mut into: SlabWriter,
         most: Bytes,
-    ) -> BoxFuture<'static, Result<(Box<dyn OpenComponent>, SlabWriter), ReadError>> {
+    ) -> BoxFuture<'static, Result<ReadOn, ReadError>> {
         async move {
             let name = self.name.clone();
             tokio::task::spawn_blocking(move || {

@@ -45,7 +45,7 @@ impl FlightFailure {
 /// How far a flight is.
 #[derive(Debug, Clone)]
 pub enum FlightState {
-    /// Bytes are promised, none is moved.
+    /// Bytes are promised, and nobody moves them yet.
     Waiting,
     /// Under way: this much of the image is there.
     Moving(Bytes),
@@ -91,6 +91,10 @@ impl Flight {
     #[must_use]
     pub fn image(&self) -> Option<&Image> {
         self.image.get()
+    }
+
+    pub(super) fn begin(&self) {
+        self.state.send_replace(FlightState::Moving(Bytes::ZERO));
     }
 
     pub(super) fn cancel(&self) {

@@ -735,6 +735,8 @@ impl Ledger {
         let State::Reserved { charge, .. } = before else {
             return None;
         };
+        // From now on nobody needs to ask for it again.
+        flight.begin();
         let key = EntryKey {
             tier,
             content: *content,

@@ -97,10 +97,12 @@ pub struct Plan {
     /// Bytes that the set needs in each tier beyond what is there.
     #[serde(serialize_with = "tiers")]
     pub needs: BTreeMap<Tier, Bytes>,
-    /// What would go, as things stand.
+    /// What would go, as things stand. Filled in where a plan is asked for, not where it is carried out.
     pub evictions: Vec<Eviction>,
     /// Whether it can begin at once.
     pub fit: Fit,
+    /// Host memory through which the steps with [`Route::Ring`] are streamed; zero where there are none.
+    pub ring: Bytes,
 }
 
 fn tiers<S: serde::Serializer>(
@@ -122,15 +124,15 @@ impl Plan {
 
     /// What is to be reserved in RAM on the way to a GPU.
     #[must_use]
-    pub fn stage_wants(&self, ring: Bytes) -> Vec<Want> {
+    pub fn stage_wants(&self) -> Vec<Want> {
         let mut wants: Vec<Want> = self
             .steps
             .iter()
             .filter(|step| step.route == Route::ViaRam)
             .map(|step| Want::Component(step.component.clone(), step.component.ram_bytes()))
             .collect();
-        if self.steps.iter().any(|step| step.route == Route::Ring) {
-            wants.push(Want::Scratch(ring));
+        if !self.ring.is_zero() {
+            wants.push(Want::Scratch(self.ring));
         }
         wants
     }
@@ -202,6 +204,9 @@ pub enum PlanError {
     },
 }
 
+/// The most of the RAM budget that one ring takes, so that several sets can stream at once on a small machine.
+const RING_SHARE: f64 = 0.25;
+
 /// Makes plans out of the books as they are.
 pub struct Planner<'a> {
     /// All tiers, at one instant.
@@ -215,50 +220,68 @@ pub struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// The plan for a set.
+    /// The plan for a set. What it would evict is not in it; see [`foresee`](Self::foresee).
     ///
     /// # Errors
     /// [`PlanError`] where it could never be carried out.
-    pub fn plan(
-        &self,
-        set: &DependencyGraph,
-        target: Target,
-        policy: &mut dyn EvictionPolicy,
-    ) -> Result<Plan, PlanError> {
+    pub fn plan(&self, set: &DependencyGraph, target: Target) -> Result<Plan, PlanError> {
         let order = set.order();
         let view = self.choose(&order, target)?;
         let tier = view.tier;
-        let mut steps: Vec<Step> = order
+        let steps = order
             .into_iter()
             .map(|component| Step {
                 bytes: self.bytes_in(tier, &component),
-                there: there(view, &component.content_id),
+                there: There::Absent,
                 route: Route::None,
                 component,
             })
             .collect();
-        let mut needs = BTreeMap::new();
-        needs.insert(tier, absent_bytes(&steps));
-        match tier {
+        let mut plan = Plan {
+            tier,
+            steps,
+            needs: BTreeMap::new(),
+            evictions: Vec::new(),
+            fit: Fit::Now,
+            ring: Bytes::ZERO,
+        };
+        self.route(&mut plan)?;
+        Ok(plan)
+    }
+
+    /// Fills in again how each component of a plan stands in its tier and by which way it gets there, by the books as
+    /// they are now.
+    ///
+    /// # Errors
+    /// [`PlanError`] where a component can get there by no way.
+    pub fn route(&self, plan: &mut Plan) -> Result<(), PlanError> {
+        let Some(view) = self.view(plan.tier) else {
+            return Err(PlanError::NoSuchTier {
+                target: Target::Best,
+                available: self.tiers.iter().map(|view| view.tier).collect(),
+            });
+        };
+        for step in &mut plan.steps {
+            step.there = there(view, &step.component.content_id);
+            step.route = Route::None;
+        }
+        plan.ring = Bytes::ZERO;
+        plan.needs = BTreeMap::from([(plan.tier, absent_bytes(&plan.steps))]);
+        match plan.tier {
             Tier::Ram => {
-                for step in steps.iter_mut().filter(|step| step.there == There::Absent) {
+                let absent = |step: &&mut Step| step.there == There::Absent;
+                for step in plan.steps.iter_mut().filter(absent) {
                     step.route = Route::Ram;
                 }
             }
             Tier::Vram(_) => {
-                let ram = self.route_to_gpu(&mut steps)?;
-                needs.insert(Tier::Ram, ram);
+                let (slabs, ring) = self.route_to_gpu(&mut plan.steps)?;
+                plan.ring = ring;
+                plan.needs.insert(Tier::Ram, slabs.saturating_add(ring));
             }
         }
-        let mut plan = Plan {
-            tier,
-            steps,
-            needs,
-            evictions: Vec::new(),
-            fit: Fit::Now,
-        };
-        self.judge(&mut plan, policy);
-        Ok(plan)
+        plan.fit = self.fit(plan);
+        Ok(())
     }
 
     fn view(&self, tier: Tier) -> Option<&TierView> {
@@ -317,11 +340,12 @@ impl Planner<'_> {
             })
     }
 
-    /// Chooses the way of each absent component to its GPU, and gives the bytes that RAM must provide.
+    /// Chooses the way of each absent component to its GPU, and gives the bytes that RAM must provide for slabs and for
+    /// the ring.
     ///
     /// RAM on the way to a GPU is a convenience: a component goes through it as long as there is room that nobody holds,
     /// and through the ring where there is not, so that a full RAM tier does not keep a GPU waiting.
-    fn route_to_gpu(&self, steps: &mut [Step]) -> Result<Bytes, PlanError> {
+    fn route_to_gpu(&self, steps: &mut [Step]) -> Result<(Bytes, Bytes), PlanError> {
         let Some(ram) = self.view(Tier::Ram) else {
             return Err(PlanError::NoSuchTier {
                 target: Target::Ram,
@@ -358,9 +382,10 @@ impl Planner<'_> {
             }
         }
         if streamed.is_empty() {
-            return Ok(needed);
+            return Ok((needed, Bytes::ZERO));
         }
-        if self.ring > ram.budget {
+        let ring = self.ring.min(ram.budget.share(RING_SHARE));
+        if ring.is_zero() {
             let parts = streamed
                 .iter()
                 .map(|step| (step.component.id.clone(), step.component.ram_bytes()))
@@ -378,50 +403,58 @@ impl Planner<'_> {
         for step in streamed {
             step.route = Route::Ring;
         }
-        Ok(needed.saturating_add(self.ring))
+        Ok((needed, ring))
     }
 
-    /// Fills in what would be evicted and whether that suffices.
-    fn judge(&self, plan: &mut Plan, policy: &mut dyn EvictionPolicy) {
+    /// The tiers in which the plan needs more than is free, with what is missing and what could go there.
+    fn short<'a>(
+        &'a self,
+        plan: &'a Plan,
+    ) -> impl Iterator<Item = (&'a TierView, Bytes, Vec<Candidate>)> {
         let own: HashSet<ContentId> = plan
             .steps
             .iter()
             .map(|step| step.component.content_id)
             .collect();
-        for (tier, needed) in &plan.needs {
-            let Some(view) = self.view(*tier).filter(|view| *needed > view.free()) else {
-                continue;
-            };
+        plan.needs.iter().filter_map(move |(tier, needed)| {
+            let view = self.view(*tier).filter(|view| *needed > view.free())?;
             let mut others = candidates(view);
             others.retain(|c| !own.contains(&c.content));
-            let victims = select(
-                policy,
-                self.now,
-                &others,
-                needed.saturating_sub(view.free()),
-            );
-            if victims.is_empty() {
-                plan.fit = Fit::AfterOthers;
-                continue;
+            Some((view, needed.saturating_sub(view.free()), others))
+        })
+    }
+
+    fn fit(&self, plan: &Plan) -> Fit {
+        let mut fit = Fit::Now;
+        for (_, missing, others) in self.short(plan) {
+            let evictable: Bytes = others.iter().map(|c| c.bytes).sum();
+            if evictable < missing {
+                return Fit::AfterOthers;
             }
-            if plan.fit == Fit::Now {
-                plan.fit = Fit::AfterEviction;
-            }
-            for victim in victims {
-                if let Some(there) = view
+            fit = Fit::AfterEviction;
+        }
+        fit
+    }
+
+    /// What this policy would evict for the plan, as things stand.
+    #[must_use]
+    pub fn foresee(&self, plan: &Plan, policy: &mut dyn EvictionPolicy) -> Vec<Eviction> {
+        let mut evictions = Vec::new();
+        for (view, missing, others) in self.short(plan) {
+            for victim in select(policy, self.now, &others, missing) {
+                let residency = view
                     .residencies
                     .iter()
-                    .find(|r| r.component.content_id == victim.content)
-                {
-                    plan.evictions.push(Eviction {
-                        tier: *tier,
-                        component: there.component.id.clone(),
-                        bytes: there.bytes,
-                        reason: victim.reason,
-                    });
-                }
+                    .find(|r| r.component.content_id == victim.content);
+                evictions.extend(residency.map(|residency| Eviction {
+                    tier: view.tier,
+                    component: residency.component.id.clone(),
+                    bytes: residency.bytes,
+                    reason: victim.reason,
+                }));
             }
         }
+        evictions
     }
 }
 
@@ -465,7 +498,7 @@ fn shortage(
         .iter()
         .map(|component| (component.id.clone(), bytes_of(component)))
         .collect();
-    parts.sort_by(|a, b| b.1.cmp(&a.1));
+    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
     Shortage {
         tier: view.tier,
         needed,

@@ -29,6 +29,7 @@ fn component(number: u8, bytes: u64) -> Arc<Component> {
                 mtime_ns: 0,
             },
         }],
+        selection: None,
     })
 }
 
@@ -164,7 +165,11 @@ fn the_fast_path_claims_all_or_none() {
     let ledger = ledger(100);
     let (a, b) = (component(1, 10), component(2, 10));
     let reservation = reserve(&ledger, &[want(&a)]).unwrap();
-    assert!(ledger.claim_resident(Tier::Ram, &[a.clone()]).is_none());
+    assert!(
+        ledger
+            .claim_resident(Tier::Ram, std::slice::from_ref(&a))
+            .is_none()
+    );
     land(&ledger, &a);
     drop(reservation);
     assert!(ledger.claim_resident(Tier::Ram, &[a.clone(), b]).is_none());
