@@ -117,7 +117,6 @@ impl Default for GpuConfig {
 /// The kinds of device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
 pub enum DeviceKind {
     /// The simulated device: host memory with a GPU's capacity, granularity, bandwidth and latency.
     #[default]
@@ -219,7 +218,6 @@ pub struct PolicyConfig {
 /// The eviction policies, by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
 pub enum EvictionPolicyName {
     /// Least recently used first.
     #[default]

@@ -1,1 +1,168 @@
-//! Placeholder.
+//! Reading a component's files into a slab.
+//!
+//! The slab is the byte image of the files, headers included, each file on a page border, so that direct reads need no
+//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a component, which checks that the files are still those of the catalogue and where
+//! each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
+//! been read: a file that changed in between gives [`ReadError::SourceChanged`], and its bytes are shown to nobody.
+
+mod image;
+mod pread;
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+pub use image::ImagePlan;
+pub use pread::PreadReader;
+
+use crate::catalog::safetensors::HeaderError;
+use crate::catalog::{Component, FileIdentity};
+use crate::memory::SlabWriter;
+use crate::tensor::TensorTable;
+use crate::units::Bytes;
+
+/// Why a component could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The file could not be opened.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The path no longer leads to a plain file.
+    #[error("{} is not a regular file any more; scan again", path.display())]
+    NotAFile {
+        /// Which path.
+        path: PathBuf,
+    },
+    /// The file is not the one that was scanned, or changed while it was read.
+    #[error("{} changed {when} (was {}, is {}); it is loaded again once the catalogue has seen the change", path.display(), describe(expected), describe(found))]
+    SourceChanged {
+        /// Which file.
+        path: PathBuf,
+        /// When that was noticed.
+        when: &'static str,
+        /// As it was scanned.
+        expected: FileIdentity,
+        /// As it is.
+        found: FileIdentity,
+    },
+    /// The file ended early.
+    #[error("{} ends at byte {offset}, {missing} before its end; it was truncated while it was read", path.display())]
+    Truncated {
+        /// Which file.
+        path: PathBuf,
+        /// Where it ended.
+        offset: u64,
+        /// What is missing.
+        missing: Bytes,
+    },
+    /// The device or the file system failed.
+    #[error("reading {} failed at byte {offset}: {source}", path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The header is broken.
+    #[error("{}: {source}", path.display())]
+    Header {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: HeaderError,
+    },
+    /// The header has a tensor of the component where the catalogue knows none.
+    #[error("{}: the tensor `{tensor}` is not where the catalogue has it; scan again", path.display())]
+    Unplaced {
+        /// Which file.
+        path: PathBuf,
+        /// Which tensor.
+        tensor: Arc<str>,
+    },
+    /// Two files of one component name the same tensor.
+    #[error(
+        "{component}: the tensor `{tensor}` is in two files; the index and its shards do not belong together"
+    )]
+    DuplicateTensor {
+        /// Which component.
+        component: String,
+        /// Which tensor.
+        tensor: Arc<str>,
+    },
+    /// The task that read was lost with its thread.
+    #[error("the reading of {component} was interrupted")]
+    Interrupted {
+        /// Which component.
+        component: String,
+    },
+}
+
+fn describe(identity: &FileIdentity) -> String {
+    format!("{}, inode {}", identity.size, identity.inode)
+}
+
+impl ReadError {
+    /// Whether the same read may succeed when it is tried again soon.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { source, .. } | Self::Open { source, .. }
+                if matches!(source.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+        )
+    }
+}
+
+/// Opens components for reading. Never blocks the async worker that polls it.
+pub trait Reader: Send + Sync + fmt::Debug + 'static {
+    /// The name of the way in which it reads, for status.
+    fn name(&self) -> &'static str;
+
+    /// Opens a component: its files are those of the catalogue, and the header of each is valid.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn open(
+        &self,
+        component: Arc<Component>,
+    ) -> BoxFuture<'static, Result<Box<dyn OpenComponent>, ReadError>>;
+}
+
+/// A component that is open for reading, from the first byte of its image to the last.
+pub trait OpenComponent: Send + 'static {
+    /// How long the image is.
+    fn image_bytes(&self) -> Bytes;
+
+    /// The tensors, with offsets into the image. Each lies within it.
+    fn table(&self) -> &Arc<TensorTable>;
+
+    /// Reads the next bytes of the image, at most `most` and at most what `into` has spare, and raises its watermark by
+    /// as many. At the end of the image it reads none. On an error the writer is gone.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn read(
+        self: Box<Self>,
+        into: SlabWriter,
+        most: Bytes,
+    ) -> BoxFuture<'static, Result<ReadOn, ReadError>>;
+}
+
+/// What a read gives back: the component and the writer, both one piece further.
+pub type ReadOn = (Box<dyn OpenComponent>, SlabWriter);
+
+/// The path as errors carry it.
+fn owned(path: &Path) -> PathBuf {
+    path.to_path_buf()
+}

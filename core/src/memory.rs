@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Who owns which bytes.
+//!
+//! [`Slab`] is host memory that other processes can map; [`Ledger`] knows the budget, the residencies, the
+//! reservations and the leases of every tier. Both outlive every actor: what an actor holds about memory is a copy of
+//! what the ledger says, and all bytes come back by dropping a handle, never by a message that might not arrive.
+
+mod flight;
+mod lease;
+mod ledger;
+mod slab;
+
+pub use flight::{Flight, FlightFailure, FlightState, FlightTicket, Image};
+pub use lease::{Lease, LeaseError, Place, TensorView};
+pub use ledger::{
+    Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,
+    ResidencyView, Shortfall, TierView, WakeWhen, Want,
+};
+pub use slab::{HostRange, Slab, SlabError, SlabWriter};

@@ -1,0 +1,264 @@
+//! Who gets memory in one tier, and when: the queue of waiting sets, and the evictions made for them. Not an actor, but
+//! what the keepers of all tiers (RamCache, each VramManager) have in common.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hotset_core::decision::{Act, EvictCause};
+use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
+use hotset_core::plan::Priority;
+use hotset_core::policy::{EvictionPolicy, Victim, select};
+use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
+use ractor::RpcReplyPort;
+
+use crate::counters::add;
+use crate::house::House;
+
+/// A set that wants memory in a tier.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) session: SessionId,
+    pub(crate) request: RequestId,
+    pub(crate) priority: Priority,
+    pub(crate) wants: Vec<Want>,
+    /// When it was asked first, since the start of the system: a request that is sent again after a restart keeps its age.
+    pub(crate) asked: Duration,
+    /// Answered once: granted, or never. Who no longer waits has dropped the other end.
+    pub(crate) reply: RpcReplyPort<Result<Reservation, Never>>,
+}
+
+/// The admission of one tier.
+pub(crate) struct Admission {
+    house: Arc<House>,
+    tier: Tier,
+    policy: Box<dyn EvictionPolicy>,
+    high_watermark: f64,
+    low_watermark: f64,
+    /// By priority, then by age. Bounded by `sessions.max_loads`, since each load waits in one queue at most.
+    waiting: VecDeque<Request>,
+}
+
+enum Attempt {
+    Answered,
+    Waits(Request),
+}
+
+impl Admission {
+    /// The admission of a tier, with an empty queue: requests that a predecessor had are sent again by their owners.
+    pub(crate) fn new(
+        house: Arc<House>,
+        tier: Tier,
+        high_watermark: f64,
+        low_watermark: f64,
+    ) -> Self {
+        let policy = (house.eviction)();
+        let admission = Self {
+            house,
+            tier,
+            policy,
+            high_watermark,
+            low_watermark,
+            waiting: VecDeque::new(),
+        };
+        admission.set_wake();
+        admission
+    }
+
+    /// How many sets wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Grants a set its memory, or queues it.
+    pub(crate) fn submit(&mut self, request: Request) {
+        // What costs nothing passes all who wait: it takes no memory from them.
+        let free_of_charge = self
+            .house
+            .ledger
+            .needed(self.tier, &request.wants)
+            .is_zero();
+        let ahead = self.waiting.iter().any(|w| w.priority >= request.priority);
+        let request = if free_of_charge || !ahead {
+            match self.attempt(request) {
+                Attempt::Answered => return,
+                Attempt::Waits(request) => request,
+            }
+        } else {
+            request
+        };
+        let place = self
+            .waiting
+            .iter()
+            .position(|w| (request.priority, w.asked) > (w.priority, request.asked))
+            .unwrap_or(self.waiting.len());
+        self.waiting.insert(place, request);
+        self.set_wake();
+        // Bytes that came back between the attempt and the flag woke nobody.
+        self.retry();
+    }
+
+    /// Tries again for those who wait, in their order, and keeps below the watermark.
+    pub(crate) fn retry(&mut self) {
+        self.waiting.retain(|request| !request.reply.is_closed());
+        while let Some(request) = self.waiting.pop_front() {
+            if let Attempt::Waits(request) = self.attempt(request) {
+                self.waiting.push_front(request);
+                break;
+            }
+        }
+        self.set_wake();
+        self.trim();
+    }
+
+    /// Evicts what nobody holds, down to the low watermark, where the high one is passed.
+    pub(crate) fn trim(&mut self) {
+        let Some(view) = self.house.ledger.view(self.tier) else {
+            return;
+        };
+        let high = view.budget.share(self.high_watermark);
+        let used = view.committed.saturating_sub(view.evicting);
+        if used > high {
+            let surplus = used.saturating_sub(view.budget.share(self.low_watermark));
+            self.evict_up_to(
+                surplus,
+                &EvictCause::Watermark {
+                    committed: used,
+                    high,
+                },
+            );
+        }
+    }
+
+    /// Evicts what nobody holds until `surplus` bytes are coming back, or all of it; gives what is coming back.
+    pub(crate) fn evict_up_to(&mut self, surplus: Bytes, cause: &EvictCause) -> Bytes {
+        let candidates = self.candidates(&HashSet::new());
+        let all: Bytes = candidates.iter().map(|c| c.bytes).sum();
+        let count = candidates.len();
+        let now = self.house.ledger.now();
+        let victims = select(self.policy.as_mut(), now, &candidates, surplus.min(all));
+        self.evict(victims, count, cause)
+    }
+
+    fn attempt(&mut self, request: Request) -> Attempt {
+        match self.house.ledger.reserve(self.tier, &request.wants, false) {
+            Err(never) => {
+                let _ = request.reply.send(Err(never));
+                Attempt::Answered
+            }
+            Ok(Reserved::Granted(reservation)) => {
+                self.granted(request, reservation);
+                Attempt::Answered
+            }
+            Ok(Reserved::Short(shortfall)) => {
+                self.make_room(&request, &shortfall);
+                // Host memory is freed by a task and comes back with a wake; what is freed at once can be had at once.
+                match self.house.ledger.reserve(self.tier, &request.wants, false) {
+                    Ok(Reserved::Granted(reservation)) => {
+                        self.granted(request, reservation);
+                        Attempt::Answered
+                    }
+                    _ => Attempt::Waits(request),
+                }
+            }
+        }
+    }
+
+    fn granted(&mut self, request: Request, reservation: Reservation) {
+        let now = self.house.ledger.now();
+        for claim in &reservation.claims {
+            let component = claim.component();
+            self.policy
+                .on_request(now, &component.content_id, component.bytes, false);
+        }
+        // Dropped with the port where nobody waits any more: the bytes come back.
+        let _ = request.reply.send(Ok(reservation));
+    }
+
+    /// Evicts for a set, if that suffices together with what is about to come back anyhow.
+    fn make_room(&mut self, request: &Request, shortfall: &Shortfall) {
+        let missing = shortfall.missing();
+        if missing.is_zero() || missing > shortfall.evictable {
+            return;
+        }
+        let own: HashSet<ContentId> = request
+            .wants
+            .iter()
+            .filter_map(|want| match want {
+                Want::Component(component, _) => Some(component.content_id),
+                Want::Scratch(_) => None,
+            })
+            .collect();
+        let candidates = self.candidates(&own);
+        let now = self.house.ledger.now();
+        let victims = select(self.policy.as_mut(), now, &candidates, missing);
+        let cause = EvictCause::Demand {
+            session: request.session,
+            request: request.request,
+            missing,
+        };
+        self.evict(victims, candidates.len(), &cause);
+    }
+
+    fn candidates(&self, except: &HashSet<ContentId>) -> Vec<hotset_core::policy::Candidate> {
+        self.house
+            .ledger
+            .evictable(self.tier)
+            .iter()
+            .map(hotset_core::memory::ResidencyView::candidate)
+            .filter(|candidate| !except.contains(&candidate.content))
+            .collect()
+    }
+
+    fn evict(&mut self, victims: Vec<Victim>, candidates: usize, cause: &EvictCause) -> Bytes {
+        let mut freed = Bytes::ZERO;
+        for victim in victims {
+            // Somebody may have claimed it since: then it stays.
+            let Some(evicted) = self.house.ledger.evict(self.tier, &victim.content) else {
+                continue;
+            };
+            freed += evicted.bytes;
+            self.policy
+                .on_evict(self.house.ledger.now(), &victim.content);
+            let counter = match self.tier {
+                Tier::Ram => &self.house.counters.evictions_ram,
+                Tier::Vram(_) => &self.house.counters.evictions_vram,
+            };
+            add(counter, 1);
+            self.house.decide(Act::Evict {
+                component: evicted.component.id.clone(),
+                tier: self.tier,
+                bytes: evicted.bytes,
+                policy: self.policy.name().into(),
+                score: victim.score,
+                reason: victim.reason,
+                cause: cause.clone(),
+                candidates,
+            });
+            match self.tier {
+                // Unmapping gigabytes takes long.
+                Tier::Ram => drop(self.house.tasks.spawn_blocking(move || drop(evicted))),
+                Tier::Vram(_) => drop(evicted),
+            }
+        }
+        freed
+    }
+
+    /// Wakes the keeper when bytes come back while somebody waits, or when there is something to trim.
+    fn set_wake(&self) {
+        let high = self
+            .house
+            .ledger
+            .view(self.tier)
+            .map_or(Bytes(u64::MAX), |view| {
+                view.budget.share(self.high_watermark)
+            });
+        self.house.ledger.set_wake_when(
+            self.tier,
+            WakeWhen {
+                waiting: !self.waiting.is_empty(),
+                above: high,
+            },
+        );
+    }
+}

@@ -1,0 +1,174 @@
+//! What all actors of one system share: the configuration, the ledger, the published catalogue, the devices, and the
+//! addresses of the others. It is owned by the system and outlives every actor.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hotset_core::catalog::CatalogueCell;
+use hotset_core::config::Config;
+use hotset_core::decision::{Act, Decision, DecisionLog};
+use hotset_core::device::Device;
+use hotset_core::io::Reader;
+use hotset_core::memory::{Ledger, TierView};
+use hotset_core::plan::Planner;
+use hotset_core::policy::{self, EvictionPolicy};
+use hotset_core::{Bytes, GpuIndex, RequestId, SessionId};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::counters::Counters;
+use crate::discovery::DiscoveryMessage;
+use crate::monitor::MonitorMessage;
+use crate::predictor::PredictorMessage;
+use crate::ram_cache::RamCacheMessage;
+use crate::sessions::SessionsMessage;
+use crate::slot::Slot;
+use crate::supervisor::SupervisorMessage;
+use crate::vram_manager::VramManagerMessage;
+
+/// Makes the eviction policy of a tier, at each start of its keeper.
+pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
+
+/// See the module's page.
+pub(crate) struct House {
+    /// Tells two systems in one process apart; prefixes the names of actors, which are global.
+    pub(crate) id: u64,
+    pub(crate) config: Arc<Config>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) catalogue: Arc<CatalogueCell>,
+    pub(crate) reader: Arc<dyn Reader>,
+    pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+    pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,
+    pub(crate) eviction: EvictionPolicyFactory,
+    pub(crate) counters: Counters,
+    /// Beside the ledger's the one lock that several actors take, for one push.
+    decisions: Mutex<DecisionLog>,
+
+    // How many may do something at once, over all actors and their restarts.
+    pub(crate) reads: Arc<Semaphore>,
+    pub(crate) loads: Arc<Semaphore>,
+
+    // Ends.
+    pub(crate) stop: CancellationToken,
+    pub(crate) draining: AtomicBool,
+    /// Whether Predictor learns and proposes; kept here for its restarts.
+    pub(crate) predicting: AtomicBool,
+    pub(crate) tasks: TaskTracker,
+
+    // Addresses.
+    pub(crate) supervisor: Slot<SupervisorMessage>,
+    pub(crate) discovery: Slot<DiscoveryMessage>,
+    pub(crate) ram: Slot<RamCacheMessage>,
+    pub(crate) vram: BTreeMap<GpuIndex, Slot<VramManagerMessage>>,
+    pub(crate) predictor: Slot<PredictorMessage>,
+    pub(crate) monitor: Slot<MonitorMessage>,
+    pub(crate) sessions: Slot<SessionsMessage>,
+
+    next_session: AtomicU64,
+    next_request: AtomicU64,
+}
+
+impl fmt::Debug for House {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("House")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Systems started in this process so far. Only used to name actors.
+static SYSTEMS: AtomicU64 = AtomicU64::new(0);
+
+impl House {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        ledger: Arc<Ledger>,
+        reader: Arc<dyn Reader>,
+        devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        eviction: Option<EvictionPolicyFactory>,
+    ) -> Self {
+        let name = config.policy.eviction;
+        Self {
+            id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
+            ledger,
+            catalogue: Arc::new(CatalogueCell::default()),
+            reader,
+            granularity: devices
+                .iter()
+                .map(|(gpu, device)| (*gpu, device.describe().granularity))
+                .collect(),
+            vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
+            devices,
+            eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
+            counters: Counters::default(),
+            decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),
+            reads: Arc::new(Semaphore::new(config.load.reads.max(1))),
+            loads: Arc::new(Semaphore::new(config.sessions.max_loads.max(1))),
+            stop: CancellationToken::new(),
+            draining: AtomicBool::new(false),
+            predicting: AtomicBool::new(config.predict.enabled),
+            tasks: TaskTracker::new(),
+            supervisor: Slot::new(),
+            discovery: Slot::new(),
+            ram: Slot::new(),
+            predictor: Slot::new(),
+            monitor: Slot::new(),
+            sessions: Slot::new(),
+            next_session: AtomicU64::new(1),
+            next_request: AtomicU64::new(1),
+            config,
+        }
+    }
+
+    pub(crate) fn next_session(&self) -> SessionId {
+        SessionId(self.next_session.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn next_request(&self) -> RequestId {
+        RequestId(self.next_request.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A name for an actor that no other system in the process has.
+    pub(crate) fn actor_name(&self, name: impl fmt::Display) -> String {
+        format!("hotset{}.{name}", self.id)
+    }
+
+    /// Records a decision.
+    pub(crate) fn decide(&self, act: Act) {
+        tracing::info!(target: "hotset::decision", "{}", act.sentence());
+        let at = self.ledger.now();
+        self.decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(at, act);
+    }
+
+    /// The decisions that `wanted` holds for, newest first, at most `limit`.
+    pub(crate) fn decisions(
+        &self,
+        limit: usize,
+        wanted: impl Fn(&Decision) -> bool,
+    ) -> Vec<Decision> {
+        self.decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .newest_first()
+            .filter(|decision| wanted(decision))
+            .take(limit)
+            .cloned()
+            .collect()
+    }
+
+    /// A planner over these books.
+    pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView]) -> Planner<'a> {
+        Planner {
+            tiers,
+            granularity: &self.granularity,
+            ring: self.config.load.ring,
+            now: self.ledger.now(),
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! One session's loads: takes them on up to a bound, runs each as a task, cancels them.
+//!
+//! It owns the tasks; when it dies, they end, and what they had reserved comes back. It decides nothing about memory. Its
+//! session's handle talks to it.
+
+mod load;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use hotset_core::plan::ComponentSet;
+use hotset_core::{RequestId, SessionId};
+use ractor::{ActorProcessingErr, ActorRef};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::house::House;
+use crate::loading::{LoadError, Outlet, SessionError};
+
+/// What a loader is asked.
+#[derive(Debug)]
+pub(crate) enum LoaderMessage {
+    /// Load a set. The outlet hears all that happens.
+    Load {
+        /// Its number.
+        request: RequestId,
+        /// What.
+        set: ComponentSet,
+        /// Who hears of it.
+        outlet: Outlet,
+    },
+    /// A load has ended.
+    Ended(RequestId),
+    /// Cancel all loads.
+    CancelAll,
+}
+
+pub(crate) struct Loader;
+
+pub(crate) struct State {
+    house: Arc<House>,
+    session: SessionId,
+    running: HashMap<RequestId, Running>,
+}
+
+struct Running {
+    cancel: tokio_util::sync::CancellationToken,
+    _task: AbortOnDropHandle<()>,
+}
+
+#[ractor::actor(message = LoaderMessage, state = State, arguments = (Arc<House>, SessionId))]
+impl Loader {
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<LoaderMessage>,
+        (house, session): (Arc<House>, SessionId),
+    ) -> Result<State, ActorProcessingErr> {
+        Ok(State {
+            house,
+            session,
+            running: HashMap::new(),
+        })
+    }
+
+    #[ractor::message(LoaderMessage::Load { request, set, outlet })]
+    fn load(
+        &self,
+        myself: ActorRef<LoaderMessage>,
+        request: RequestId,
+        set: ComponentSet,
+        outlet: Outlet,
+        state: &mut State,
+    ) {
+        let house = &state.house;
+        let sessions = &house.config.sessions;
+        let busy = |what, limit| {
+            LoadError::Session(SessionError::Busy {
+                what,
+                limit,
+                retry_after: sessions.retry_after,
+            })
+        };
+        if house.draining.load(std::sync::atomic::Ordering::Acquire) {
+            return outlet.end(Err(SessionError::Draining.into()));
+        }
+        if state.running.len() >= sessions.max_loads_per_session {
+            return outlet.end(Err(busy(
+                "this session has too many loads under way",
+                sessions.max_loads_per_session,
+            )));
+        }
+        let Ok(permit) = house.loads.clone().try_acquire_owned() else {
+            return outlet.end(Err(busy(
+                "too many loads are under way",
+                sessions.max_loads,
+            )));
+        };
+        let cancel = outlet.cancel.clone();
+        let job = load::Job::new(house.clone(), state.session, request, set);
+        let task = house.tasks.spawn(async move {
+            job.run(outlet).await;
+            drop(permit);
+            let _ = myself.send_message(LoaderMessage::Ended(request));
+        });
+        state.running.insert(
+            request,
+            Running {
+                cancel,
+                _task: AbortOnDropHandle::new(task),
+            },
+        );
+    }
+
+    #[ractor::message(LoaderMessage::Ended(request))]
+    fn ended(&self, request: RequestId, state: &mut State) {
+        state.running.remove(&request);
+    }
+
+    #[ractor::message(LoaderMessage::CancelAll)]
+    fn cancel_all(&self, state: &mut State) {
+        for running in state.running.values() {
+            running.cancel.cancel();
+        }
+    }
+}

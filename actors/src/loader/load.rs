@@ -1,0 +1,537 @@
+//! The story of one load: resolve the names, plan, reserve in every tier, move the bytes, hand out the leases.
+//!
+//! Everything that it holds on the way, it holds by handles: wherever it is dropped, the bytes come back.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use hotset_core::catalog::Component;
+use hotset_core::decision::Act;
+use hotset_core::memory::{
+    Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
+};
+use hotset_core::plan::{ComponentSet, Plan, There, resolve};
+use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
+use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
+
+use crate::admission::Request;
+use crate::counters::add;
+use crate::house::House;
+use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
+use crate::predictor::PredictorMessage;
+use crate::ram_cache::RamCacheMessage;
+use crate::vram_manager::{Ring, Source, VramManagerMessage};
+
+/// How often a load begins again when what it waited for was interrupted, by a restart or by another client's cancel.
+const ATTEMPTS: u32 = 5;
+/// Wait before it begins again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+
+/// One load.
+pub(super) struct Job {
+    house: Arc<House>,
+    session: SessionId,
+    request: RequestId,
+    set: ComponentSet,
+    asked: Duration,
+    started: Instant,
+}
+
+/// What the load knows of itself for its progress and its errors.
+struct Board {
+    stage: Stage,
+    components: Vec<ComponentProgress>,
+    first_byte: Option<Instant>,
+    moved_before: Bytes,
+}
+
+impl Job {
+    pub(super) fn new(
+        house: Arc<House>,
+        session: SessionId,
+        request: RequestId,
+        set: ComponentSet,
+    ) -> Self {
+        let asked = house.ledger.now();
+        Self {
+            house,
+            session,
+            request,
+            set,
+            asked,
+            started: Instant::now(),
+        }
+    }
+
+    #[tracing::instrument(name = "load", skip_all, fields(session = %self.session, request = %self.request))]
+    pub(super) async fn run(self, outlet: Outlet) {
+        let counters = &self.house.counters;
+        add(&counters.loads_requested, 1);
+        let deadline = self.set.deadline.unwrap_or(self.house.config.load.deadline);
+        let mut board = Board {
+            stage: Stage::Planning,
+            components: Vec::new(),
+            first_byte: None,
+            moved_before: Bytes::ZERO,
+        };
+        let outcome = tokio::select! {
+            biased;
+            () = outlet.cancel.cancelled() => Err(LoadError::Cancelled),
+            () = self.house.stop.cancelled() => Err(crate::SessionError::Draining.into()),
+            outcome = tokio::time::timeout(deadline, self.attempts(&outlet, &mut board)) => {
+                outcome.unwrap_or_else(|_| Err(self.timed_out(&board)))
+            }
+        };
+        match &outcome {
+            Ok(()) => add(&counters.loads_granted, 1),
+            Err(LoadError::Cancelled) => add(&counters.loads_cancelled, 1),
+            Err(error) => {
+                let counter = match error {
+                    LoadError::TimedOut { .. } => &counters.loads_timed_out,
+                    _ => &counters.loads_refused,
+                };
+                add(counter, 1);
+                self.house.decide(Act::Refuse {
+                    session: self.session,
+                    request: self.request,
+                    components: board
+                        .components
+                        .iter()
+                        .map(|c| c.component.clone())
+                        .collect(),
+                    reason: error.to_string(),
+                });
+            }
+        }
+        outlet.end(outcome);
+    }
+
+    fn timed_out(&self, board: &Board) -> LoadError {
+        let held = match board.stage {
+            Stage::WaitingFor(waited_for) => self
+                .house
+                .ledger
+                .view(waited_for)
+                .map(|view| {
+                    let held = view
+                        .residencies
+                        .iter()
+                        .filter(|residency| residency.leases > 0)
+                        .map(|residency| residency.bytes)
+                        .sum();
+                    (waited_for, held)
+                })
+                .into_iter()
+                .collect(),
+            Stage::Planning | Stage::Loading => Vec::new(),
+        };
+        LoadError::TimedOut {
+            waited: self.started.elapsed(),
+            stage: board.stage,
+            held,
+        }
+    }
+
+    /// Tries until it is done, or fails in a way that trying again does not mend.
+    async fn attempts(&self, outlet: &Outlet, board: &mut Board) -> Result<(), LoadError> {
+        let mut pause = FIRST_PAUSE;
+        // Leases of an attempt that failed half-way are kept for the next one: what is leased need not be loaded again.
+        let mut leased: HashMap<ContentId, Lease> = HashMap::new();
+        let mut shown = false;
+        for left in (0..ATTEMPTS).rev() {
+            match self.attempt(outlet, board, &mut leased, &mut shown).await {
+                Err(LoadError::Component { failure, .. }) if failure.is_passing() && left > 0 => {
+                    tracing::debug!(%failure, "beginning again");
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+                Ok(()) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(LoadError::Restarted)
+    }
+
+    async fn attempt(
+        &self,
+        outlet: &Outlet,
+        board: &mut Board,
+        leased: &mut HashMap<ContentId, Lease>,
+        shown: &mut bool,
+    ) -> Result<(), LoadError> {
+        board.stage = Stage::Planning;
+        let plan = Arc::new(self.plan()?);
+        board.components = plan
+            .steps
+            .iter()
+            .map(|step| ComponentProgress {
+                component: step.component.id.clone(),
+                phase: Phase::Waiting,
+                shared: step.there != There::Absent,
+                done: Bytes::ZERO,
+                total: step.component.bytes,
+            })
+            .collect();
+        if !*shown {
+            outlet.send(LoadEvent::Planned(plan.clone())).await;
+            *shown = true;
+        }
+        self.count_hits(&plan);
+
+        let (claims, staging) = self.reserve(&plan, outlet, board).await?;
+        board.stage = Stage::Loading;
+        self.move_all(claims, staging, outlet, board, leased)
+            .await?;
+        // All are there: only now does anybody get one, in loading order, since a set is all or nothing.
+        for step in &plan.steps {
+            if let Some(lease) = leased.remove(&step.component.content_id) {
+                outlet.send(LoadEvent::Leased(lease)).await;
+            }
+        }
+        self.tell_predictor(&plan);
+        Ok(())
+    }
+
+    fn plan(&self) -> Result<Plan, LoadError> {
+        let catalogue = self.house.catalogue.load();
+        let graph = resolve(&catalogue, &self.set.names, self.set.dependencies)?;
+        let tiers = self.house.ledger.views();
+        Ok(self.house.planner(&tiers).plan(&graph, self.set.target)?)
+    }
+
+    fn count_hits(&self, plan: &Plan) {
+        let hits = plan
+            .steps
+            .iter()
+            .filter(|s| s.there == There::Resident)
+            .count() as u64;
+        add(&self.house.counters.component_hits, hits);
+        add(
+            &self.house.counters.component_misses,
+            plan.steps.len() as u64 - hits,
+        );
+    }
+
+    fn tell_predictor(&self, plan: &Plan) {
+        let components = plan
+            .steps
+            .iter()
+            .map(|step| step.component.clone())
+            .collect();
+        // A guess less where it is not there.
+        let _ = self.house.predictor.cast(PredictorMessage::Requested {
+            session: self.session,
+            components,
+        });
+    }
+
+    /// Reserves in every tier, in the one global order. On the way to a GPU that is its memory first, then RAM's.
+    async fn reserve(
+        &self,
+        plan: &Plan,
+        outlet: &Outlet,
+        board: &mut Board,
+    ) -> Result<(Vec<Claim>, Staging), LoadError> {
+        let components: Vec<Arc<Component>> = plan
+            .steps
+            .iter()
+            .map(|step| step.component.clone())
+            .collect();
+        // All there: no need to trouble anybody.
+        if let Some(claims) = self.house.ledger.claim_resident(plan.tier, &components) {
+            return Ok((claims, Staging::default()));
+        }
+        board.stage = Stage::WaitingFor(plan.tier);
+        outlet.show(board.progress(self.started));
+        let own = self.ask(plan.tier, plan.wants()).await?;
+        let Tier::Vram(_) = plan.tier else {
+            return Ok((own.claims, Staging::default()));
+        };
+        // While it waited, components may have come and gone: from here on they are pinned, so now it is certain which
+        // of them have to move.
+        let tiers = self.house.ledger.views();
+        let mut routed = plan.clone();
+        self.house.planner(&tiers).route(&mut routed)?;
+        let wants = routed.stage_wants();
+        if wants.is_empty() {
+            return Ok((own.claims, Staging::default()));
+        }
+        board.stage = Stage::WaitingFor(Tier::Ram);
+        outlet.show(board.progress(self.started));
+        let ram = self.ask(Tier::Ram, wants).await?;
+        let staging = Staging {
+            claims: ram
+                .claims
+                .into_iter()
+                .map(|claim| (claim.component().content_id, claim))
+                .collect(),
+            ring: ram.scratch.map(|charge| Arc::new(Mutex::new(charge))),
+        };
+        Ok((own.claims, staging))
+    }
+
+    /// Asks the keeper of a tier for memory, and again after each of its restarts.
+    async fn ask(&self, tier: Tier, wants: Vec<Want>) -> Result<Reservation, LoadError> {
+        let before = self.house.ledger.view(tier);
+        let needed = self.house.ledger.needed(tier, &wants);
+        let request = |reply| Request {
+            session: self.session,
+            request: self.request,
+            priority: self.set.priority,
+            wants: wants.clone(),
+            asked: self.asked,
+            reply,
+        };
+        let asked = Instant::now();
+        let answer = match tier {
+            Tier::Ram => {
+                self.house
+                    .ram
+                    .insist(|reply| RamCacheMessage::Reserve(request(reply)))
+                    .await
+            }
+            Tier::Vram(gpu) => match self.house.vram.get(&gpu) {
+                Some(slot) => {
+                    slot.insist(|reply| VramManagerMessage::Reserve(request(reply)))
+                        .await
+                }
+                None => Err(Never::OutOfService {
+                    tier,
+                    reason: "there is no such GPU".into(),
+                }),
+            },
+        };
+        let reservation = answer?;
+        self.house.decide(Act::Admit {
+            session: self.session,
+            request: self.request,
+            tier,
+            components: reservation
+                .claims
+                .iter()
+                .map(|claim| claim.component().id.clone())
+                .collect(),
+            needed,
+            free: before.map_or(Bytes::ZERO, |view| view.free()),
+            waited: asked.elapsed(),
+        });
+        Ok(reservation)
+    }
+
+    /// Moves all components, several at a time, in loading order.
+    async fn move_all(
+        &self,
+        claims: Vec<Claim>,
+        mut staging: Staging,
+        outlet: &Outlet,
+        board: &mut Board,
+        leased: &mut HashMap<ContentId, Lease>,
+    ) -> Result<(), LoadError> {
+        let mut waiting = claims
+            .into_iter()
+            .enumerate()
+            .collect::<std::collections::VecDeque<_>>();
+        let mut moving = FuturesUnordered::new();
+        let (told, mut tells) = watch::channel(vec![Bytes::ZERO; waiting.len()]);
+        let told = Arc::new(told);
+        let concurrency = self.house.config.load.concurrency.max(1);
+        loop {
+            while moving.len() < concurrency
+                && let Some((i, claim)) = waiting.pop_front()
+            {
+                let (source, ring) = staging.take(&claim);
+                moving.push(self.move_one(i, claim, source, ring, told.clone()));
+            }
+            tokio::select! {
+                biased;
+                moved = moving.next() => match moved {
+                    None => return Ok(()),
+                    Some(moved) => {
+                        let (i, lease) = moved?;
+                        if let Some(progress) = board.components.get_mut(i) {
+                            progress.phase = Phase::Ready;
+                            progress.done = progress.total;
+                        }
+                        leased.insert(lease.component().content_id, lease);
+                        outlet.show(board.progress(self.started));
+                    }
+                },
+                Ok(()) = tells.changed() => {
+                    board.take(&tells.borrow_and_update());
+                    outlet.show(board.progress(self.started));
+                }
+            }
+        }
+    }
+
+    /// Moves one component, or waits while others do, and leases it.
+    async fn move_one(
+        &self,
+        i: usize,
+        claim: Claim,
+        mut source: Option<Source>,
+        ring: Option<Ring>,
+        told: Arc<watch::Sender<Vec<Bytes>>>,
+    ) -> Result<(usize, Lease), LoadError> {
+        let id = claim.component().id.clone();
+        let failed = |failure| LoadError::Component {
+            component: id.clone(),
+            failure,
+        };
+        if let ResidencyState::Loading(flight) = claim.state() {
+            let mut states = flight.subscribe();
+            let mut restarts = Restarts::of(&self.house, claim.tier());
+            loop {
+                let state = states.borrow_and_update().clone();
+                match state {
+                    FlightState::Landed => break,
+                    FlightState::Failed(failure) => return Err(failed(failure)),
+                    FlightState::Moving(done) => told.send_modify(|all| {
+                        if let Some(mine) = all.get_mut(i) {
+                            *mine = done;
+                        }
+                    }),
+                    FlightState::Waiting => self.start(&claim, &mut source),
+                }
+                tokio::select! {
+                    changed = states.changed() => {
+                        changed.map_err(|_| failed(FlightFailure::Interrupted))?;
+                    }
+                    () = restarts.changed() => {
+                        // The message may have been lost with the actor, and the claim on the slab with it.
+                        let waiting = matches!(*states.borrow(), FlightState::Waiting);
+                        if waiting && source.is_none() && claim.tier() != Tier::Ram {
+                            source = self.supply_again(&claim, ring.clone());
+                            if source.is_none() {
+                                return Err(failed(FlightFailure::Interrupted));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Lease::new(claim, self.session)
+            .map(|lease| (i, lease))
+            .map_err(|_| failed(FlightFailure::Interrupted))
+    }
+
+    /// The source of an upload once more, after the first one was lost with its message. Never waits for memory: that
+    /// would be waiting while holding some, and two loads could wait for each other.
+    fn supply_again(&self, claim: &Claim, ring: Option<Ring>) -> Option<Source> {
+        if let Some(ring) = ring {
+            return Some(Source::Ring(ring));
+        }
+        let component = claim.component();
+        let wants = [Want::Component(component.clone(), component.ram_bytes())];
+        match self.house.ledger.reserve(Tier::Ram, &wants, false) {
+            Ok(Reserved::Granted(mut reservation)) => reservation.claims.pop().map(Source::Ram),
+            _ => None,
+        }
+    }
+
+    /// Asks for the movement of a component. Whoever asks first starts it; the others' messages change nothing.
+    fn start(&self, claim: &Claim, source: &mut Option<Source>) {
+        let component = claim.component().clone();
+        // Where the actor is not there now, its restart brings us here again.
+        match claim.tier() {
+            Tier::Ram => {
+                let _ = self.house.ram.cast(RamCacheMessage::Fetch(component));
+            }
+            Tier::Vram(gpu) => {
+                if let (Some(slot), Some(from)) = (self.house.vram.get(&gpu), source.take()) {
+                    let _ = slot.cast(VramManagerMessage::Upload(component, from));
+                }
+            }
+        }
+    }
+}
+
+/// What is reserved in RAM on the way to a GPU.
+#[derive(Default)]
+struct Staging {
+    claims: HashMap<ContentId, Claim>,
+    ring: Option<Ring>,
+}
+
+impl Staging {
+    /// The source for a component: its slab where one is promised, else the ring, which is given for later as well.
+    fn take(&mut self, claim: &Claim) -> (Option<Source>, Option<Ring>) {
+        match self.claims.remove(&claim.component().content_id) {
+            Some(claim) => (Some(Source::Ram(claim)), None),
+            None => (self.ring.clone().map(Source::Ring), self.ring.clone()),
+        }
+    }
+}
+
+/// Tells when the keeper of a tier was started again.
+enum Restarts {
+    Ram(watch::Receiver<Option<ractor::ActorRef<RamCacheMessage>>>),
+    Vram(watch::Receiver<Option<ractor::ActorRef<VramManagerMessage>>>),
+    Never,
+}
+
+impl Restarts {
+    fn of(house: &House, tier: Tier) -> Self {
+        match tier {
+            Tier::Ram => Self::Ram(house.ram.subscribe()),
+            Tier::Vram(gpu) => house
+                .vram
+                .get(&gpu)
+                .map_or(Self::Never, |slot| Self::Vram(slot.subscribe())),
+        }
+    }
+
+    async fn changed(&mut self) {
+        let changed = match self {
+            Self::Ram(slot) => slot.changed().await.is_ok(),
+            Self::Vram(slot) => slot.changed().await.is_ok(),
+            Self::Never => false,
+        };
+        if !changed {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Board {
+    fn take(&mut self, moved: &[Bytes]) {
+        for (progress, moved) in self.components.iter_mut().zip(moved) {
+            if progress.phase != Phase::Ready && !moved.is_zero() {
+                progress.phase = Phase::Loading;
+                // The image in RAM has headers and padding beside the tensors.
+                progress.done = (*moved).min(progress.total);
+            }
+        }
+    }
+
+    fn progress(&mut self, started: Instant) -> LoadProgress {
+        let now = Instant::now();
+        let done: Bytes = self.components.iter().map(|c| c.done).sum();
+        let total: Bytes = self.components.iter().map(|c| c.total).sum();
+        if self.first_byte.is_none() && !done.is_zero() {
+            self.first_byte = Some(now);
+            self.moved_before = done;
+        }
+        let moving_s = self
+            .first_byte
+            .map_or(0.0, |first| now.duration_since(first).as_secs_f64());
+        let bytes_per_s = if moving_s > 0.0 {
+            done.saturating_sub(self.moved_before).as_f64() / moving_s
+        } else {
+            0.0
+        };
+        LoadProgress {
+            stage: self.stage,
+            components: self.components.clone(),
+            done,
+            total,
+            elapsed_s: now.duration_since(started).as_secs_f64(),
+            bytes_per_s,
+            eta_s: (bytes_per_s > 0.0).then(|| total.saturating_sub(done).as_f64() / bytes_per_s),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Predictor: learns from the request stream and proposes prefetches. Off until it is switched on.
+//!
+//! What it has learned is kept in memory and lost with it; it then learns anew. Its guesses go to RamCache, which takes
+//! them only into memory that nobody needs.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use hotset_core::catalog::Component;
+use hotset_core::predict::{Candidate, Observed, Predictor, PredictorStats, Seen};
+use hotset_core::{ContentId, SessionId, Tier};
+use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
+use serde::Serialize;
+
+use crate::house::House;
+use crate::ram_cache::RamCacheMessage;
+
+/// What Predictor is told and asked.
+#[derive(Debug)]
+pub(crate) enum PredictorMessage {
+    /// A session was granted these components.
+    Requested {
+        /// Who.
+        session: SessionId,
+        /// What.
+        components: Vec<Arc<Component>>,
+    },
+    /// Switch it on or off.
+    SetEnabled(bool, RpcReplyPort<()>),
+    /// The state.
+    Observe(RpcReplyPort<PredictorView>),
+}
+
+/// Predictor's state.
+#[derive(Debug, Clone, Serialize)]
+pub struct PredictorView {
+    /// Whether it learns and proposes.
+    pub enabled: bool,
+    /// What it has learned.
+    pub stats: PredictorStats,
+}
+
+pub(crate) struct PredictorActor;
+
+pub(crate) struct State {
+    house: Arc<House>,
+    enabled: bool,
+    predictor: Predictor,
+}
+
+/// Prefetches proposed after one request: more would only queue behind the first.
+const PROPOSALS: usize = 2;
+/// Read rate that is assumed for a component whose load was never measured, in bytes each second: a plain SSD.
+const ASSUMED_RATE: f64 = 1e9;
+
+#[ractor::actor(message = PredictorMessage, state = State, arguments = Arc<House>)]
+impl PredictorActor {
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<PredictorMessage>,
+        house: Arc<House>,
+    ) -> Result<State, ActorProcessingErr> {
+        Ok(State {
+            enabled: house.predicting.load(std::sync::atomic::Ordering::Relaxed),
+            predictor: Predictor::new(&house.config.predict),
+            house,
+        })
+    }
+
+    #[ractor::message(PredictorMessage::Requested { session, components })]
+    fn requested(&self, session: SessionId, components: Vec<Arc<Component>>, state: &mut State) {
+        if !state.enabled {
+            return;
+        }
+        let now = state.house.ledger.now();
+        let seen: Vec<Seen> = components
+            .iter()
+            .map(|component| Seen {
+                content: component.content_id,
+                kind: component.kind,
+                bytes: component.bytes,
+            })
+            .collect();
+        state.predictor.observe(
+            now,
+            &Observed {
+                session,
+                components: &seen,
+            },
+        );
+        propose(state);
+    }
+
+    #[ractor::message(PredictorMessage::SetEnabled(enabled, reply))]
+    fn set_enabled(&self, enabled: bool, reply: RpcReplyPort<()>, state: &mut State) {
+        state.enabled = enabled;
+        // For its own next start.
+        state
+            .house
+            .predicting
+            .store(enabled, std::sync::atomic::Ordering::Relaxed);
+        let _ = reply.send(());
+    }
+
+    #[ractor::message(PredictorMessage::Observe(reply))]
+    fn observe(&self, reply: RpcReplyPort<PredictorView>, state: &mut State) {
+        let _ = reply.send(PredictorView {
+            enabled: state.enabled,
+            stats: state.predictor.stats(),
+        });
+    }
+}
+
+/// Proposes what is not in RAM.
+fn propose(state: &mut State) {
+    let there: HashSet<ContentId> = state
+        .house
+        .ledger
+        .view(Tier::Ram)
+        .map(|view| {
+            view.residencies
+                .iter()
+                .map(|residency| residency.component.content_id)
+                .collect()
+        })
+        .unwrap_or_default();
+    let catalogue = state.house.catalogue.load();
+    let absent: Vec<&Arc<Component>> = catalogue
+        .models()
+        .flat_map(|model| &model.components)
+        .filter(|component| !there.contains(&component.content_id))
+        .collect();
+    let candidates: Vec<Candidate> = absent
+        .iter()
+        .map(|component| Candidate {
+            content: component.content_id,
+            bytes: component.bytes,
+            load_s: component.bytes.as_f64() / ASSUMED_RATE,
+        })
+        .collect();
+    let now = state.house.ledger.now();
+    for proposal in state.predictor.proposals(now, &candidates, PROPOSALS) {
+        let Some(component) = absent.iter().find(|c| c.content_id == proposal.content) else {
+            continue;
+        };
+        let _ = state.house.ram.cast(RamCacheMessage::Prefetch {
+            component: Arc::clone(component),
+            probability: proposal.probability,
+        });
+    }
+}

@@ -1,0 +1,253 @@
+//! The RAM tier: admits sets, starts reads from disk, evicts.
+//!
+//! It owns no byte: slabs belong to the ledger. It never reads a file itself, and waits for nobody; reads run in tasks
+//! that hold their [`FlightTicket`] and report to the ledger. Loaders and VramManagers talk to it.
+
+use std::sync::Arc;
+
+use hotset_core::catalog::Component;
+use hotset_core::decision::{Act, EvictCause};
+use hotset_core::memory::{FlightFailure, FlightTicket, Image, Memory, Reserved, Slab, Want};
+use hotset_core::{Bytes, Tier};
+use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::admission::{Admission, Request};
+use crate::counters::add;
+use crate::house::House;
+
+/// What the RAM tier is asked.
+#[derive(Debug)]
+pub(crate) enum RamCacheMessage {
+    /// Memory for a set.
+    Reserve(Request),
+    /// Read this component, which is promised; nothing where it is there or under way.
+    Fetch(Arc<Component>),
+    /// Read this component on a guess, if there is room that nobody needs.
+    Prefetch {
+        /// Which.
+        component: Arc<Component>,
+        /// How likely it is to be wanted.
+        probability: f64,
+    },
+    /// Bytes came back, or a pin was lifted.
+    Woken,
+    /// Others need memory: evict down to this share of the budget.
+    Relieve {
+        /// What may stay.
+        keep: f64,
+        /// Why.
+        cause: EvictCause,
+        /// How many bytes are coming back.
+        reply: Option<RpcReplyPort<Bytes>>,
+    },
+    /// How many sets wait.
+    Observe(RpcReplyPort<usize>),
+}
+
+pub(crate) struct RamCache;
+
+pub(crate) struct State {
+    house: Arc<House>,
+    admission: Admission,
+    _wake: AbortOnDropHandle<()>,
+}
+
+#[ractor::actor(message = RamCacheMessage, state = State, arguments = Arc<House>)]
+impl RamCache {
+    async fn pre_start(
+        &self,
+        myself: ActorRef<RamCacheMessage>,
+        house: Arc<House>,
+    ) -> Result<State, ActorProcessingErr> {
+        let config = &house.config.ram;
+        let mut admission = Admission::new(
+            house.clone(),
+            Tier::Ram,
+            config.high_watermark,
+            config.low_watermark,
+        );
+        admission.trim();
+        let wake = wake_on(&house, Tier::Ram, myself, || RamCacheMessage::Woken);
+        Ok(State {
+            house,
+            admission,
+            _wake: wake,
+        })
+    }
+
+    #[ractor::message(RamCacheMessage::Reserve(request))]
+    fn reserve(&self, request: Request, state: &mut State) {
+        state.admission.submit(request);
+    }
+
+    #[ractor::message(RamCacheMessage::Fetch(component))]
+    fn fetch(&self, component: Arc<Component>, state: &mut State) {
+        if let Some(ticket) = state.house.ledger.start(Tier::Ram, &component.content_id) {
+            spawn_read(&state.house, component, ticket);
+        }
+    }
+
+    #[ractor::message(RamCacheMessage::Prefetch { component, probability })]
+    fn prefetch(&self, component: Arc<Component>, probability: f64, state: &mut State) {
+        let house = &state.house;
+        let bytes = component.ram_bytes();
+        // Guesses take free memory only, below the watermark and never while somebody waits.
+        let Some(view) = house.ledger.view(Tier::Ram) else {
+            return;
+        };
+        let high = view.budget.share(house.config.ram.high_watermark);
+        if state.admission.waiting() > 0 || view.committed.saturating_add(bytes) > high {
+            return;
+        }
+        let wants = [Want::Component(component.clone(), bytes)];
+        if house.ledger.needed(Tier::Ram, &wants).is_zero() {
+            return;
+        }
+        let Ok(Reserved::Granted(reservation)) = house.ledger.reserve(Tier::Ram, &wants, true)
+        else {
+            return;
+        };
+        let Some(ticket) = house.ledger.start(Tier::Ram, &component.content_id) else {
+            return;
+        };
+        add(&house.counters.prefetches, 1);
+        house.decide(Act::Prefetch {
+            component: component.id.clone(),
+            tier: Tier::Ram,
+            bytes,
+            probability,
+        });
+        let house = house.clone();
+        house.clone().tasks.spawn(async move {
+            // The claim goes with the read: a prefetch that has landed may be evicted at any time.
+            read_component(house, component, ticket).await;
+            drop(reservation);
+        });
+    }
+
+    #[ractor::message(RamCacheMessage::Woken)]
+    fn woken(&self, state: &mut State) {
+        state.admission.retry();
+    }
+
+    #[ractor::message(RamCacheMessage::Relieve { keep, cause, reply })]
+    fn relieve(
+        &self,
+        keep: f64,
+        cause: EvictCause,
+        reply: Option<RpcReplyPort<Bytes>>,
+        state: &mut State,
+    ) {
+        let surplus = state
+            .house
+            .ledger
+            .view(Tier::Ram)
+            .map_or(Bytes::ZERO, |view| {
+                view.committed
+                    .saturating_sub(view.evicting)
+                    .saturating_sub(view.budget.share(keep))
+            });
+        let freed = state.admission.evict_up_to(surplus, &cause);
+        if let Some(reply) = reply {
+            let _ = reply.send(freed);
+        }
+    }
+
+    #[ractor::message(RamCacheMessage::Observe(reply))]
+    fn observe(&self, reply: RpcReplyPort<usize>, state: &mut State) {
+        let _ = reply.send(state.admission.waiting());
+    }
+}
+
+/// Sends a message to the keeper of a tier whenever the ledger has something for it. Ends with the keeper.
+pub(crate) fn wake_on<M: ractor::Message>(
+    house: &House,
+    tier: Tier,
+    keeper: ActorRef<M>,
+    message: fn() -> M,
+) -> AbortOnDropHandle<()> {
+    let wake = house.ledger.wake(tier);
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        if let Some(wake) = wake {
+            loop {
+                wake.notified().await;
+                if keeper.send_message(message()).is_err() {
+                    return;
+                }
+            }
+        }
+    }))
+}
+
+fn spawn_read(house: &Arc<House>, component: Arc<Component>, ticket: FlightTicket) {
+    let house = house.clone();
+    // Not tied to the actor: a read outlives its restart.
+    house
+        .clone()
+        .tasks
+        .spawn(read_component(house, component, ticket));
+}
+
+#[tracing::instrument(name = "read", skip_all, fields(component = %component.id))]
+async fn read_component(house: Arc<House>, component: Arc<Component>, ticket: FlightTicket) {
+    match read(&house, &component, &ticket).await {
+        Ok((slab, table)) => {
+            add(&house.counters.reads, 1);
+            add(&house.counters.bytes_read, slab.bytes().get());
+            tracing::debug!(bytes = %slab.bytes(), "read");
+            ticket.land(Memory::Host(slab), table);
+        }
+        Err(failure) => {
+            if !failure.is_passing() {
+                add(&house.counters.reads_failed, 1);
+                tracing::warn!(error = %failure, "read failed");
+            }
+            ticket.fail(failure);
+        }
+    }
+}
+
+type Read = (Arc<Slab>, Arc<hotset_core::tensor::TensorTable>);
+
+async fn read(
+    house: &House,
+    component: &Arc<Component>,
+    ticket: &FlightTicket,
+) -> Result<Read, FlightFailure> {
+    let cancelled = ticket.cancelled();
+    let failed = |error| FlightFailure::Read(Arc::new(error));
+    let opening = async {
+        let permit = house.reads.acquire().await;
+        let open = house.reader.open(component.clone()).await;
+        (permit, open)
+    };
+    let (_permit, open) = tokio::select! {
+        biased;
+        () = cancelled.cancelled() => return Err(FlightFailure::Cancelled),
+        () = house.stop.cancelled() => return Err(FlightFailure::Cancelled),
+        opened = opening => opened,
+    };
+    let mut open = open.map_err(failed)?;
+    // The identity check in `open` makes this the size that was promised.
+    debug_assert!(open.image_bytes() <= ticket.promised(), "{}", component.id);
+    let image_bytes = open.image_bytes();
+    let mut writer = Slab::create(&component.id.to_string(), image_bytes)?;
+    let table = open.table().clone();
+    ticket.show(Image {
+        slab: writer.slab().clone(),
+        table: table.clone(),
+    });
+    while writer.filled() < image_bytes {
+        // Between pieces, not in the middle of one: a read under way still writes into the slab.
+        if cancelled.is_cancelled() || house.stop.is_cancelled() {
+            return Err(FlightFailure::Cancelled);
+        }
+        (open, writer) = open
+            .read(writer, house.config.load.piece)
+            .await
+            .map_err(failed)?;
+        ticket.progress(writer.filled());
+    }
+    Ok((writer.seal()?, table))
+}

@@ -1,0 +1,269 @@
+//! The sessions: opens them up to a bound, gives each its loader, closes them.
+//!
+//! It owns the loaders, not what they hold. A loader that dies takes its loads with it, but not its session: the next load
+//! gets a new loader. Nor do sessions end when this actor is restarted: each comes back with its next load.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hotset_core::SessionId;
+use hotset_core::plan::ComponentSet;
+use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort, SupervisionEvent};
+
+use crate::house::House;
+use crate::loader::{Loader, LoaderMessage};
+use crate::loading::{LoadError, Loading, SessionError};
+use crate::slot::Slot;
+
+/// How long opening a session may take before the caller is told that nobody answers. Opening takes microseconds; this
+/// is the longest restart backoff and a margin.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the sessions actor is asked.
+#[derive(Debug)]
+pub(crate) enum SessionsMessage {
+    /// Give this session a loader, if it has none.
+    Open(Arc<Record>, RpcReplyPort<Result<(), SessionError>>),
+    /// It has ended.
+    Close(SessionId),
+    /// Cancel all loads of all sessions.
+    CancelAll,
+    /// The open sessions.
+    Observe(RpcReplyPort<Vec<Arc<Record>>>),
+}
+
+/// What is known of a session.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) id: SessionId,
+    pub(crate) label: String,
+    pub(crate) opened: Duration,
+    pub(crate) loader: Slot<LoaderMessage>,
+}
+
+pub(crate) struct Sessions;
+
+pub(crate) struct State {
+    house: Arc<House>,
+    open: HashMap<SessionId, Arc<Record>>,
+}
+
+#[ractor::actor(message = SessionsMessage, state = State, arguments = Arc<House>)]
+impl Sessions {
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<SessionsMessage>,
+        house: Arc<House>,
+    ) -> Result<State, ActorProcessingErr> {
+        Ok(State {
+            house,
+            open: HashMap::new(),
+        })
+    }
+
+    #[ractor::message(SessionsMessage::Open(record, reply))]
+    async fn open(
+        &self,
+        myself: ActorRef<SessionsMessage>,
+        record: Arc<Record>,
+        reply: RpcReplyPort<Result<(), SessionError>>,
+        state: &mut State,
+    ) {
+        let outcome = open(myself, record, state).await;
+        let _ = reply.send(outcome);
+    }
+
+    #[ractor::message(SessionsMessage::Close(session))]
+    fn close(&self, session: SessionId, state: &mut State) {
+        if let Some(record) = state.open.remove(&session)
+            && let Some(loader) = record.loader.get()
+        {
+            record.loader.set(None);
+            loader.stop(Some("session closed".into()));
+        }
+    }
+
+    #[ractor::message(SessionsMessage::CancelAll)]
+    fn cancel_all(&self, state: &mut State) {
+        for record in state.open.values() {
+            let _ = record.loader.cast(LoaderMessage::CancelAll);
+        }
+    }
+
+    #[ractor::message(SessionsMessage::Observe(reply))]
+    fn observe(&self, reply: RpcReplyPort<Vec<Arc<Record>>>, state: &mut State) {
+        let mut open: Vec<_> = state.open.values().cloned().collect();
+        open.sort_by_key(|record| record.id);
+        let _ = reply.send(open);
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<SessionsMessage>,
+        event: SupervisionEvent,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        let (who, why) = match event {
+            SupervisionEvent::ActorFailed(who, error) => (who, error.to_string()),
+            SupervisionEvent::ActorTerminated(who, _, reason) => (who, reason.unwrap_or_default()),
+            _ => return Ok(()),
+        };
+        // A loader that was stopped with its session is no longer among the open ones.
+        let dead = state.open.values().find(|record| {
+            record
+                .loader
+                .get()
+                .is_some_and(|loader| loader.get_id() == who.get_id())
+        });
+        if let Some(record) = dead {
+            tracing::warn!(session = %record.id, reason = %why, "a loader ended; its loads with it");
+            record.loader.set(None);
+        }
+        Ok(())
+    }
+}
+
+async fn open(
+    myself: ActorRef<SessionsMessage>,
+    record: Arc<Record>,
+    state: &mut State,
+) -> Result<(), SessionError> {
+    let config = &state.house.config.sessions;
+    if state
+        .house
+        .draining
+        .load(std::sync::atomic::Ordering::Acquire)
+    {
+        return Err(SessionError::Draining);
+    }
+    if !state.open.contains_key(&record.id) && state.open.len() >= config.max_sessions {
+        return Err(SessionError::Busy {
+            what: "too many sessions are open",
+            limit: config.max_sessions,
+            retry_after: config.retry_after,
+        });
+    }
+    let alive = record
+        .loader
+        .get()
+        .is_some_and(|loader| loader.get_status() <= ractor::ActorStatus::Upgrading);
+    if !alive {
+        // No name: the registry is global, and nobody looks for a loader there.
+        let arguments = (state.house.clone(), record.id);
+        let (loader, _) = Actor::spawn_linked(None, Loader, arguments, myself.get_cell())
+            .await
+            .map_err(|_| SessionError::NotAnswering { actor: "loader" })?;
+        record.loader.set(Some(loader));
+    }
+    state.open.insert(record.id, record);
+    Ok(())
+}
+
+/// An open session; it ends when the last handle and the last load are gone.
+#[derive(Debug)]
+pub(crate) struct OpenSession {
+    house: Arc<House>,
+    record: Arc<Record>,
+}
+
+impl Drop for OpenSession {
+    fn drop(&mut self) {
+        let _ = self
+            .house
+            .sessions
+            .cast(SessionsMessage::Close(self.record.id));
+    }
+}
+
+/// A client's session: what it asks for is loaded in its name, and shown under its label.
+///
+/// Cheap to clone. It closes when the last clone and the last [`Loading`] are dropped. Leases are held on their own: each
+/// is released when it is dropped.
+#[derive(Debug, Clone)]
+pub struct Session {
+    open: Arc<OpenSession>,
+}
+
+impl Session {
+    pub(crate) async fn open(house: Arc<House>, label: String) -> Result<Self, SessionError> {
+        let record = Arc::new(Record {
+            id: house.next_session(),
+            label,
+            opened: house.ledger.now(),
+            loader: Slot::new(),
+        });
+        let open = Arc::new(OpenSession { house, record });
+        open.ensure_loader().await?;
+        Ok(Self { open })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> SessionId {
+        self.open.record.id
+    }
+
+    /// What it is called in status.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.open.record.label
+    }
+
+    /// Loads a component set: a stream of progress, then the leases. Refusals come through the stream too.
+    pub fn load(&self, set: ComponentSet) -> Loading {
+        let open = self.open.clone();
+        let request = open.house.next_request();
+        let (loading, outlet) = Loading::new(request, Some(open.clone()));
+        let message = LoaderMessage::Load {
+            request,
+            set,
+            outlet,
+        };
+        if let Err(message) = open.send(message) {
+            // The loader is gone: get a new one, then send again. Bounded by the time for opening.
+            let house = open.house.clone();
+            house.tasks.spawn(async move {
+                let error = match open.ensure_loader().await {
+                    Ok(()) => match open.send(message) {
+                        Ok(()) => return,
+                        Err(message) => (message, LoadError::Restarted),
+                    },
+                    Err(error) => (message, error.into()),
+                };
+                if let (LoaderMessage::Load { outlet, .. }, error) = error {
+                    outlet.end(Err(error));
+                }
+            });
+        }
+        loading
+    }
+}
+
+impl OpenSession {
+    fn send(&self, message: LoaderMessage) -> Result<(), LoaderMessage> {
+        let Some(loader) = self.record.loader.get() else {
+            return Err(message);
+        };
+        match loader.send_message(message) {
+            Ok(()) => Ok(()),
+            Err(MessagingErr::SendErr(message)) => Err(message),
+            // The message is lost with its outlet, which is an answer to the stream.
+            Err(_) => Ok(()),
+        }
+    }
+
+    async fn ensure_loader(&self) -> Result<(), SessionError> {
+        let answer = self
+            .house
+            .sessions
+            .insist(|reply| SessionsMessage::Open(self.record.clone(), reply));
+        tokio::select! {
+            biased;
+            () = self.house.stop.cancelled() => Err(SessionError::Draining),
+            answer = tokio::time::timeout(OPEN_TIMEOUT, answer) => {
+                answer.unwrap_or(Err(SessionError::NotAnswering { actor: "sessions" }))
+            }
+        }
+    }
+}

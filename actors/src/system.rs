@@ -1,0 +1,479 @@
+//! The system as a whole: starts the tree, answers questions about it, ends it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hotset_core::catalog::Catalogue;
+use hotset_core::config::Config;
+use hotset_core::decision::{Decision, EvictCause};
+use hotset_core::device::{Device, DeviceError};
+use hotset_core::io::Reader;
+use hotset_core::memory::Ledger;
+use hotset_core::plan::{ComponentSet, Plan, resolve};
+use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
+use ractor::{Actor, ActorRef};
+use serde::Serialize;
+use tokio::task::JoinHandle;
+
+use crate::discovery::{DiscoveryMessage, DiscoveryView};
+use crate::house::{EvictionPolicyFactory, House};
+use crate::loading::{LoadError, SessionError};
+use crate::monitor::MonitorMessage;
+use crate::predictor::PredictorMessage;
+use crate::ram_cache::RamCacheMessage;
+use crate::sessions::{Record, Session, SessionsMessage};
+use crate::status::{
+    ActorStatus, CatalogueStatus, Health, ServiceState, SessionStatus, Status, TierStatus,
+    UsageReport, UsageRow,
+};
+use crate::supervisor::{ActorName, Supervisor, SupervisorMessage};
+use crate::vram_manager::VramManagerMessage;
+
+/// What a system is made of.
+pub struct Parts {
+    /// The configuration; checked by whoever read it.
+    pub config: Config,
+    /// Reads files.
+    pub reader: Arc<dyn Reader>,
+    /// The GPUs, one for each entry of `config.gpu`, in the same order.
+    pub devices: Vec<Arc<dyn Device>>,
+    /// Another eviction policy than the configuration's.
+    pub eviction: Option<EvictionPolicyFactory>,
+    /// Host memory of the machine, for budgets that are a share of it.
+    pub host_memory: Bytes,
+}
+
+/// Why a system could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A device does not answer.
+    #[error("GPU {gpu} cannot be used: {source}")]
+    Device {
+        /// Which.
+        gpu: GpuIndex,
+        /// What it said.
+        source: DeviceError,
+    },
+    /// The root of the tree did not start.
+    #[error("the actor system did not start: {reason}")]
+    Actors {
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// What a scan found.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScanSummary {
+    /// Entries of the catalogue.
+    pub models: usize,
+    /// Files that were looked at.
+    pub files: u64,
+    /// What went wrong on the way, a sentence each.
+    pub problems: Vec<String>,
+    /// How long it took.
+    #[serde(rename = "took_s", serialize_with = "seconds")]
+    pub took: Duration,
+}
+
+fn seconds<S: serde::Serializer>(took: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(took.as_secs_f64())
+}
+
+/// Share of the host's memory that the RAM tier takes where no budget is set.
+const RAM_SHARE: f64 = 0.5;
+/// How long an actor may take to answer a question about its state. Handlers take microseconds, and a restart far less
+/// than this.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+
+/// A running system. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
+pub struct System {
+    house: Arc<House>,
+    supervisor: ActorRef<SupervisorMessage>,
+    ended: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for System {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("System")
+            .field("id", &self.house.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl System {
+    /// Starts the tree. The first scan begins at once; [`scan`](Self::scan) waits for one.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub async fn start(parts: Parts) -> Result<Self, StartError> {
+        let Parts {
+            config,
+            reader,
+            devices,
+            eviction,
+            host_memory,
+        } = parts;
+        let ledger = Ledger::new();
+        ledger.open_tier(
+            Tier::Ram,
+            config.ram.budget.unwrap_or(host_memory.share(RAM_SHARE)),
+        );
+        let mut by_index = BTreeMap::new();
+        for (i, device) in (0..).zip(devices) {
+            let gpu = GpuIndex(i);
+            let set = config.gpu.get(i as usize).cloned().unwrap_or_default();
+            let free = device
+                .free()
+                .map_err(|source| StartError::Device { gpu, source })?;
+            let budget = set.budget.unwrap_or(free.saturating_sub(set.headroom));
+            ledger.open_tier(Tier::Vram(gpu), budget.min(device.describe().memory));
+            by_index.insert(gpu, device);
+        }
+        let house = Arc::new(House::new(
+            Arc::new(config),
+            ledger,
+            reader,
+            by_index,
+            eviction,
+        ));
+        let name = house.actor_name("supervisor");
+        let (supervisor, ended) = Actor::spawn(Some(name), Supervisor, house.clone())
+            .await
+            .map_err(|error| StartError::Actors {
+                reason: error.to_string(),
+            })?;
+        house.supervisor.set(Some(supervisor.clone()));
+        Ok(Self {
+            house,
+            supervisor,
+            ended: Some(ended),
+        })
+    }
+
+    /// The catalogue as it is now; without a message, and never torn.
+    #[must_use]
+    pub fn catalogue(&self) -> Arc<Catalogue> {
+        self.house.catalogue.load()
+    }
+
+    /// Scans all folders now, and waits until what was found is published.
+    ///
+    /// # Errors
+    /// [`SessionError::Draining`] where the system ends first.
+    pub async fn scan(&self) -> Result<ScanSummary, SessionError> {
+        tokio::select! {
+            biased;
+            () = self.house.stop.cancelled() => Err(SessionError::Draining),
+            summary = self.house.discovery.insist(|reply| DiscoveryMessage::Scan(Some(reply))) => {
+                Ok(summary)
+            }
+        }
+    }
+
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn session(&self, label: impl Into<String>) -> Result<Session, SessionError> {
+        Session::open(self.house.clone(), label.into()).await
+    }
+
+    /// The plan for a set as things stand; nothing is reserved or moved.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`], [`LoadError::Plan`].
+    pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
+        let graph = resolve(&self.catalogue(), &set.names, set.dependencies)?;
+        let tiers = self.house.ledger.views();
+        let planner = self.house.planner(&tiers);
+        let mut plan = planner.plan(&graph, set.target)?;
+        plan.evictions = planner.foresee(&plan, (self.house.eviction)().as_mut());
+        Ok(plan)
+    }
+
+    /// The last decisions that concern the components for which `concerns` holds, newest first.
+    #[must_use]
+    pub fn decisions(
+        &self,
+        limit: usize,
+        concerns: impl Fn(&ComponentId) -> bool,
+    ) -> Vec<Decision> {
+        self.house
+            .decisions(limit, |decision| decision.act.concerns(&concerns))
+    }
+
+    /// All the last decisions, newest first.
+    #[must_use]
+    pub fn all_decisions(&self, limit: usize) -> Vec<Decision> {
+        self.house.decisions(limit, |_| true)
+    }
+
+    /// Evicts what nobody holds in a tier, until it uses no more than `keep` (0 to 1) of its budget. Gives the bytes that
+    /// are coming back.
+    ///
+    /// # Errors
+    /// [`SessionError::NotAnswering`] where the tier's keeper does not answer, or there is no such tier.
+    pub async fn relieve(
+        &self,
+        tier: Tier,
+        keep: f64,
+        cause: EvictCause,
+    ) -> Result<Bytes, SessionError> {
+        let missing = SessionError::NotAnswering { actor: "the tier" };
+        let answer = match tier {
+            Tier::Ram => {
+                let call = self.house.ram.call(|reply| RamCacheMessage::Relieve {
+                    keep,
+                    cause,
+                    reply: Some(reply),
+                });
+                tokio::time::timeout(ANSWER_TIME, call).await
+            }
+            Tier::Vram(gpu) => {
+                let slot = self.house.vram.get(&gpu).ok_or_else(|| missing.clone())?;
+                let call = slot.call(|reply| VramManagerMessage::Relieve {
+                    keep,
+                    cause,
+                    reply: Some(reply),
+                });
+                tokio::time::timeout(ANSWER_TIME, call).await
+            }
+        };
+        answer.ok().and_then(Result::ok).ok_or(missing)
+    }
+
+    /// Switches learning and prefetching on or off.
+    ///
+    /// # Errors
+    /// [`SessionError::NotAnswering`].
+    pub async fn set_prediction(&self, enabled: bool) -> Result<(), SessionError> {
+        self.house.predicting.store(enabled, Ordering::Relaxed);
+        let call = self
+            .house
+            .predictor
+            .insist(|reply| PredictorMessage::SetEnabled(enabled, reply));
+        tokio::time::timeout(ANSWER_TIME, call)
+            .await
+            .map_err(|_| SessionError::NotAnswering { actor: "predictor" })
+    }
+
+    /// How components are used.
+    pub async fn usage(&self) -> UsageReport {
+        let counters = self.house.counters.values();
+        let asked = counters.component_hits + counters.component_misses;
+        let now = self.house.ledger.now();
+        let mut hot: Vec<UsageRow> = self
+            .house
+            .ledger
+            .views()
+            .iter()
+            .flat_map(|view| {
+                view.residencies
+                    .iter()
+                    .map(|residency| (view.tier, residency))
+            })
+            .map(|(tier, residency)| UsageRow {
+                component: residency.component.id.clone(),
+                tier,
+                bytes: residency.bytes,
+                uses: residency.uses,
+                idle_s: now.saturating_sub(residency.last_used).as_secs_f64(),
+            })
+            .collect();
+        hot.sort_by(|a, b| b.uses.cmp(&a.uses).then(a.idle_s.total_cmp(&b.idle_s)));
+        UsageReport {
+            hit_share: (asked > 0).then(|| counters.component_hits as f64 / asked as f64),
+            counters,
+            hot,
+            predictor: answer(self.house.predictor.call(PredictorMessage::Observe)).await,
+        }
+    }
+
+    /// The state of everything. Asks every actor, and says which does not answer.
+    pub async fn status(&self) -> Status {
+        let house = &self.house;
+        let now = house.ledger.now();
+        let mut waiting = BTreeMap::new();
+        waiting.insert(
+            Tier::Ram,
+            answer(house.ram.call(RamCacheMessage::Observe)).await,
+        );
+        for (gpu, slot) in &house.vram {
+            let sets = answer(slot.call(VramManagerMessage::Observe)).await;
+            waiting.insert(Tier::Vram(*gpu), sets);
+        }
+        let discovery = answer(house.discovery.call(DiscoveryMessage::Observe)).await;
+        let sessions = answer(house.sessions.call(SessionsMessage::Observe)).await;
+        let monitor = answer(house.monitor.call(MonitorMessage::Observe)).await;
+        let predictor = answer(house.predictor.call(PredictorMessage::Observe)).await;
+        let actors = answer(house.supervisor.call(SupervisorMessage::Observe)).await;
+        let catalogue = house.catalogue.load();
+        let tiers: Vec<TierStatus> = house
+            .ledger
+            .views()
+            .into_iter()
+            .map(|view| {
+                let device = match view.tier {
+                    Tier::Vram(gpu) => house.devices.get(&gpu).map(|d| d.describe()),
+                    Tier::Ram => None,
+                };
+                let sets = waiting.get(&view.tier).copied().flatten();
+                TierStatus::new(view, device, sets, now)
+            })
+            .collect();
+        let health = health(&tiers, actors.as_deref(), sessions.is_some());
+        let leases = house.ledger.leases();
+        let discovery: DiscoveryView = discovery.unwrap_or_default();
+        Status {
+            health,
+            uptime_s: now.as_secs_f64(),
+            draining: house.draining.load(Ordering::Acquire),
+            reader: house.reader.name(),
+            eviction: (house.eviction)().name().to_owned(),
+            catalogue: CatalogueStatus {
+                models: catalogue.len(),
+                with_error: catalogue.models().filter(|m| m.error.is_some()).count(),
+                generation: catalogue.generation(),
+                scanning: discovery.scanning,
+                watching: discovery.watching,
+                last_scan: discovery.last,
+            },
+            tiers,
+            sessions: sessions
+                .unwrap_or_default()
+                .iter()
+                .map(|record: &Arc<Record>| SessionStatus {
+                    id: record.id,
+                    label: record.label.clone(),
+                    leases: leases.get(&record.id).copied().unwrap_or(0),
+                    age_s: now.saturating_sub(record.opened).as_secs_f64(),
+                })
+                .collect(),
+            loads: house.config.sessions.max_loads.max(1) - house.loads.available_permits(),
+            actors: actors.unwrap_or_default(),
+            counters: house.counters.values(),
+            monitor,
+            predictor,
+        }
+    }
+
+    /// Ends gracefully: takes no new work, lets loads under way finish for as long as the configuration says, cancels the
+    /// rest, stops all actors and waits for their tasks. Leases stay valid until they are dropped.
+    pub async fn drain(mut self) {
+        let house = self.house.clone();
+        house.draining.store(true, Ordering::Release);
+        tracing::info!("draining");
+        let all = u32::try_from(house.config.sessions.max_loads.max(1)).unwrap_or(u32::MAX);
+        let patience = house.config.supervision.drain;
+        let idle = tokio::time::timeout(patience, house.loads.acquire_many(all)).await;
+        if idle.is_err() {
+            tracing::warn!(?patience, "loads were still under way; cancelling them");
+            let _ = house.sessions.cast(SessionsMessage::CancelAll);
+            // Each ends as soon as it is polled.
+            let _ = tokio::time::timeout(ANSWER_TIME, house.loads.acquire_many(all)).await;
+        }
+        house.stop.cancel();
+        self.supervisor.stop(Some("drained".into()));
+        if let Some(ended) = self.ended.take() {
+            let _ = ended.await;
+        }
+        house.tasks.close();
+        house.tasks.wait().await;
+        tracing::info!("drained");
+    }
+
+    /// Kills an actor where it stands, as a fault would. For tests and chaos.
+    ///
+    /// Gives whether there was one.
+    pub fn kill(&self, actor: ActorName) -> bool {
+        macro_rules! kill {
+            ($slot:expr) => {
+                $slot.get().map(|actor| actor.kill()).is_some()
+            };
+        }
+        let house = &self.house;
+        match actor {
+            ActorName::Discovery => kill!(house.discovery),
+            ActorName::RamCache => kill!(house.ram),
+            ActorName::VramManager(gpu) => house.vram.get(&gpu).is_some_and(|slot| kill!(slot)),
+            ActorName::Predictor => kill!(house.predictor),
+            ActorName::Monitor => kill!(house.monitor),
+            ActorName::Sessions => kill!(house.sessions),
+        }
+    }
+
+    /// The books, for whoever checks them.
+    #[must_use]
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.house.ledger
+    }
+
+    /// The configuration in force.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.house.config
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        self.house.draining.store(true, Ordering::Release);
+        self.house.stop.cancel();
+        self.supervisor.stop(Some("the system was dropped".into()));
+    }
+}
+
+/// An answer, if it comes in time.
+async fn answer<R>(call: impl Future<Output = Result<R, crate::slot::Unavailable>>) -> Option<R> {
+    tokio::time::timeout(ANSWER_TIME, call)
+        .await
+        .ok()
+        .and_then(Result::ok)
+}
+
+/// Judges the load path: sessions, RAM and at least one tier beside it must answer.
+fn health(tiers: &[TierStatus], actors: Option<&[ActorStatus]>, sessions: bool) -> Health {
+    let mut problems = Vec::new();
+    let mut red = !sessions;
+    if !sessions {
+        problems.push("sessions cannot be opened".to_owned());
+    }
+    for tier in tiers {
+        if let Some(reason) = &tier.out_of_service {
+            problems.push(format!("{} is out of service: {reason}", tier.tier));
+        } else if tier.waiting.is_none() {
+            problems.push(format!("the keeper of {} does not answer", tier.tier));
+            red |= tier.tier == Tier::Ram;
+        }
+    }
+    let gpus = || tiers.iter().filter(|tier| tier.tier != Tier::Ram);
+    let broken = |tier: &TierStatus| tier.out_of_service.is_some() || tier.waiting.is_none();
+    red |= gpus().next().is_some() && gpus().all(broken);
+    match actors {
+        None => {
+            red = true;
+            problems.push("the supervisor does not answer".into());
+        }
+        Some(actors) => {
+            for actor in actors
+                .iter()
+                .filter(|a| a.state == ServiceState::OutOfService)
+            {
+                problems.push(format!(
+                    "{} is out of service: {}",
+                    actor.name,
+                    actor.last_failure.as_deref().unwrap_or("it keeps failing")
+                ));
+            }
+        }
+    }
+    match (red, problems.is_empty()) {
+        (true, _) => Health::Red { problems },
+        (false, false) => Health::Yellow { problems },
+        (false, true) => Health::Green,
+    }
+}

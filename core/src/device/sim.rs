@@ -1,0 +1,279 @@
+//! A GPU without a GPU: capacity, allocation granularity, bandwidth and latency in tokio time, so that a paused clock
+//! makes it deterministic. Keeps real bytes on request.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::time::Instant;
+
+use super::{Allocation, Device, DeviceDescription, DeviceError};
+use crate::config::SimDeviceConfig;
+use crate::ids::GpuIndex;
+use crate::memory::HostRange;
+use crate::units::Bytes;
+
+/// The simulated device.
+#[derive(Debug)]
+pub struct SimDevice {
+    gpu: GpuIndex,
+    config: SimDeviceConfig,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    used: Bytes,
+    foreign: Bytes,
+    lost: Option<Arc<str>>,
+    next_address: u64,
+    allocations: HashMap<u64, Block>,
+    /// The link carries one upload after the other; this is when it is free again.
+    link_free: Option<Instant>,
+    uploaded: Bytes,
+}
+
+#[derive(Debug)]
+struct Block {
+    bytes: Bytes,
+    contents: Option<Vec<u8>>,
+}
+
+/// The first device address, in a range where no host pointer lies, so that mistaking one for the other shows.
+const FIRST_ADDRESS: u64 = 0x0070_0000_0000_0000;
+
+impl SimDevice {
+    /// A device of this configuration.
+    #[must_use]
+    pub fn new(gpu: GpuIndex, config: SimDeviceConfig) -> Arc<Self> {
+        Arc::new(Self {
+            gpu,
+            config,
+            state: Mutex::new(State {
+                used: Bytes::ZERO,
+                foreign: Bytes::ZERO,
+                lost: None,
+                next_address: FIRST_ADDRESS,
+                allocations: HashMap::new(),
+                link_free: None,
+                uploaded: Bytes::ZERO,
+            }),
+        })
+    }
+
+    /// Another process takes this much of the memory, from now on.
+    pub fn set_foreign_use(&self, bytes: Bytes) {
+        self.lock().foreign = bytes;
+    }
+
+    /// The device stops answering, or answers again.
+    pub fn set_lost(&self, reason: Option<Arc<str>>) {
+        self.lock().lost = reason;
+    }
+
+    /// Bytes that are allocated now, over all allocations.
+    #[must_use]
+    pub fn allocated(&self) -> Bytes {
+        self.lock().used
+    }
+
+    /// Bytes uploaded since the start.
+    #[must_use]
+    pub fn uploaded(&self) -> Bytes {
+        self.lock().uploaded
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alive(&self, state: &State) -> Result<(), DeviceError> {
+        state.lost.as_ref().map_or(Ok(()), |reason| {
+            Err(DeviceError::Lost {
+                gpu: self.gpu,
+                reason: reason.clone(),
+            })
+        })
+    }
+
+    /// When an upload of this many bytes, queued now, is done.
+    fn book_link(&self, bytes: Bytes) -> Result<Instant, DeviceError> {
+        let mut state = self.lock();
+        self.alive(&state)?;
+        let rate = self.config.bandwidth.get().max(1) as f64;
+        let duration = self.config.latency + Duration::from_secs_f64(bytes.as_f64() / rate);
+        let now = Instant::now();
+        let done = state.link_free.map_or(now, |free| free.max(now)) + duration;
+        state.link_free = Some(done);
+        Ok(done)
+    }
+}
+
+impl Device for SimDevice {
+    fn describe(&self) -> DeviceDescription {
+        DeviceDescription {
+            gpu: self.gpu,
+            name: format!("simulated GPU of {}", self.config.memory),
+            driver: "sim",
+            memory: self.config.memory,
+            granularity: Bytes(self.config.granularity.get().max(1)),
+        }
+    }
+
+    fn free(&self) -> Result<Bytes, DeviceError> {
+        let state = self.lock();
+        self.alive(&state)?;
+        Ok(self
+            .config
+            .memory
+            .saturating_sub(state.used)
+            .saturating_sub(state.foreign))
+    }
+
+    fn allocate(
+        self: Arc<Self>,
+        bytes: Bytes,
+    ) -> BoxFuture<'static, Result<Allocation, DeviceError>> {
+        async move {
+            let granularity = self.config.granularity.get().max(1);
+            let bytes = Bytes(bytes.get().max(1)).round_up(granularity);
+            let free = self.free()?;
+            let address = {
+                let mut state = self.lock();
+                if bytes > free {
+                    return Err(DeviceError::OutOfMemory {
+                        gpu: self.gpu,
+                        wanted: bytes,
+                        free,
+                    });
+                }
+                let address = state.next_address;
+                state.next_address += bytes.get();
+                state.used += bytes;
+                let contents = self
+                    .config
+                    .keep_bytes
+                    .then(|| vec![0; usize::try_from(bytes.get()).unwrap_or(0)]);
+                state.allocations.insert(address, Block { bytes, contents });
+                address
+            };
+            Ok(Allocation::new(self, address, bytes))
+        }
+        .boxed()
+    }
+
+    fn upload<'a>(
+        &'a self,
+        to: &'a Allocation,
+        offset: u64,
+        from: HostRange,
+    ) -> BoxFuture<'a, Result<(), DeviceError>> {
+        async move {
+            to.check(offset, from.bytes().get())?;
+            tokio::time::sleep_until(self.book_link(from.bytes())?).await;
+            let mut state = self.lock();
+            self.alive(&state)?;
+            state.uploaded += from.bytes();
+            if let Some(contents) = state
+                .allocations
+                .get_mut(&to.address())
+                .and_then(|block| block.contents.as_mut())
+            {
+                let start = offset as usize;
+                contents[start..start + from.as_slice().len()].copy_from_slice(from.as_slice());
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn download<'a>(
+        &'a self,
+        from: &'a Allocation,
+        offset: u64,
+        bytes: u64,
+    ) -> BoxFuture<'a, Result<Vec<u8>, DeviceError>> {
+        async move {
+            from.check(offset, bytes)?;
+            tokio::time::sleep_until(self.book_link(Bytes(bytes))?).await;
+            let state = self.lock();
+            self.alive(&state)?;
+            let contents = state
+                .allocations
+                .get(&from.address())
+                .and_then(|block| block.contents.as_ref())
+                .ok_or(DeviceError::NoContents { gpu: self.gpu })?;
+            Ok(contents[offset as usize..(offset + bytes) as usize].to_vec())
+        }
+        .boxed()
+    }
+
+    fn release(&self, address: u64) {
+        let mut state = self.lock();
+        if let Some(block) = state.allocations.remove(&address) {
+            state.used -= block.bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::contract;
+
+    fn device(memory: Bytes) -> Arc<SimDevice> {
+        SimDevice::new(
+            GpuIndex(0),
+            SimDeviceConfig {
+                memory,
+                granularity: Bytes::mib(2),
+                bandwidth: Bytes::gib(1),
+                latency: Duration::from_millis(1),
+                keep_bytes: true,
+            },
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_keeps_the_contract() {
+        contract::check(device(Bytes::mib(64))).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn uploads_take_the_time_of_the_link_one_after_the_other() {
+        let device = device(Bytes::mib(64));
+        let to = device.clone().allocate(Bytes::mib(8)).await.unwrap();
+        let source = contract::host_bytes(&vec![7; 4 << 20]);
+        let started = Instant::now();
+        let (a, b) = tokio::join!(
+            device.upload(&to, 0, source.clone()),
+            device.upload(&to, 4 << 20, source)
+        );
+        a.unwrap();
+        b.unwrap();
+        // Virtual time: two latencies and 8 MiB at 1 GiB/s.
+        let expected = Duration::from_millis(2) + Duration::from_secs_f64(8.0 / 1024.0);
+        let took = started.elapsed();
+        assert!(
+            took >= expected && took < expected + Duration::from_millis(3),
+            "{took:?}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn foreign_use_and_loss_show() {
+        let device = device(Bytes::mib(64));
+        device.set_foreign_use(Bytes::mib(60));
+        assert!(matches!(
+            device.clone().allocate(Bytes::mib(8)).await,
+            Err(DeviceError::OutOfMemory { free, .. }) if free == Bytes::mib(4)
+        ));
+        device.set_lost(Some("Xid 79".into()));
+        assert!(matches!(
+            device.clone().allocate(Bytes::mib(1)).await,
+            Err(DeviceError::Lost { .. })
+        ));
+    }
+}

@@ -1,0 +1,895 @@
+//! The books: budgets, promises, residencies and their pins, for every tier. Shared by all actors and outliving them;
+//! its one lock is held for arithmetic alone.
+//!
+//! Every byte that hotset may touch is a [`Charge`] against a tier's budget, and returns when the charge is dropped:
+//! a reservation holds it first, then the flight, then the memory itself ([`Held`]). So the books never say "free" while
+//! the memory still exists, and no path, not even a killed actor, can lose bytes.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::flight::{Flight, FlightTicket};
+use super::slab::Slab;
+use crate::catalog::Component;
+use crate::device::Allocation;
+use crate::ids::{ContentId, LeaseId, SessionId, Tier};
+use crate::policy::Candidate;
+use crate::tensor::TensorTable;
+use crate::units::Bytes;
+
+/// The memory behind a residency.
+#[derive(Debug)]
+pub enum Memory {
+    /// Host memory.
+    Host(Arc<Slab>),
+    /// Device memory.
+    Device(Allocation),
+}
+
+/// Memory together with the bytes that it is charged for: when the last holder lets go, first the memory is freed, then
+/// the bytes come back.
+#[derive(Debug)]
+pub struct Held {
+    // The order of the fields is the order of their drops.
+    memory: Memory,
+    charge: Charge,
+}
+
+impl Held {
+    pub(super) const fn new(memory: Memory, charge: Charge) -> Self {
+        Self { memory, charge }
+    }
+
+    /// The memory.
+    #[must_use]
+    pub const fn memory(&self) -> &Memory {
+        &self.memory
+    }
+}
+
+/// Bytes of a tier's budget, given back when this is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    ledger: Arc<Ledger>,
+    tier: Tier,
+    bytes: Bytes,
+    /// Its memory was evicted and is about to be freed.
+    evicting: AtomicBool,
+}
+
+impl Charge {
+    /// How many.
+    #[must_use]
+    pub const fn bytes(&self) -> Bytes {
+        self.bytes
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        let mut books = self.ledger.lock();
+        if let Some(tier) = books.tiers.get_mut(&self.tier) {
+            debug_assert!(tier.committed >= self.bytes, "more returned than charged");
+            tier.committed = tier.committed.saturating_sub(self.bytes);
+            if self.evicting.load(Ordering::Relaxed) {
+                tier.evicting = tier.evicting.saturating_sub(self.bytes);
+            }
+            tier.wake_if_wanted();
+        }
+    }
+}
+
+/// Which entry of which tier: an entry that failed and came again has another number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EntryKey {
+    tier: Tier,
+    content: ContentId,
+    number: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Promised; nobody moves the bytes yet.
+    Reserved { flight: Arc<Flight>, charge: Charge },
+    /// A ticket is out.
+    Loading { flight: Arc<Flight> },
+    Resident {
+        held: Arc<Held>,
+        table: Arc<TensorTable>,
+    },
+}
+
+#[derive(Debug)]
+struct Entry {
+    number: u64,
+    component: Arc<Component>,
+    bytes: Bytes,
+    state: State,
+    pins: u32,
+    leases: u32,
+    uses: u64,
+    admitted: Duration,
+    last_used: Duration,
+    loading_since: Duration,
+    load_time: Option<Duration>,
+    prefetched: bool,
+}
+
+/// What a set needs in a tier.
+#[derive(Debug, Default)]
+struct Need {
+    /// All of it.
+    whole: Bytes,
+    /// What is neither there nor promised.
+    new: Bytes,
+    /// What is there and held by nobody: it must not be evicted for the set that wants it.
+    own: Bytes,
+}
+
+#[derive(Debug)]
+struct TierBooks {
+    budget: Bytes,
+    committed: Bytes,
+    /// The part of `committed` that is evicted and about to be freed.
+    evicting: Bytes,
+    out_of_service: Option<Arc<str>>,
+    entries: HashMap<ContentId, Entry>,
+    wake: Arc<Notify>,
+    wake_when: WakeWhen,
+}
+
+/// When the keeper of a tier wants to hear that bytes came back or a pin was lifted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WakeWhen {
+    /// Somebody waits for memory: always.
+    pub waiting: bool,
+    /// Otherwise only while more than this is committed: there is something to evict.
+    pub above: Bytes,
+}
+
+impl TierBooks {
+    fn wake_if_wanted(&self) {
+        if self.wake_when.waiting || self.committed > self.wake_when.above {
+            self.wake.notify_one();
+        }
+    }
+
+    fn free(&self) -> Bytes {
+        self.budget.saturating_sub(self.committed)
+    }
+
+    /// What a set needs here. The same content may be named twice; it is counted once.
+    fn need(&self, wants: &[Want]) -> Need {
+        let mut seen = HashSet::new();
+        let mut need = Need::default();
+        for want in wants {
+            match want {
+                Want::Scratch(bytes) => {
+                    need.whole = need.whole.saturating_add(*bytes);
+                    need.new = need.new.saturating_add(*bytes);
+                }
+                Want::Component(component, bytes) => {
+                    if !seen.insert(component.content_id) {
+                        continue;
+                    }
+                    need.whole = need.whole.saturating_add(*bytes);
+                    match self.entries.get(&component.content_id) {
+                        None => need.new = need.new.saturating_add(*bytes),
+                        Some(entry) if entry.is_evictable() => {
+                            need.own = need.own.saturating_add(entry.bytes);
+                        }
+                        Some(_) => {}
+                    }
+                }
+            }
+        }
+        need
+    }
+
+    fn evictable(&self) -> Bytes {
+        self.entries
+            .values()
+            .filter(|entry| entry.is_evictable())
+            .map(|entry| entry.bytes)
+            .sum()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    tiers: BTreeMap<Tier, TierBooks>,
+    next_entry: u64,
+    next_lease: u64,
+    /// Live leases, for status; a lease's own drop removes it.
+    leases: HashMap<LeaseId, SessionId>,
+}
+
+/// The ledger. See the module's page.
+#[derive(Debug)]
+pub struct Ledger {
+    books: Mutex<Books>,
+    started: Instant,
+}
+
+/// What a reservation asks for.
+#[derive(Debug, Clone)]
+pub enum Want {
+    /// This component, which takes this many bytes of the tier.
+    Component(Arc<Component>, Bytes),
+    /// Memory that belongs to no component, such as the ring through which a large one is streamed.
+    Scratch(Bytes),
+}
+
+/// Bytes that are missing now, but could come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shortfall {
+    /// What the set needs beyond what is resident or promised already.
+    pub needed: Bytes,
+    /// What is free.
+    pub free: Bytes,
+    /// What is evicted already and about to be freed.
+    pub evicting: Bytes,
+    /// What could be freed at once, since nobody holds it; without the components that the set itself wants.
+    pub evictable: Bytes,
+}
+
+impl Shortfall {
+    /// What has to be evicted beyond what is about to be freed anyhow.
+    #[must_use]
+    pub const fn missing(&self) -> Bytes {
+        self.needed
+            .saturating_sub(self.free)
+            .saturating_sub(self.evicting)
+    }
+}
+
+/// Why a reservation can never be granted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Never {
+    /// The set is larger than the budget.
+    #[error("{tier} has a budget of {budget}, and the set needs {needed}")]
+    TooLarge {
+        /// The tier.
+        tier: Tier,
+        /// What the whole set takes there.
+        needed: Bytes,
+        /// What hotset may use there.
+        budget: Bytes,
+    },
+    /// The tier does not exist or no longer works.
+    #[error("{tier} is out of service: {reason}")]
+    OutOfService {
+        /// The tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+    },
+}
+
+/// What [`Ledger::reserve`] found.
+#[derive(Debug)]
+pub enum Reserved {
+    /// Granted.
+    Granted(Reservation),
+    /// Not now.
+    Short(Shortfall),
+}
+
+/// Bytes promised in one tier for one set: a claim on each component, and scratch memory where it was asked for.
+/// Dropping it gives everything back that nobody else claims.
+#[derive(Debug)]
+pub struct Reservation {
+    /// One claim for each component, in the order of the wants.
+    pub claims: Vec<Claim>,
+    /// The scratch memory.
+    pub scratch: Option<Charge>,
+}
+
+/// A pin on one component in one tier: while it lives, the component's bytes there are not evicted, or, where they are
+/// still to come, their promise stands.
+#[derive(Debug)]
+pub struct Claim {
+    ledger: Arc<Ledger>,
+    key: EntryKey,
+    component: Arc<Component>,
+}
+
+/// A component that was evicted, and whose memory is freed when this is dropped.
+#[derive(Debug)]
+pub struct Evicted {
+    /// The component.
+    pub component: Arc<Component>,
+    /// Its bytes in the tier.
+    pub bytes: Bytes,
+    _entry: Entry,
+}
+
+/// How a claimed component is there.
+#[derive(Debug)]
+pub enum ResidencyState {
+    /// It is not: the load failed, and the promise is gone.
+    Absent,
+    /// On its way, or about to be.
+    Loading(Arc<Flight>),
+    /// There.
+    Resident {
+        /// The memory.
+        held: Arc<Held>,
+        /// The tensors in it.
+        table: Arc<TensorTable>,
+    },
+}
+
+impl Claim {
+    /// The component.
+    #[must_use]
+    pub const fn component(&self) -> &Arc<Component> {
+        &self.component
+    }
+
+    /// The tier.
+    #[must_use]
+    pub const fn tier(&self) -> Tier {
+        self.key.tier
+    }
+
+    /// The ledger that keeps it.
+    #[must_use]
+    pub const fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// How the component is there now.
+    #[must_use]
+    pub fn state(&self) -> ResidencyState {
+        let books = self.ledger.lock();
+        match books.entry(&self.key).map(|entry| &entry.state) {
+            None => ResidencyState::Absent,
+            Some(State::Reserved { flight, .. } | State::Loading { flight }) => {
+                ResidencyState::Loading(flight.clone())
+            }
+            Some(State::Resident { held, table }) => ResidencyState::Resident {
+                held: held.clone(),
+                table: table.clone(),
+            },
+        }
+    }
+
+    pub(super) fn lease_opened(&self, owner: SessionId) -> LeaseId {
+        let mut books = self.ledger.lock();
+        let id = LeaseId(books.next_lease);
+        books.next_lease += 1;
+        books.leases.insert(id, owner);
+        if let Some(entry) = books.entry_mut(&self.key) {
+            entry.leases += 1;
+        }
+        id
+    }
+
+    pub(super) fn lease_closed(&self, id: LeaseId) {
+        let mut books = self.ledger.lock();
+        books.leases.remove(&id);
+        if let Some(entry) = books.entry_mut(&self.key) {
+            entry.leases -= 1;
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let gone = {
+            let mut books = self.ledger.lock();
+            let Some(tier) = books.tiers.get_mut(&self.key.tier) else {
+                return;
+            };
+            let Some(entry) = tier
+                .entries
+                .get_mut(&self.key.content)
+                .filter(|entry| entry.number == self.key.number)
+            else {
+                return;
+            };
+            entry.pins -= 1;
+            let mut gone = None;
+            if entry.pins == 0 {
+                match &entry.state {
+                    // Nobody has begun, nobody waits: the promise ends.
+                    State::Reserved { .. } => gone = tier.entries.remove(&self.key.content),
+                    State::Loading { flight } => flight.cancel(),
+                    State::Resident { .. } => tier.wake_if_wanted(),
+                }
+            }
+            gone
+        };
+        // The charge inside gives its bytes back under the lock, so it is dropped outside of it.
+        drop(gone);
+    }
+}
+
+/// One residency, as status and policies see it.
+#[derive(Clone, Debug)]
+pub struct ResidencyView {
+    /// The component.
+    pub component: Arc<Component>,
+    /// Its bytes in this tier.
+    pub bytes: Bytes,
+    /// Still on its way, or promised.
+    pub loading: bool,
+    /// Reservations and leases that hold it.
+    pub pins: u32,
+    /// Leases alone.
+    pub leases: u32,
+    /// How often it was asked for since it came.
+    pub uses: u64,
+    /// When it was admitted, since the start of the system.
+    pub admitted: Duration,
+    /// When it was last asked for, since the start of the system.
+    pub last_used: Duration,
+    /// How long its load took.
+    pub load_time: Option<Duration>,
+    /// Loaded on a guess, and never asked for since.
+    pub prefetched: bool,
+}
+
+impl ResidencyView {
+    /// The residency as a candidate for eviction. Restoring it is taken to last as long as its load did.
+    #[must_use]
+    pub fn candidate(&self) -> Candidate {
+        Candidate {
+            content: self.component.content_id,
+            bytes: self.bytes,
+            admitted: self.admitted,
+            last_used: self.last_used,
+            uses: self.uses,
+            restore_s: self.load_time.unwrap_or_default().as_secs_f64(),
+            prefetched: self.prefetched,
+        }
+    }
+}
+
+/// One tier, as status and policies see it.
+#[derive(Clone, Debug)]
+pub struct TierView {
+    /// The tier.
+    pub tier: Tier,
+    /// The most that hotset may use.
+    pub budget: Bytes,
+    /// What is promised or occupied.
+    pub committed: Bytes,
+    /// The part of it that is evicted and about to be freed.
+    pub evicting: Bytes,
+    /// Why it is out of service, where it is.
+    pub out_of_service: Option<Arc<str>>,
+    /// What is there or on its way, largest first.
+    pub residencies: Vec<ResidencyView>,
+}
+
+impl TierView {
+    /// Bytes that are not promised.
+    #[must_use]
+    pub const fn free(&self) -> Bytes {
+        self.budget.saturating_sub(self.committed)
+    }
+}
+
+impl Books {
+    fn entry(&self, key: &EntryKey) -> Option<&Entry> {
+        self.tiers
+            .get(&key.tier)?
+            .entries
+            .get(&key.content)
+            .filter(|entry| entry.number == key.number)
+    }
+
+    fn entry_mut(&mut self, key: &EntryKey) -> Option<&mut Entry> {
+        self.tiers
+            .get_mut(&key.tier)?
+            .entries
+            .get_mut(&key.content)
+            .filter(|entry| entry.number == key.number)
+    }
+}
+
+impl Ledger {
+    /// Empty books; time counts from now.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            books: Mutex::default(),
+            started: Instant::now(),
+        })
+    }
+
+    /// Time since the system started.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        // Nothing under the lock can panic half-way through a change but a failed debug assertion.
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a tier, or gives an open one another budget.
+    pub fn open_tier(&self, tier: Tier, budget: Bytes) {
+        let mut books = self.lock();
+        let tier = books.tiers.entry(tier).or_insert_with(|| TierBooks {
+            budget,
+            committed: Bytes::ZERO,
+            evicting: Bytes::ZERO,
+            out_of_service: None,
+            entries: HashMap::new(),
+            wake: Arc::new(Notify::new()),
+            wake_when: WakeWhen {
+                waiting: false,
+                above: Bytes(u64::MAX),
+            },
+        });
+        tier.budget = budget;
+        tier.wake_if_wanted();
+    }
+
+    /// Takes a tier out of service, with the reason, or back into service.
+    pub fn set_service(&self, tier: Tier, out_of_service: Option<Arc<str>>) {
+        if let Some(books) = self.lock().tiers.get_mut(&tier) {
+            books.out_of_service = out_of_service;
+            books.wake.notify_one();
+        }
+    }
+
+    /// What wakes the keeper of this tier. `None` where there is no such tier.
+    #[must_use]
+    pub fn wake(&self, tier: Tier) -> Option<Arc<Notify>> {
+        self.lock().tiers.get(&tier).map(|books| books.wake.clone())
+    }
+
+    /// Sets when the keeper of this tier is woken.
+    pub fn set_wake_when(&self, tier: Tier, when: WakeWhen) {
+        if let Some(books) = self.lock().tiers.get_mut(&tier) {
+            books.wake_when = when;
+        }
+    }
+
+    /// Promises these wants in this tier, all or none. Components that are there or on their way are pinned and cost
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Never`] where waiting would not help.
+    pub fn reserve(
+        self: &Arc<Self>,
+        tier: Tier,
+        wants: &[Want],
+        prefetch: bool,
+    ) -> Result<Reserved, Never> {
+        let now = self.now();
+        let mut books = self.lock();
+        let Books {
+            tiers, next_entry, ..
+        } = &mut *books;
+        let Some(open) = tiers.get_mut(&tier) else {
+            return Err(Never::OutOfService {
+                tier,
+                reason: "there is no such tier".into(),
+            });
+        };
+        if let Some(reason) = &open.out_of_service {
+            return Err(Never::OutOfService {
+                tier,
+                reason: reason.clone(),
+            });
+        }
+        let need = open.need(wants);
+        if need.whole > open.budget {
+            return Err(Never::TooLarge {
+                tier,
+                needed: need.whole,
+                budget: open.budget,
+            });
+        }
+        if need.new > open.free() {
+            return Ok(Reserved::Short(Shortfall {
+                needed: need.new,
+                free: open.free(),
+                evicting: open.evicting,
+                evictable: open.evictable().saturating_sub(need.own),
+            }));
+        }
+        open.committed += need.new;
+        let mut reservation = Reservation {
+            claims: Vec::with_capacity(wants.len()),
+            scratch: None,
+        };
+        let charge = |bytes| Charge {
+            ledger: self.clone(),
+            tier,
+            bytes,
+            evicting: AtomicBool::new(false),
+        };
+        let mut scratch = Bytes::ZERO;
+        for want in wants {
+            match want {
+                Want::Scratch(bytes) => scratch += *bytes,
+                Want::Component(component, bytes) => {
+                    let content = component.content_id;
+                    let entry = open.entries.entry(content).or_insert_with(|| {
+                        *next_entry += 1;
+                        Entry {
+                            number: *next_entry,
+                            component: component.clone(),
+                            bytes: *bytes,
+                            state: State::Reserved {
+                                flight: Flight::new(),
+                                charge: charge(*bytes),
+                            },
+                            pins: 0,
+                            leases: 0,
+                            uses: 0,
+                            admitted: now,
+                            last_used: now,
+                            loading_since: now,
+                            load_time: None,
+                            prefetched: prefetch,
+                        }
+                    });
+                    entry.pins += 1;
+                    if !prefetch {
+                        entry.uses += 1;
+                        entry.last_used = now;
+                        entry.prefetched = false;
+                    }
+                    reservation.claims.push(Claim {
+                        ledger: self.clone(),
+                        key: EntryKey {
+                            tier,
+                            content,
+                            number: entry.number,
+                        },
+                        component: component.clone(),
+                    });
+                }
+            }
+        }
+        if !scratch.is_zero() {
+            reservation.scratch = Some(charge(scratch));
+        }
+        Ok(Reserved::Granted(reservation))
+    }
+
+    /// What these wants need in this tier beyond what is there or promised.
+    #[must_use]
+    pub fn needed(&self, tier: Tier, wants: &[Want]) -> Bytes {
+        let books = self.lock();
+        books
+            .tiers
+            .get(&tier)
+            .map_or(Bytes(u64::MAX), |open| open.need(wants).new)
+    }
+
+    /// Claims on all these components, if each of them is resident in this tier: the fast path, without a promise.
+    #[must_use]
+    pub fn claim_resident(
+        self: &Arc<Self>,
+        tier: Tier,
+        components: &[Arc<Component>],
+    ) -> Option<Vec<Claim>> {
+        let now = self.now();
+        let mut books = self.lock();
+        let open = books.tiers.get_mut(&tier)?;
+        if open.out_of_service.is_some() {
+            return None;
+        }
+        let resident = |component: &Arc<Component>| {
+            open.entries
+                .get(&component.content_id)
+                .is_some_and(|entry| matches!(entry.state, State::Resident { .. }))
+        };
+        if !components.iter().all(resident) {
+            return None;
+        }
+        components
+            .iter()
+            .map(|component| {
+                let entry = open.entries.get_mut(&component.content_id)?;
+                entry.pins += 1;
+                entry.uses += 1;
+                entry.last_used = now;
+                entry.prefetched = false;
+                Some(Claim {
+                    ledger: self.clone(),
+                    key: EntryKey {
+                        tier,
+                        content: component.content_id,
+                        number: entry.number,
+                    },
+                    component: component.clone(),
+                })
+            })
+            .collect()
+    }
+
+    /// Begins the flight of a component that is promised in this tier. `None` where it is under way, there, or not
+    /// promised: so each flight begins once.
+    #[must_use]
+    pub fn start(self: &Arc<Self>, tier: Tier, content: &ContentId) -> Option<FlightTicket> {
+        let now = self.now();
+        let mut books = self.lock();
+        let entry = books.tiers.get_mut(&tier)?.entries.get_mut(content)?;
+        let State::Reserved { flight, .. } = &entry.state else {
+            return None;
+        };
+        let flight = flight.clone();
+        let before = std::mem::replace(
+            &mut entry.state,
+            State::Loading {
+                flight: flight.clone(),
+            },
+        );
+        entry.loading_since = now;
+        let State::Reserved { charge, .. } = before else {
+            return None;
+        };
+        // From now on nobody needs to ask for it again.
+        flight.begin();
+        let key = EntryKey {
+            tier,
+            content: *content,
+            number: entry.number,
+        };
+        Some(FlightTicket::new(self.clone(), key, flight, charge))
+    }
+
+    pub(super) fn landed(&self, key: &EntryKey, held: Arc<Held>, table: Arc<TensorTable>) {
+        let now = self.now();
+        let mut books = self.lock();
+        if let Some(entry) = books.entry_mut(key) {
+            entry.state = State::Resident { held, table };
+            entry.load_time = Some(now.saturating_sub(entry.loading_since));
+        }
+        if let Some(tier) = books.tiers.get(&key.tier) {
+            tier.wake_if_wanted();
+        }
+    }
+
+    pub(super) fn forget(&self, key: &EntryKey) {
+        let gone = {
+            let mut books = self.lock();
+            if books.entry(key).is_none() {
+                return;
+            }
+            books
+                .tiers
+                .get_mut(&key.tier)
+                .and_then(|tier| tier.entries.remove(&key.content))
+        };
+        drop(gone);
+    }
+
+    /// Forgets a component that is resident in this tier and that nobody holds. Its memory is freed and its bytes come
+    /// back when the value is dropped, which may take long for host memory: drop it where blocking is allowed. `None`
+    /// where it may not go.
+    #[must_use]
+    pub fn evict(&self, tier: Tier, content: &ContentId) -> Option<Evicted> {
+        let mut books = self.lock();
+        let open = books.tiers.get_mut(&tier)?;
+        let entry = open.entries.get(content)?;
+        let State::Resident { held, .. } = &entry.state else {
+            return None;
+        };
+        if entry.pins > 0 {
+            return None;
+        }
+        held.charge.evicting.store(true, Ordering::Relaxed);
+        open.evicting += held.charge.bytes;
+        let entry = open.entries.remove(content)?;
+        Some(Evicted {
+            component: entry.component.clone(),
+            bytes: entry.bytes,
+            _entry: entry,
+        })
+    }
+
+    /// Forgets everything in a tier whose memory is lost, leased or not. Leases keep what they hold, as far as it still
+    /// exists.
+    pub fn forget_tier(&self, tier: Tier) {
+        let gone: Vec<Entry> = {
+            let mut books = self.lock();
+            match books.tiers.get_mut(&tier) {
+                None => return,
+                Some(open) => open.entries.drain().map(|(_, entry)| entry).collect(),
+            }
+        };
+        for entry in &gone {
+            if let State::Loading { flight } = &entry.state {
+                flight.cancel();
+            }
+        }
+    }
+
+    /// The components in this tier that could be evicted now.
+    #[must_use]
+    pub fn evictable(&self, tier: Tier) -> Vec<ResidencyView> {
+        let books = self.lock();
+        books.tiers.get(&tier).map_or_else(Vec::new, |open| {
+            open.entries
+                .values()
+                .filter(|entry| entry.is_evictable())
+                .map(Entry::view)
+                .collect()
+        })
+    }
+
+    /// One tier's books.
+    #[must_use]
+    pub fn view(&self, tier: Tier) -> Option<TierView> {
+        let books = self.lock();
+        books.tiers.get(&tier).map(|open| open.view(tier))
+    }
+
+    /// All tiers' books, in the global order, taken at one instant.
+    #[must_use]
+    pub fn views(&self) -> Vec<TierView> {
+        let books = self.lock();
+        books
+            .tiers
+            .iter()
+            .map(|(tier, open)| open.view(*tier))
+            .collect()
+    }
+
+    /// How many leases each session holds.
+    #[must_use]
+    pub fn leases(&self) -> BTreeMap<SessionId, usize> {
+        let books = self.lock();
+        let mut counts = BTreeMap::new();
+        for owner in books.leases.values() {
+            *counts.entry(*owner).or_insert(0) += 1;
+        }
+        counts
+    }
+}
+
+impl Entry {
+    const fn is_evictable(&self) -> bool {
+        self.pins == 0 && matches!(self.state, State::Resident { .. })
+    }
+
+    fn view(&self) -> ResidencyView {
+        ResidencyView {
+            component: self.component.clone(),
+            bytes: self.bytes,
+            loading: !matches!(self.state, State::Resident { .. }),
+            pins: self.pins,
+            leases: self.leases,
+            uses: self.uses,
+            admitted: self.admitted,
+            last_used: self.last_used,
+            load_time: self.load_time,
+            prefetched: self.prefetched,
+        }
+    }
+}
+
+impl TierBooks {
+    fn view(&self, tier: Tier) -> TierView {
+        let mut residencies: Vec<_> = self.entries.values().map(Entry::view).collect();
+        residencies.sort_by(|a, b| (b.bytes, &a.component.id).cmp(&(a.bytes, &b.component.id)));
+        TierView {
+            tier,
+            budget: self.budget,
+            committed: self.committed,
+            evicting: self.evicting,
+            out_of_service: self.out_of_service.clone(),
+            residencies,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

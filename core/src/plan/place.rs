@@ -1,0 +1,512 @@
+//! Where a set goes and by which way, whether it fits, and what would have to go.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::graph::DependencyGraph;
+use super::set::Target;
+use crate::catalog::Component;
+use crate::ids::{ComponentId, ContentId, GpuIndex, Tier};
+use crate::memory::{ResidencyView, TierView, Want};
+use crate::policy::{Candidate, EvictionPolicy, select};
+use crate::units::Bytes;
+
+/// How a component stands in a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum There {
+    /// It is there: it costs nothing.
+    Resident,
+    /// It is on its way for somebody else: it costs nothing more.
+    Loading,
+    /// It has to be loaded.
+    Absent,
+}
+
+/// By which way a component comes to its tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// It is there, or on its way.
+    None,
+    /// From disk into RAM, and stays there.
+    Ram,
+    /// From disk into RAM, where it is kept as long as nobody needs the memory, and from there to the GPU.
+    ViaRam,
+    /// Through a bounded ring of host memory to the GPU, since RAM has no room for all of it.
+    Ring,
+}
+
+/// One component of a plan.
+#[derive(Debug, Clone, Serialize)]
+pub struct Step {
+    /// Which.
+    #[serde(serialize_with = "id_of")]
+    pub component: Arc<Component>,
+    /// What it takes in the plan's tier.
+    pub bytes: Bytes,
+    /// How it stands there.
+    pub there: There,
+    /// How it gets there.
+    pub route: Route,
+}
+
+fn id_of<S: serde::Serializer>(
+    component: &Arc<Component>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&component.id)
+}
+
+/// One eviction that the plan would cause, as things stand.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Eviction {
+    /// From where.
+    pub tier: Tier,
+    /// What.
+    pub component: ComponentId,
+    /// How much.
+    pub bytes: Bytes,
+    /// Why this one.
+    pub reason: String,
+}
+
+/// Whether a plan can be carried out at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fit {
+    /// There is room.
+    Now,
+    /// There is room once the named evictions are made.
+    AfterEviction,
+    /// Others hold the memory; the set waits until they let go.
+    AfterOthers,
+}
+
+/// The loading order and placement of a component set, before anything moves.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Where the set will be.
+    pub tier: Tier,
+    /// The components in loading order.
+    pub steps: Vec<Step>,
+    /// Bytes that the set needs in each tier beyond what is there.
+    #[serde(serialize_with = "tiers")]
+    pub needs: BTreeMap<Tier, Bytes>,
+    /// What would go, as things stand. Filled in where a plan is asked for, not where it is carried out.
+    pub evictions: Vec<Eviction>,
+    /// Whether it can begin at once.
+    pub fit: Fit,
+    /// Host memory through which the steps with [`Route::Ring`] are streamed; zero where there are none.
+    pub ring: Bytes,
+}
+
+fn tiers<S: serde::Serializer>(
+    needs: &BTreeMap<Tier, Bytes>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(needs.iter().map(|(tier, bytes)| (tier.to_string(), bytes)))
+}
+
+impl Plan {
+    /// What is to be reserved in the plan's own tier: all components.
+    #[must_use]
+    pub fn wants(&self) -> Vec<Want> {
+        self.steps
+            .iter()
+            .map(|step| Want::Component(step.component.clone(), step.bytes))
+            .collect()
+    }
+
+    /// What is to be reserved in RAM on the way to a GPU.
+    #[must_use]
+    pub fn stage_wants(&self) -> Vec<Want> {
+        let mut wants: Vec<Want> = self
+            .steps
+            .iter()
+            .filter(|step| step.route == Route::ViaRam)
+            .map(|step| Want::Component(step.component.clone(), step.component.ram_bytes()))
+            .collect();
+        if !self.ring.is_zero() {
+            wants.push(Want::Scratch(self.ring));
+        }
+        wants
+    }
+
+    /// Bytes that have to move into the plan's tier.
+    #[must_use]
+    pub fn moving(&self) -> Bytes {
+        self.steps
+            .iter()
+            .filter(|step| step.there != There::Resident)
+            .map(|step| step.component.bytes)
+            .sum()
+    }
+}
+
+/// One tier that is too small, with the sum.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// Which tier.
+    pub tier: Tier,
+    /// What the set takes there.
+    pub needed: Bytes,
+    /// What hotset may use there.
+    pub budget: Bytes,
+    /// The parts of the sum, largest first.
+    pub parts: Vec<(ComponentId, Bytes)>,
+    /// Why the tier is out of service, where it is.
+    pub out_of_service: Option<Arc<str>>,
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(reason) = &self.out_of_service {
+            return write!(f, "{} is out of service ({reason})", self.tier);
+        }
+        const SHOWN: usize = 6;
+        write!(
+            f,
+            "{} has a budget of {}, and the set needs {} there (",
+            self.tier, self.budget, self.needed
+        )?;
+        for (i, (component, bytes)) in self.parts.iter().take(SHOWN).enumerate() {
+            write!(f, "{}{component} {bytes}", if i == 0 { "" } else { " + " })?;
+        }
+        if self.parts.len() > SHOWN {
+            write!(f, " + {} more", self.parts.len() - SHOWN)?;
+        }
+        write!(f, "), {} too much", self.needed.saturating_sub(self.budget))
+    }
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// It fits nowhere, whatever is evicted.
+    #[error("the set can never fit: {}; load fewer components, raise the budget, or choose another tier", shortages.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    NeverFits {
+        /// Each tier that was considered, with the sum.
+        shortages: Vec<Shortage>,
+    },
+    /// The target does not exist.
+    #[error("there is no {target}; this machine has {}", available.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    NoSuchTier {
+        /// What was asked for.
+        target: Target,
+        /// What there is.
+        available: Vec<Tier>,
+    },
+}
+
+/// The most of the RAM budget that one ring takes, so that several sets can stream at once on a small machine.
+const RING_SHARE: f64 = 0.25;
+
+/// Makes plans out of the books as they are.
+pub struct Planner<'a> {
+    /// All tiers, at one instant.
+    pub tiers: &'a [TierView],
+    /// The allocation granularity of each GPU.
+    pub granularity: &'a BTreeMap<GpuIndex, Bytes>,
+    /// Host memory for a streamed component.
+    pub ring: Bytes,
+    /// Time since the start of the system.
+    pub now: Duration,
+}
+
+impl Planner<'_> {
+    /// The plan for a set. What it would evict is not in it; see [`foresee`](Self::foresee).
+    ///
+    /// # Errors
+    /// [`PlanError`] where it could never be carried out.
+    pub fn plan(&self, set: &DependencyGraph, target: Target) -> Result<Plan, PlanError> {
+        let order = set.order();
+        let view = self.choose(&order, target)?;
+        let tier = view.tier;
+        let steps = order
+            .into_iter()
+            .map(|component| Step {
+                bytes: self.bytes_in(tier, &component),
+                there: There::Absent,
+                route: Route::None,
+                component,
+            })
+            .collect();
+        let mut plan = Plan {
+            tier,
+            steps,
+            needs: BTreeMap::new(),
+            evictions: Vec::new(),
+            fit: Fit::Now,
+            ring: Bytes::ZERO,
+        };
+        self.route(&mut plan)?;
+        Ok(plan)
+    }
+
+    /// Fills in again how each component of a plan stands in its tier and by which way it gets there, by the books as
+    /// they are now.
+    ///
+    /// # Errors
+    /// [`PlanError`] where a component can get there by no way.
+    pub fn route(&self, plan: &mut Plan) -> Result<(), PlanError> {
+        let Some(view) = self.view(plan.tier) else {
+            return Err(PlanError::NoSuchTier {
+                target: Target::Best,
+                available: self.tiers.iter().map(|view| view.tier).collect(),
+            });
+        };
+        for step in &mut plan.steps {
+            step.there = there(view, &step.component.content_id);
+            step.route = Route::None;
+        }
+        plan.ring = Bytes::ZERO;
+        plan.needs = BTreeMap::from([(plan.tier, absent_bytes(&plan.steps))]);
+        match plan.tier {
+            Tier::Ram => {
+                let absent = |step: &&mut Step| step.there == There::Absent;
+                for step in plan.steps.iter_mut().filter(absent) {
+                    step.route = Route::Ram;
+                }
+            }
+            Tier::Vram(_) => {
+                let (slabs, ring) = self.route_to_gpu(&mut plan.steps)?;
+                plan.ring = ring;
+                plan.needs.insert(Tier::Ram, slabs.saturating_add(ring));
+            }
+        }
+        plan.fit = self.fit(plan);
+        Ok(())
+    }
+
+    fn view(&self, tier: Tier) -> Option<&TierView> {
+        self.tiers.iter().find(|view| view.tier == tier)
+    }
+
+    fn bytes_in(&self, tier: Tier, component: &Component) -> Bytes {
+        match tier {
+            Tier::Ram => component.ram_bytes(),
+            Tier::Vram(gpu) => {
+                let granularity = self.granularity.get(&gpu).map_or(1, |bytes| bytes.get());
+                Bytes(component.device_bytes().get().max(1)).round_up(granularity.max(1))
+            }
+        }
+    }
+
+    /// The tier for the set: of those that can hold it, the one that holds most of it already, then the one with most
+    /// free bytes, then the first.
+    fn choose(&self, order: &[Arc<Component>], target: Target) -> Result<&TierView, PlanError> {
+        let gpus = || {
+            self.tiers
+                .iter()
+                .filter(|view| matches!(view.tier, Tier::Vram(_)))
+        };
+        let considered: Vec<&TierView> = match target {
+            Target::Ram => self.view(Tier::Ram).into_iter().collect(),
+            Target::Gpu(gpu) => self.view(Tier::Vram(gpu)).into_iter().collect(),
+            Target::AnyGpu => gpus().collect(),
+            Target::Best if gpus().next().is_some() => gpus().collect(),
+            Target::Best => self.view(Tier::Ram).into_iter().collect(),
+        };
+        if considered.is_empty() {
+            return Err(PlanError::NoSuchTier {
+                target,
+                available: self.tiers.iter().map(|view| view.tier).collect(),
+            });
+        }
+        let whole = |view: &TierView| order.iter().map(|c| self.bytes_in(view.tier, c)).sum();
+        considered
+            .iter()
+            .filter(|view| view.out_of_service.is_none() && whole(view) <= view.budget)
+            .max_by_key(|view| {
+                let held: Bytes = order
+                    .iter()
+                    .filter(|c| there(view, &c.content_id) != There::Absent)
+                    .map(|c| self.bytes_in(view.tier, c))
+                    .sum();
+                (held, view.free(), std::cmp::Reverse(view.tier))
+            })
+            .copied()
+            .ok_or_else(|| PlanError::NeverFits {
+                shortages: considered
+                    .iter()
+                    .map(|view| shortage(view, whole(view), order, |c| self.bytes_in(view.tier, c)))
+                    .collect(),
+            })
+    }
+
+    /// Chooses the way of each absent component to its GPU, and gives the bytes that RAM must provide for slabs and for
+    /// the ring.
+    ///
+    /// RAM on the way to a GPU is a convenience: a component goes through it as long as there is room that nobody holds,
+    /// and through the ring where there is not, so that a full RAM tier does not keep a GPU waiting.
+    fn route_to_gpu(&self, steps: &mut [Step]) -> Result<(Bytes, Bytes), PlanError> {
+        let Some(ram) = self.view(Tier::Ram) else {
+            return Err(PlanError::NoSuchTier {
+                target: Target::Ram,
+                available: self.tiers.iter().map(|view| view.tier).collect(),
+            });
+        };
+        let evictable: Bytes = candidates(ram).iter().map(|c| c.bytes).sum();
+        let mut room = ram.free().saturating_add(evictable);
+        let mut needed = Bytes::ZERO;
+        let mut streamed: Vec<&mut Step> = Vec::new();
+        for step in steps
+            .iter_mut()
+            .filter(|step| step.there != There::Resident)
+        {
+            let bytes = step.component.ram_bytes();
+            match there(ram, &step.component.content_id) {
+                // What is there costs nothing, but can no longer be evicted for the others.
+                There::Resident => {
+                    step.route = Route::ViaRam;
+                    if candidates(ram)
+                        .iter()
+                        .any(|c| c.content == step.component.content_id)
+                    {
+                        room = room.saturating_sub(bytes);
+                    }
+                }
+                There::Loading => step.route = Route::ViaRam,
+                There::Absent if bytes <= room => {
+                    step.route = Route::ViaRam;
+                    room = room.saturating_sub(bytes);
+                    needed += bytes;
+                }
+                There::Absent => streamed.push(step),
+            }
+        }
+        if streamed.is_empty() {
+            return Ok((needed, Bytes::ZERO));
+        }
+        let ring = self.ring.min(ram.budget.share(RING_SHARE));
+        if ring.is_zero() {
+            let parts = streamed
+                .iter()
+                .map(|step| (step.component.id.clone(), step.component.ram_bytes()))
+                .collect();
+            return Err(PlanError::NeverFits {
+                shortages: vec![Shortage {
+                    tier: Tier::Ram,
+                    needed: self.ring,
+                    budget: ram.budget,
+                    parts,
+                    out_of_service: ram.out_of_service.clone(),
+                }],
+            });
+        }
+        for step in streamed {
+            step.route = Route::Ring;
+        }
+        Ok((needed, ring))
+    }
+
+    /// The tiers in which the plan needs more than is free, with what is missing and what could go there.
+    fn short<'a>(
+        &'a self,
+        plan: &'a Plan,
+    ) -> impl Iterator<Item = (&'a TierView, Bytes, Vec<Candidate>)> {
+        let own: HashSet<ContentId> = plan
+            .steps
+            .iter()
+            .map(|step| step.component.content_id)
+            .collect();
+        plan.needs.iter().filter_map(move |(tier, needed)| {
+            let view = self.view(*tier).filter(|view| *needed > view.free())?;
+            let mut others = candidates(view);
+            others.retain(|c| !own.contains(&c.content));
+            Some((view, needed.saturating_sub(view.free()), others))
+        })
+    }
+
+    fn fit(&self, plan: &Plan) -> Fit {
+        let mut fit = Fit::Now;
+        for (_, missing, others) in self.short(plan) {
+            let evictable: Bytes = others.iter().map(|c| c.bytes).sum();
+            if evictable < missing {
+                return Fit::AfterOthers;
+            }
+            fit = Fit::AfterEviction;
+        }
+        fit
+    }
+
+    /// What this policy would evict for the plan, as things stand.
+    #[must_use]
+    pub fn foresee(&self, plan: &Plan, policy: &mut dyn EvictionPolicy) -> Vec<Eviction> {
+        let mut evictions = Vec::new();
+        for (view, missing, others) in self.short(plan) {
+            for victim in select(policy, self.now, &others, missing) {
+                let residency = view
+                    .residencies
+                    .iter()
+                    .find(|r| r.component.content_id == victim.content);
+                evictions.extend(residency.map(|residency| Eviction {
+                    tier: view.tier,
+                    component: residency.component.id.clone(),
+                    bytes: residency.bytes,
+                    reason: victim.reason,
+                }));
+            }
+        }
+        evictions
+    }
+}
+
+fn there(view: &TierView, content: &ContentId) -> There {
+    match view
+        .residencies
+        .iter()
+        .find(|residency| residency.component.content_id == *content)
+    {
+        None => There::Absent,
+        Some(residency) if residency.loading => There::Loading,
+        Some(_) => There::Resident,
+    }
+}
+
+fn absent_bytes(steps: &[Step]) -> Bytes {
+    steps
+        .iter()
+        .filter(|step| step.there == There::Absent)
+        .map(|step| step.bytes)
+        .sum()
+}
+
+/// What could be evicted from a tier, as policies see it.
+#[must_use]
+pub(super) fn candidates(view: &TierView) -> Vec<Candidate> {
+    view.residencies
+        .iter()
+        .filter(|residency| residency.pins == 0 && !residency.loading)
+        .map(ResidencyView::candidate)
+        .collect()
+}
+
+fn shortage(
+    view: &TierView,
+    needed: Bytes,
+    order: &[Arc<Component>],
+    bytes_of: impl Fn(&Component) -> Bytes,
+) -> Shortage {
+    let mut parts: Vec<(ComponentId, Bytes)> = order
+        .iter()
+        .map(|component| (component.id.clone(), bytes_of(component)))
+        .collect();
+    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    Shortage {
+        tier: view.tier,
+        needed,
+        budget: view.budget,
+        parts,
+        out_of_service: view.out_of_service.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

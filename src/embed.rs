@@ -1,0 +1,262 @@
+//! The embedding API: a builder and a handle over the actor system.
+
+use std::sync::Arc;
+
+use hotset_actors::{Parts, System};
+use hotset_core::catalog::Catalogue;
+use hotset_core::config::{Config, DeviceKind};
+use hotset_core::decision::{Decision, EvictCause};
+use hotset_core::device::Device;
+use hotset_core::device::sim::SimDevice;
+use hotset_core::io::{PreadReader, Reader};
+use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
+use hotset_core::policy::pressure::HostMemory;
+use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
+
+use crate::{
+    ActorName, EvictionPolicyFactory, LoadError, ScanSummary, Session, SessionError, Status,
+    UsageReport,
+};
+
+/// Why hotset could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The system did not start.
+    #[error(transparent)]
+    System(#[from] hotset_actors::StartError),
+    /// No budget is set, and the machine's memory cannot be told.
+    #[error("cannot read the machine's memory from /proc/meminfo ({reason}); set ram.budget")]
+    HostMemory {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The first scan did not end.
+    #[error("the first scan did not end: {0}")]
+    Scan(#[from] SessionError),
+}
+
+/// Makes a [`Hotset`].
+#[derive(Default)]
+#[must_use = "nothing happens before start()"]
+pub struct HotsetBuilder {
+    config: Config,
+    reader: Option<Arc<dyn Reader>>,
+    devices: Option<Vec<Arc<dyn Device>>>,
+    eviction: Option<EvictionPolicyFactory>,
+    scan_later: bool,
+}
+
+impl std::fmt::Debug for HotsetBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HotsetBuilder")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl HotsetBuilder {
+    /// With this configuration.
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// With these devices instead of the configuration's, one for each GPU.
+    pub fn devices(mut self, devices: Vec<Arc<dyn Device>>) -> Self {
+        self.devices = Some(devices);
+        self
+    }
+
+    /// With another way of reading files.
+    pub fn reader(mut self, reader: Arc<dyn Reader>) -> Self {
+        self.reader = Some(reader);
+        self
+    }
+
+    /// With another eviction policy than the configuration names.
+    pub fn eviction(mut self, policy: EvictionPolicyFactory) -> Self {
+        self.eviction = Some(policy);
+        self
+    }
+
+    /// Does not wait for the first scan; models appear as they are found.
+    pub const fn scan_later(mut self) -> Self {
+        self.scan_later = true;
+        self
+    }
+
+    /// Starts the actor system on the current tokio runtime, and waits for the first scan.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub async fn start(self) -> Result<Hotset, StartError> {
+        let host_memory = match (self.config.ram.budget, host_memory()) {
+            (_, Ok(bytes)) => bytes,
+            // It is not needed.
+            (Some(budget), Err(_)) => budget,
+            (None, Err(reason)) => return Err(StartError::HostMemory { reason }),
+        };
+        let devices = self.devices.unwrap_or_else(|| devices_of(&self.config));
+        let system = System::start(Parts {
+            reader: self.reader.unwrap_or_else(|| Arc::new(PreadReader)),
+            devices,
+            eviction: self.eviction,
+            host_memory,
+            config: self.config,
+        })
+        .await?;
+        let hotset = Hotset { system };
+        if !self.scan_later {
+            hotset.scan().await?;
+        }
+        Ok(hotset)
+    }
+}
+
+fn devices_of(config: &Config) -> Vec<Arc<dyn Device>> {
+    (0..)
+        .zip(&config.gpu)
+        .map(|(i, gpu)| match gpu.device {
+            DeviceKind::Sim => SimDevice::new(GpuIndex(i), gpu.sim.clone()) as Arc<dyn Device>,
+        })
+        .collect()
+}
+
+fn host_memory() -> Result<Bytes, String> {
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    HostMemory::parse(&text, None)
+        .map(|host| host.total)
+        .ok_or_else(|| "it has no MemTotal".into())
+}
+
+/// A running hotset. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
+#[derive(Debug)]
+pub struct Hotset {
+    system: System,
+}
+
+impl Hotset {
+    /// A builder with the default configuration.
+    pub fn builder() -> HotsetBuilder {
+        HotsetBuilder::default()
+    }
+
+    /// Opens a session; `label` is how status calls it.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn session(&self, label: impl Into<String>) -> Result<Session, SessionError> {
+        self.system.session(label).await
+    }
+
+    /// The catalogue as it is now. Takes no message and no lock.
+    #[must_use]
+    pub fn catalogue(&self) -> Arc<Catalogue> {
+        self.system.catalogue()
+    }
+
+    /// Scans all folders and waits until the result is published. Files that did not change are not read again.
+    ///
+    /// # Errors
+    /// [`SessionError::Draining`] where the system ends first.
+    pub async fn scan(&self) -> Result<ScanSummary, SessionError> {
+        self.system.scan().await
+    }
+
+    /// The components of a set and what comes before what.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`].
+    pub fn dependencies(&self, set: &ComponentSet) -> Result<DependencyGraph, LoadError> {
+        Ok(resolve(&self.catalogue(), &set.names, set.dependencies)?)
+    }
+
+    /// What loading a set would do as things stand: where it would go, what would be evicted. Moves nothing.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`], [`LoadError::Plan`].
+    pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
+        self.system.plan(set)
+    }
+
+    /// The state of everything.
+    pub async fn status(&self) -> Status {
+        self.system.status().await
+    }
+
+    /// The last decisions that concern a model or one of its components, newest first.
+    #[must_use]
+    pub fn why(&self, name: &str, limit: usize) -> Vec<Decision> {
+        let model = self
+            .catalogue()
+            .find(name)
+            .map(|model| model.name.clone())
+            .ok();
+        self.system.decisions(limit, |id: &ComponentId| {
+            model.as_ref() == Some(&id.model) || id.to_string() == name || id.model.as_str() == name
+        })
+    }
+
+    /// The last decisions, newest first.
+    #[must_use]
+    pub fn decisions(&self, limit: usize) -> Vec<Decision> {
+        self.system.all_decisions(limit)
+    }
+
+    /// Evicts what nobody holds until a tier uses no more than `keep` (0 to 1) of its budget; gives the bytes that come
+    /// back.
+    ///
+    /// # Errors
+    /// [`SessionError::NotAnswering`].
+    pub async fn optimise_cache(&self, tier: Tier, keep: f64) -> Result<Bytes, SessionError> {
+        self.system.relieve(tier, keep, EvictCause::Requested).await
+    }
+
+    /// Gives host memory back at once: everything that nobody holds goes.
+    ///
+    /// # Errors
+    /// [`SessionError::NotAnswering`].
+    pub async fn handle_memory_pressure(&self) -> Result<Bytes, SessionError> {
+        self.system
+            .relieve(Tier::Ram, 0.0, EvictCause::Pressure)
+            .await
+    }
+
+    /// Switches learning from requests and prefetching on or off.
+    ///
+    /// # Errors
+    /// [`SessionError::NotAnswering`].
+    pub async fn enable_predictive_caching(&self, enabled: bool) -> Result<(), SessionError> {
+        self.system.set_prediction(enabled).await
+    }
+
+    /// How components are used: what is hot, what hits, what the predictor has learned.
+    pub async fn analyse_usage(&self) -> UsageReport {
+        self.system.usage().await
+    }
+
+    /// The configuration in force.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        self.system.config()
+    }
+
+    /// The books of all tiers, for whoever checks them.
+    #[must_use]
+    pub fn ledger(&self) -> &Arc<hotset_core::memory::Ledger> {
+        self.system.ledger()
+    }
+
+    /// Kills an actor where it stands, as a fault would; its supervisor starts it again. For tests and chaos. Gives
+    /// whether there was one to kill.
+    pub fn kill(&self, actor: ActorName) -> bool {
+        self.system.kill(actor)
+    }
+
+    /// Ends gracefully: no new work, loads under way may finish for `supervision.drain`, then everything stops. Leases
+    /// stay valid until they are dropped.
+    pub async fn drain(self) {
+        self.system.drain().await;
+    }
+}

@@ -1,0 +1,9 @@
+//! hotset through its public API: real files, real memory, a simulated GPU.
+// Clippy's own exemption reaches `#[test]` functions only, not what they call.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod faults;
+mod library;
+mod loading;
+mod watching;
