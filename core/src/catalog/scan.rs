@@ -12,6 +12,7 @@ use super::inspect::inspect;
 use super::layout::{self, Shape, Unit};
 use super::model::{Model, SourceFile};
 use super::naming::{self, Named};
+use super::signatures::{SignatureError, Signatures};
 use super::snapshot::Catalogue;
 pub use super::walk::identity_of;
 use super::walk::{ScanProblem, Start, walk};
@@ -19,7 +20,7 @@ use crate::config::CatalogConfig;
 use crate::ids::ModelName;
 
 /// Where and how to scan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ScanOptions {
     /// The folders that hold models.
     pub roots: Vec<PathBuf>,
@@ -27,6 +28,8 @@ pub struct ScanOptions {
     pub max_depth: usize,
     /// Threads that read; 0 means one for each core.
     pub threads: usize,
+    /// What is known of model files.
+    pub signatures: Arc<Signatures>,
 }
 
 impl From<&CatalogConfig> for ScanOptions {
@@ -35,6 +38,7 @@ impl From<&CatalogConfig> for ScanOptions {
             roots: config.roots.clone(),
             max_depth: config.max_depth,
             threads: config.threads,
+            signatures: Signatures::builtin(),
         }
     }
 }
@@ -47,6 +51,17 @@ impl ScanOptions {
             roots,
             ..Self::from(&CatalogConfig::default())
         }
+    }
+}
+
+impl ScanOptions {
+    /// Adds the signatures in these files to the built-in ones.
+    ///
+    /// # Errors
+    /// The first file that cannot be read or is wrong.
+    pub fn with_signatures(mut self, files: &[PathBuf]) -> Result<Self, SignatureError> {
+        self.signatures = Signatures::with_files(files)?;
+        Ok(self)
     }
 }
 
@@ -218,7 +233,11 @@ fn run(
                 Some(model) => model.clone(),
                 None => {
                     inspected.fetch_add(1, Ordering::Relaxed);
-                    let model = Arc::new(inspect(unit, ModelName::from(natural.as_str())));
+                    let model = Arc::new(inspect(
+                        unit,
+                        ModelName::from(natural.as_str()),
+                        &options.signatures,
+                    ));
                     progress(ScanProgress {
                         files,
                         entries,
