@@ -4,6 +4,7 @@
 //! `layout` sees which files make one entry, `inspect` reads the headers and configurations of the entries
 //! that are new, and `naming` gives every entry a name of its own. [`snapshot`] is what comes out.
 
+pub mod bench;
 mod config_json;
 pub mod gguf;
 pub mod hub;
