@@ -144,6 +144,9 @@ fn joined(mut ranges: Vec<FileRange>) -> Vec<FileRange> {
 /// The identity of a header's tensors: hash, length, and the length of the data that they fill.
 pub(super) type Mark = (u128, usize, u64);
 
+/// Remembered contents by their number, and what the metadata say under the keys that signatures look at.
+type SaidOf = (u64, Vec<Option<String>>);
+
 /// What a scan knows: the signatures, and the headers that it has seen.
 #[derive(Debug)]
 pub(super) struct Known<'s> {
@@ -151,7 +154,7 @@ pub(super) struct Known<'s> {
     /// Differs for each scan, so that nobody can prepare two headers with one hash.
     seed: u64,
     seen: Mutex<Seen>,
-    identities: Mutex<HashMap<(u64, Vec<Option<String>>), Arc<Identity>>>,
+    identities: Mutex<HashMap<SaidOf, Arc<Identity>>>,
 }
 
 #[derive(Debug, Default)]
