@@ -1,8 +1,8 @@
 //! Knowing every model for what it is: formats, layouts on disk, scanning, and the snapshot that readers take.
 //!
-//! A scan has four steps, each in a file of its own: [`walk`] lists folders and takes the identity of every file,
-//! [`layout`] sees which files make one entry, [`inspect`] reads the headers and configurations of the entries
-//! that are new, and [`naming`] gives every entry a name of its own. [`snapshot`] is what comes out.
+//! A scan has four steps, each in a file of its own: `walk` lists folders and takes the identity of every file,
+//! `layout` sees which files make one entry, `inspect` reads the headers and configurations of the entries
+//! that are new, and `naming` gives every entry a name of its own. [`snapshot`] is what comes out.
 
 pub mod bench;
 mod config_json;

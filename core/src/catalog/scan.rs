@@ -77,6 +77,16 @@ pub struct ScanProgress {
     pub done: u64,
 }
 
+impl std::fmt::Display for ScanProgress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} files", self.files)?;
+        if self.entries > 0 {
+            write!(f, ", {} of {} headers read", self.done, self.entries)?;
+        }
+        Ok(())
+    }
+}
+
 /// What a scan found.
 #[derive(Clone, Debug)]
 pub struct ScanReport {
