@@ -7,6 +7,7 @@
 pub mod bench;
 mod change;
 mod config_json;
+mod contents;
 pub mod gguf;
 pub mod hub;
 mod identify;
