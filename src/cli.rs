@@ -1,6 +1,7 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
 mod catalog;
+mod config;
 mod demo;
 mod load;
 pub(crate) mod log;
@@ -76,6 +77,8 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// Show the configuration in force, and where each value was said
+    Config,
 }
 
 /// Why a command failed.
@@ -149,6 +152,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Config => config::run(global),
     }
 }
 
