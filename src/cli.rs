@@ -1,6 +1,7 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
 mod catalog;
+mod config;
 mod demo;
 mod load;
 pub(crate) mod log;
@@ -149,6 +150,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Config => config::run(global),
     }
 }
 

@@ -37,8 +37,10 @@
 //! | execute an optimised scan | [`Hotset::scan`] |
 //! | enhance metadata, build the model index | every scan does; [`Hotset::catalogue`] is the index |
 
+mod config;
 mod embed;
 
+pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};
 pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
@@ -58,6 +60,3 @@ pub use hotset_core::tensor::Dtype;
 pub use hotset_core::{
     Bytes, ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier,
 };
-
-mod tmpconfig;
-pub use tmpconfig::*;

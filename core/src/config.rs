@@ -1,5 +1,9 @@
 //! The configuration as values, with its defaults. Reading it from files, the environment and flags is the host's work.
 
+mod validate;
+
+pub use validate::InvalidConfig;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
