@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn each_wrong_value_is_named() {
-        let cases: [(&str, fn(&mut Config)); 14] = [
+        type Spoil = fn(&mut Config);
+        let cases: [(&str, Spoil); 14] = [
             ("ram.low_watermark", |c| c.ram.low_watermark = 0.99),
             ("ram.high_watermark", |c| c.ram.high_watermark = 1.5),
             ("ram.high_watermark", |c| c.ram.high_watermark = f64::NAN),
