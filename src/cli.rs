@@ -77,6 +77,8 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// Show the configuration in force, and where each value was said
+    Config,
 }
 
 /// Why a command failed.
