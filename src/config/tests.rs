@@ -78,6 +78,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
             "config/hotset.toml does not mention {key}"
         );
     }
+    expected.catalog.database = Some("/var/cache/hotset/catalogue.db".into());
     expected.ram.budget = Some(Bytes::gib(16));
     expected.gpu[0].budget = Some(Bytes::gib(20));
     assert_eq!(loaded.config, expected);
