@@ -58,3 +58,6 @@ pub use hotset_core::tensor::Dtype;
 pub use hotset_core::{
     Bytes, ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier,
 };
+
+mod tmpconfig;
+pub use tmpconfig::*;

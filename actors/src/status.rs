@@ -148,6 +148,16 @@ pub enum ServiceState {
     OutOfService,
 }
 
+impl std::fmt::Display for ServiceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Running => "running",
+            Self::Restarting => "restarting",
+            Self::OutOfService => "out of service",
+        })
+    }
+}
+
 /// One actor.
 #[derive(Debug, Clone, Serialize)]
 pub struct ActorStatus {

@@ -5,14 +5,22 @@
 //! that are new, and [`naming`] gives every entry a name of its own. [`snapshot`] is what comes out.
 
 mod config_json;
+pub mod gguf;
+pub mod hub;
 mod identify;
 mod inspect;
 mod layout;
 mod model;
 mod naming;
+mod outline;
+pub mod query;
+mod read;
 pub mod safetensors;
 pub mod scan;
+pub mod settle;
+mod signatures;
 pub mod snapshot;
+pub mod store;
 #[cfg(test)]
 pub(crate) mod test_utils;
 mod walk;
@@ -23,5 +31,6 @@ pub use model::{
     IMAGE_ALIGN, Kind, Model, Presence, Selection, SourceFile,
 };
 pub use scan::{ScanOptions, ScanProgress, ScanReport, identity_of, rescan, scan};
+pub use signatures::{SignatureError, Signatures};
 pub use snapshot::{Catalogue, CatalogueCell, FindError};
 pub use walk::ScanProblem;

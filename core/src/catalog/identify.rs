@@ -1,13 +1,24 @@
 //! Taking weights for what they are: from their tensors' names and shapes, their metadata and their configurations, never
 //! from file names.
+//!
+//! The knowledge is in [`signatures`](super::signatures); here it is weighed. The best signature decides each field
+//! by itself. Where equally good ones contradict each other the field stays open and the reasons are kept as guesses:
+//! a wrong label is worse than none.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::model::{BaseModel, Kind};
-use super::safetensors::HeaderTensor;
+use super::model::{BaseModel, Evidence, Kind};
+use super::outline::Outline;
+use super::signatures::{Pattern, Rule, Signatures};
+
+/// A signature below this is a guess, not a label.
+const LABEL_SCORE: u8 = 50;
+
+/// How many reasons are kept.
+const MAX_EVIDENCE: usize = 6;
 
 /// What is known of a set of weights before it is identified.
 #[derive(Clone, Copy, Default)]
@@ -19,200 +30,248 @@ pub(super) struct Clues<'a> {
     /// The metadata in the file.
     pub(super) metadata: Option<&'a BTreeMap<String, String>>,
     /// The tensors.
-    pub(super) tensors: &'a [HeaderTensor],
+    pub(super) outline: Option<&'a Outline>,
 }
 
 /// What a set of weights is.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Identity {
     pub(super) kind: Kind,
     pub(super) architecture: Option<Arc<str>>,
+    pub(super) variant: Option<Arc<str>>,
+    pub(super) quantization: Option<Arc<str>>,
+    pub(super) dialect: Option<Arc<str>>,
+    pub(super) rank: Option<u32>,
     pub(super) base: Option<BaseModel>,
+    pub(super) evidence: Vec<Evidence>,
 }
 
 /// Identifies one set of weights.
-pub(super) fn identify(clues: &Clues<'_>) -> Identity {
-    let mut identity = Identity::default();
-    from_config(clues, &mut identity);
-    if identity.kind == Kind::Unknown {
-        identity.kind = from_tensors(clues.tensors);
+pub(super) fn identify(signatures: &Signatures, clues: &Clues<'_>) -> Identity {
+    let mut scratch = String::new();
+    let matched: Vec<&Rule> = signatures
+        .rules
+        .iter()
+        .filter(|rule| matches(rule, clues, &mut scratch))
+        .collect();
+    let kind = decide(&matched, |rule| rule.kind).unwrap_or_default();
+    // A checkpoint has the architecture of the diffusion model in it.
+    let concerns = |rule: &&&Rule| match rule.kind {
+        None => true,
+        Some(of) => {
+            of == kind || (kind == Kind::Checkpoint && matches!(of, Kind::Unet | Kind::Transformer))
+        }
+    };
+    let relevant: Vec<&Rule> = matched.iter().filter(concerns).copied().collect();
+    let value = |text: Option<Arc<str>>| text.and_then(|text| resolve(&text, clues));
+    let mut identity = Identity {
+        kind,
+        architecture: value(decide(&relevant, |rule| rule.architecture.clone())),
+        variant: value(decide(&relevant, |rule| rule.variant.clone())),
+        quantization: value(decide(&relevant, |rule| rule.quantization.clone())),
+        dialect: value(decide(&relevant, |rule| rule.dialect.clone())),
+        rank: None,
+        base: None,
+        evidence: evidence(&matched),
+    };
+    if kind == Kind::Lora {
+        identity.rank = clues.outline.and_then(|outline| rank(signatures, outline));
     }
-    if let Some(metadata) = clues.metadata {
-        from_metadata(metadata, &mut identity);
-    }
-    if identity.kind.is_adapter() && identity.base.is_none() {
-        identity.base = identity.architecture.clone().map(|architecture| BaseModel {
-            architecture: Some(architecture),
-            name: None,
-        });
+    if kind.is_adapter() {
+        identity.base = base(clues, identity.architecture.clone());
     }
     identity
 }
 
-/// What a class of diffusers or transformers is for.
-pub(super) fn kind_of_class(class: &str) -> Kind {
-    let has = |part: &str| class.contains(part);
-    if has("ControlNet") {
-        Kind::Controlnet
-    } else if has("T2IAdapter") || has("MultiAdapter") {
-        Kind::T2iAdapter
-    } else if has("UNet") {
-        Kind::Unet
-    } else if has("Autoencoder") || has("VQModel") || has("Vae") {
-        Kind::Vae
-    } else if has("Pipeline") {
-        Kind::Pipeline
-    } else if has("Transformer") && has("Model") && !has("For") {
-        Kind::Transformer
-    } else if has("CLIPTextModel") || has("T5EncoderModel") || has("TextModel") {
-        Kind::TextEncoder
-    } else if has("CLIPVision") || has("VisionModel") {
-        Kind::ImageEncoder
-    } else if has("ForConditionalGeneration") && (has("VL") || has("Llava") || has("Gemma3")) {
-        Kind::VisionLanguageModel
-    } else if has("ForCausalLM") || has("LMHeadModel") {
-        Kind::LanguageModel
-    } else if has("Whisper") || has("Wav2Vec") || has("MusicGen") || has("Musicgen") {
-        Kind::Audio
-    } else {
-        Kind::Unknown
+fn matches(rule: &Rule, clues: &Clues<'_>, scratch: &mut String) -> bool {
+    let text_matches = |patterns: &[Pattern], text: &str| patterns.iter().any(|p| p.matches(text));
+    let metadata = |(key, patterns): &(String, Vec<Pattern>)| {
+        clues
+            .metadata
+            .and_then(|metadata| metadata.get(key))
+            .is_some_and(|text| text_matches(patterns, text))
+    };
+    if !rule.metadata.iter().all(metadata)
+        || (!rule.metadata_any.is_empty() && !rule.metadata_any.iter().any(metadata))
+    {
+        return false;
     }
+    let config = |(key, patterns): &(String, Vec<Pattern>)| {
+        let from_index = clues
+            .class
+            .filter(|_| key == "_class_name" || key == "architectures");
+        config_texts(clues.config, key)
+            .chain(from_index)
+            .any(|text| text_matches(patterns, text))
+    };
+    if !rule.config.iter().all(config) {
+        return false;
+    }
+    let about_keys = !rule.all.is_empty()
+        || !rule.none.is_empty()
+        || !rule.shapes.is_empty()
+        || !rule.any_shape.is_empty()
+        || !rule.not_shapes.is_empty()
+        || !rule.dtypes.is_empty()
+        || rule.max_tensors.is_some();
+    if !about_keys {
+        return true;
+    }
+    let Some(outline) = clues.outline else {
+        return false;
+    };
+    if rule.max_tensors.is_some_and(|max| outline.tensors > max)
+        || (!rule.dtypes.is_empty() && !outline.has_dtype(&rule.dtypes))
+    {
+        return false;
+    }
+    rule.under
+        .iter()
+        .any(|prefix| keys_match(rule, outline, prefix, scratch))
 }
 
-fn from_config(clues: &Clues<'_>, identity: &mut Identity) {
-    if let Some(class) = clues.class {
-        identity.kind = kind_of_class(class);
-    }
-    let Some(config) = clues.config else { return };
-    let text = |key: &str| config.get(key).and_then(Value::as_str);
-    if let Some(peft) = text("peft_type") {
-        identity.kind = if peft == "LORA" || peft == "LOKR" || peft == "LOHA" {
-            Kind::Lora
-        } else {
-            Kind::Unknown
-        };
-        identity.base = Some(BaseModel {
-            architecture: None,
-            name: text("base_model_name_or_path").map(Arc::from),
-        });
-        return;
-    }
-    if identity.kind == Kind::Unknown
-        && let Some(class) = text("_class_name")
-    {
-        identity.kind = kind_of_class(class);
-    }
-    let architectures = config
-        .get("architectures")
+fn keys_match(rule: &Rule, outline: &Outline, prefix: &str, scratch: &mut String) -> bool {
+    let has = |pattern: &Pattern, scratch: &mut String| outline.has(prefix, pattern, scratch);
+    let shaped = |(pattern, dims): &(Pattern, super::signatures::Dims), scratch: &mut String| {
+        outline.has_shape(prefix, pattern, dims, scratch)
+    };
+    rule.shapes.iter().all(|shape| shaped(shape, scratch))
+        && rule
+            .all
+            .iter()
+            .all(|either| either.iter().any(|pattern| has(pattern, scratch)))
+        && (rule.any_shape.is_empty() || rule.any_shape.iter().any(|shape| shaped(shape, scratch)))
+        && !rule.none.iter().any(|pattern| has(pattern, scratch))
+        && !rule.not_shapes.iter().any(|shape| shaped(shape, scratch))
+}
+
+/// The texts at a dotted place in a configuration: one, or those of a list.
+fn config_texts<'a>(config: Option<&'a Value>, key: &str) -> impl Iterator<Item = &'a str> {
+    let value = config.and_then(|config| {
+        key.split('.')
+            .try_fold(config, |value, part| value.get(part))
+    });
+    let list = value
         .and_then(Value::as_array)
         .map(Vec::as_slice)
         .unwrap_or_default();
-    if identity.kind == Kind::Unknown {
-        identity.kind = architectures
-            .iter()
-            .filter_map(Value::as_str)
-            .map(kind_of_class)
-            .find(|kind| *kind != Kind::Unknown)
-            .unwrap_or_default();
-    }
-    if identity.kind == Kind::Unknown && !architectures.is_empty() {
-        let bare_encoder = architectures
-            .iter()
-            .filter_map(Value::as_str)
-            .any(|class| class.ends_with("Model") && !class.contains("For"));
-        if bare_encoder {
-            identity.kind = Kind::EmbeddingModel;
-        }
-    }
-    if let Some(model_type) = text("model_type") {
-        identity.architecture = Some(model_type.into());
-    }
+    list.iter()
+        .filter_map(Value::as_str)
+        .chain(value.and_then(Value::as_str))
 }
 
-fn from_tensors(tensors: &[HeaderTensor]) -> Kind {
-    let any = |test: &dyn Fn(&str) -> bool| tensors.iter().any(|t| test(&t.name));
-    let is_lora = |name: &str| {
-        [
-            ".lora_down.weight",
-            ".lora_up.weight",
-            ".lora_A.",
-            ".lora_B.",
-            ".lora.down.",
-            ".lokr_w",
-            ".hada_w",
-        ]
+/// The value of the best rules that have one; `None` where equally good ones differ.
+fn decide<T: PartialEq>(rules: &[&Rule], field: impl Fn(&Rule) -> Option<T>) -> Option<T> {
+    let best = rules
         .iter()
-        .any(|part| name.contains(part))
-    };
-    if any(&is_lora) {
-        return Kind::Lora;
-    }
-    if any(&|n| n.starts_with("model.diffusion_model.")) {
-        let whole = any(&|n| {
-            n.starts_with("first_stage_model.")
-                || n.starts_with("cond_stage_model.")
-                || n.starts_with("conditioner.")
-        });
-        return if whole { Kind::Checkpoint } else { Kind::Unet };
-    }
-    if any(&|n| n.starts_with("control_model.") || n.contains("controlnet_")) {
-        return Kind::Controlnet;
-    }
-    if any(&|n| n.starts_with("decoder.conv_in.")) && any(&|n| n.starts_with("encoder.conv_in.")) {
-        return Kind::Vae;
-    }
-    if any(&|n| n.contains("text_model.embeddings.token_embedding")) {
-        return Kind::TextEncoder;
-    }
-    if any(&|n| n == "lm_head.weight") || any(&|n| n.contains("model.layers.0.self_attn.")) {
-        return Kind::LanguageModel;
-    }
-    Kind::Unknown
+        .filter(|rule| field(rule).is_some())
+        .map(|rule| rule.score)
+        .max()
+        .filter(|score| *score >= LABEL_SCORE)?;
+    let mut values = rules
+        .iter()
+        .filter(|rule| rule.score == best)
+        .filter_map(|rule| field(rule));
+    let first = values.next()?;
+    values.all(|other| other == first).then_some(first)
 }
 
-fn from_metadata(metadata: &BTreeMap<String, String>, identity: &mut Identity) {
-    let get = |key: &str| metadata.get(key).map(String::as_str);
-    let stated = get("modelspec.architecture").or_else(|| get("ss_base_model_version"));
-    if let Some(stated) = stated
-        && identity.architecture.is_none()
-    {
-        identity.architecture = architecture_named(stated).map(Arc::from);
-    }
-    if identity.kind == Kind::Unknown
-        && get("modelspec.architecture").is_some_and(|a| a.ends_with("/lora"))
-    {
-        identity.kind = Kind::Lora;
-    }
-    if identity.kind.is_adapter() {
-        let name = get("ss_sd_model_name").filter(|name| *name != "None");
-        if identity.architecture.is_some() || name.is_some() {
-            identity.base = Some(BaseModel {
-                architecture: identity.architecture.clone(),
-                name: name.map(Arc::from),
-            });
+/// A `$name` in a signature stands for what the file says under that name.
+fn resolve(text: &Arc<str>, clues: &Clues<'_>) -> Option<Arc<str>> {
+    let Some(key) = text.strip_prefix('$') else {
+        return Some(text.clone());
+    };
+    let stated = clues.metadata.and_then(|metadata| metadata.get(key));
+    stated
+        .map(String::as_str)
+        .or_else(|| config_texts(clues.config, key).next())
+        .map(Arc::from)
+}
+
+fn evidence(matched: &[&Rule]) -> Vec<Evidence> {
+    let mut best = matched.to_vec();
+    best.sort_by_key(|rule| std::cmp::Reverse(rule.score));
+    best.into_iter()
+        .take(MAX_EVIDENCE)
+        .map(|rule| Evidence {
+            source: rule.id.clone(),
+            says: rule.says.clone(),
+            score: rule.score,
+            reason: rule.reason.clone(),
+        })
+        .collect()
+}
+
+/// The rank that most outlined keys have.
+fn rank(signatures: &Signatures, outline: &Outline) -> Option<u32> {
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for (key, shape) in outline.iter() {
+        for rule in &signatures.ranks {
+            if rule.key.matches(key)
+                && let Some(rank) = shape.get(rule.dimension)
+                && let Ok(rank) = u32::try_from(*rank)
+            {
+                *counts.entry(rank).or_default() += 1;
+            }
         }
     }
+    counts
+        .into_iter()
+        .max_by_key(|(_, count)| *count)
+        .map(|(rank, _)| rank)
 }
 
-/// The architecture that a `modelspec.architecture` or `ss_base_model_version` means.
-pub(super) fn architecture_named(stated: &str) -> Option<&'static str> {
-    let stated = stated.to_ascii_lowercase();
-    let has = |part: &str| stated.contains(part);
-    Some(if has("xl") && has("refiner") {
-        "sdxl-refiner"
-    } else if has("sdxl") || has("xl-v1") || has("stable-diffusion-xl") {
-        "sdxl"
-    } else if has("stable-diffusion-v1") || has("sd_v1") {
-        "sd-1"
-    } else if has("stable-diffusion-v2") || has("sd_v2") {
-        "sd-2"
-    } else if has("stable-diffusion-3") || has("sd3") {
-        "sd-3"
-    } else if has("flux-2") || has("flux2") {
-        "flux2"
-    } else if has("flux") {
-        "flux"
-    } else {
+/// The base that an adapter states or its shapes tell.
+fn base(clues: &Clues<'_>, architecture: Option<Arc<str>>) -> Option<BaseModel> {
+    let stated = [
+        "ss_sd_model_name",
+        "ss_base_model",
+        "general.base_model.0.name",
+    ]
+    .iter()
+    .filter_map(|key| clues.metadata?.get(*key).map(String::as_str))
+    .find(|name| !name.is_empty() && *name != "None");
+    let stated = stated.or_else(|| config_texts(clues.config, "base_model_name_or_path").next());
+    if architecture.is_none() && stated.is_none() {
         return None;
+    }
+    Some(BaseModel {
+        architecture,
+        name: stated.map(Arc::from),
     })
 }
+
+/// The architecture that a pipeline's class means.
+pub(super) fn architecture_of_pipeline(class: &str) -> Option<&'static str> {
+    // Longer beginnings come first where one begins another.
+    const KNOWN: [(&str, &str); 21] = [
+        ("StableDiffusionXL", "sdxl"),
+        ("StableDiffusion3", "sd-3"),
+        ("Flux2", "flux2"),
+        ("Flux", "flux"),
+        ("QwenImage", "qwen-image"),
+        ("ZImage", "z-image"),
+        ("Wan", "wan"),
+        ("HunyuanVideo", "hunyuan-video"),
+        ("LTX", "ltx-video"),
+        ("CogView4", "cogview4"),
+        ("Chroma", "chroma"),
+        ("Krea2", "krea-2"),
+        ("Anima", "anima"),
+        ("Lumina2", "lumina-2"),
+        ("PixArt", "pixart"),
+        ("Kandinsky", "kandinsky"),
+        ("AuraFlow", "auraflow"),
+        ("Sana", "sana"),
+        ("CogVideoX", "cogvideox"),
+        ("HiDream", "hidream"),
+        ("Mochi", "mochi"),
+    ];
+    KNOWN
+        .iter()
+        .find(|(start, _)| class.starts_with(start))
+        .map(|(_, architecture)| *architecture)
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::config_json;
+use super::hub;
 use super::model::SourceFile;
 use super::walk::Folder;
 use super::weights::{self, Container, WeightSet};
@@ -329,6 +330,9 @@ fn stays_inside(name: &str) -> bool {
 /// The path of an entry below its root, without the suffixes that its format adds.
 pub(super) fn natural_name(unit: &Unit, root: &Path) -> String {
     let below = unit.path.strip_prefix(root).unwrap_or(&unit.path);
+    if let Some(location) = hub::locate(&unit.path) {
+        return in_repository(unit, &location);
+    }
     let below = match &unit.shape {
         // A root may itself be a model.
         _ if below.as_os_str().is_empty() => Path::new(root.file_name().unwrap_or_default()),
@@ -341,6 +345,19 @@ pub(super) fn natural_name(unit: &Unit, root: &Path) -> String {
         }
         Shape::Folder { .. } | Shape::Pipeline { .. } => lossy(below),
     }
+}
+
+/// The name of an entry in a hub cache: that of the repository, and what follows inside its snapshot.
+fn in_repository(unit: &Unit, location: &hub::Location) -> String {
+    let mut name = PathBuf::from(&location.repo);
+    match &unit.shape {
+        Shape::Weights(part) => {
+            name.extend(location.rest.parent());
+            name.push(stem_of(part));
+        }
+        Shape::Folder { .. } | Shape::Pipeline { .. } => name.extend(&location.rest),
+    }
+    lossy(&name)
 }
 
 /// The last name of a weight set: the raw bytes of the file's name where it is a single file.

@@ -26,9 +26,15 @@ pub struct FileIdentity {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct SourceFile {
     /// Absolute path.
+    #[serde(serialize_with = "lossy_path")]
     pub path: Arc<Path>,
     /// The state in which its header was read.
     pub identity: FileIdentity,
+}
+
+/// Paths go out as text for people and JSON; what is not UTF-8 is replaced, since an entry must never fail to be shown.
+fn lossy_path<S: serde::Serializer>(path: &Arc<Path>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// How a model lies on disk.
@@ -292,6 +298,7 @@ pub struct Model {
     /// Unique in the catalogue: the path below its root, without the file's suffix.
     pub name: ModelName,
     /// Absolute path of the file or folder.
+    #[serde(serialize_with = "lossy_path")]
     pub path: Arc<Path>,
     /// How it lies on disk.
     pub format: Format,
@@ -331,6 +338,10 @@ pub struct Facts {
     pub dialect: Option<Arc<str>>,
     /// For LoRAs: the rank that most of its pairs have.
     pub rank: Option<u32>,
+    /// In a cache of the Hugging Face hub: the repository.
+    pub repo: Option<Arc<str>>,
+    /// In a cache of the Hugging Face hub: the commit.
+    pub revision: Option<Arc<str>>,
     /// Bytes for each dtype, most first.
     pub dtypes: Vec<(Arc<str>, Bytes)>,
     /// Why it was taken for what it is, best reason first.

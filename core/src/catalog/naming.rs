@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::hub;
 use super::model::{Component, Model};
 use crate::ids::{ComponentId, ModelName};
 
@@ -24,8 +25,10 @@ pub(super) fn settle(mut entries: Vec<Named>, roots: &[PathBuf]) -> Vec<Arc<Mode
     entries.sort_by(|a, b| (&a.natural, &a.model.path).cmp(&(&b.natural, &b.model.path)));
     tell_apart(&mut entries, |entry| {
         let suffix = entry.model.path.extension().and_then(OsStr::to_str)?;
-        let is_folder = entry.model.path.ends_with(&entry.natural);
-        (!is_folder).then(|| format!("{}.{suffix}", entry.natural))
+        (!entry.model.format.is_folder()).then(|| format!("{}.{suffix}", entry.natural))
+    });
+    tell_apart(&mut entries, |entry| {
+        hub::name_with_revision(&entry.natural, &entry.model.path)
     });
     tell_apart(&mut entries, |entry| {
         let root = roots.get(entry.root)?.file_name()?.to_string_lossy();

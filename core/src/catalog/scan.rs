@@ -12,6 +12,7 @@ use super::inspect::inspect;
 use super::layout::{self, Shape, Unit};
 use super::model::{Model, SourceFile};
 use super::naming::{self, Named};
+use super::signatures::{SignatureError, Signatures};
 use super::snapshot::Catalogue;
 pub use super::walk::identity_of;
 use super::walk::{ScanProblem, Start, walk};
@@ -19,7 +20,7 @@ use crate::config::CatalogConfig;
 use crate::ids::ModelName;
 
 /// Where and how to scan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ScanOptions {
     /// The folders that hold models.
     pub roots: Vec<PathBuf>,
@@ -27,6 +28,8 @@ pub struct ScanOptions {
     pub max_depth: usize,
     /// Threads that read; 0 means one for each core.
     pub threads: usize,
+    /// What is known of model files.
+    pub signatures: Arc<Signatures>,
 }
 
 impl From<&CatalogConfig> for ScanOptions {
@@ -35,6 +38,7 @@ impl From<&CatalogConfig> for ScanOptions {
             roots: config.roots.clone(),
             max_depth: config.max_depth,
             threads: config.threads,
+            signatures: Signatures::builtin(),
         }
     }
 }
@@ -50,6 +54,17 @@ impl ScanOptions {
     }
 }
 
+impl ScanOptions {
+    /// Adds the signatures in these files to the built-in ones.
+    ///
+    /// # Errors
+    /// The first file that cannot be read or is wrong.
+    pub fn with_signatures(mut self, files: &[PathBuf]) -> Result<Self, SignatureError> {
+        self.signatures = Signatures::with_files(files)?;
+        Ok(self)
+    }
+}
+
 /// How far a scan has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ScanProgress {
@@ -59,6 +74,16 @@ pub struct ScanProgress {
     pub entries: u64,
     /// Entries of these that are done.
     pub done: u64,
+}
+
+impl std::fmt::Display for ScanProgress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} files", self.files)?;
+        if self.entries > 0 {
+            write!(f, ", {} of {} headers read", self.done, self.entries)?;
+        }
+        Ok(())
+    }
 }
 
 /// What a scan found.
@@ -208,7 +233,11 @@ fn run(
                 Some(model) => model.clone(),
                 None => {
                     inspected.fetch_add(1, Ordering::Relaxed);
-                    let model = Arc::new(inspect(unit, ModelName::from(natural.as_str())));
+                    let model = Arc::new(inspect(
+                        unit,
+                        ModelName::from(natural.as_str()),
+                        &options.signatures,
+                    ));
                     progress(ScanProgress {
                         files,
                         entries,

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 
 use super::model::Model;
 use super::naming::last_segment;
+use super::query;
 use crate::ids::ModelName;
 
 /// How many near names an error offers.
@@ -27,6 +28,8 @@ struct Inner {
     models: Vec<Arc<Model>>,
     by_name: HashMap<ModelName, u32>,
     by_path: HashMap<PathKey, u32>,
+    /// What free words are looked for in, made at the first search.
+    haystacks: OnceLock<Vec<Box<str>>>,
 }
 
 /// A path compared by its bytes: quicker than `Path`, which takes it apart first.
@@ -119,6 +122,7 @@ impl Catalogue {
                 models,
                 by_name,
                 by_path,
+                haystacks: OnceLock::new(),
             }),
         }
     }
@@ -156,6 +160,12 @@ impl Catalogue {
     #[must_use]
     pub fn at_path(&self, path: &Path) -> Option<&Arc<Model>> {
         self.at(*self.inner.by_path.get(path.as_os_str())?)
+    }
+
+    pub(super) fn haystacks(&self) -> &[Box<str>] {
+        self.inner
+            .haystacks
+            .get_or_init(|| self.models().map(|model| query::haystack(model)).collect())
     }
 
     fn at(&self, index: u32) -> Option<&Arc<Model>> {

@@ -17,6 +17,15 @@ pub enum Edge {
     Adapts,
 }
 
+impl std::fmt::Display for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::UsedBefore => "used before",
+            Self::Adapts => "adapts",
+        })
+    }
+}
+
 /// Why a set cannot be made out of the names.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -41,6 +41,37 @@ pub enum Route {
     Ring,
 }
 
+impl fmt::Display for There {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Resident => "resident",
+            Self::Loading => "loading",
+            Self::Absent => "absent",
+        })
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::None => "-",
+            Self::Ram => "disk to RAM",
+            Self::ViaRam => "through RAM",
+            Self::Ring => "streamed",
+        })
+    }
+}
+
+impl fmt::Display for Fit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Now => "fits now",
+            Self::AfterEviction => "fits once the evictions are made",
+            Self::AfterOthers => "fits once others release what they hold",
+        })
+    }
+}
+
 /// One component of a plan.
 #[derive(Debug, Clone, Serialize)]
 pub struct Step {

@@ -384,3 +384,77 @@ fn a_misspelt_name_is_met_with_the_nearest() {
     let error = report.catalogue.find("jugernaut").unwrap_err();
     assert!(error.to_string().contains("`sd/juggernaut`"), "{error}");
 }
+
+#[test]
+fn the_parts_of_a_checkpoint_are_components_of_their_own() {
+    let root = tempfile::tempdir().unwrap();
+    let file = safetensors(
+        &[
+            ("first_stage_model.decoder.conv_in.weight", &[2]),
+            ("model.diffusion_model.input_blocks.0.0.weight", &[3]),
+            ("model.diffusion_model.out.weight", &[4]),
+            ("model_ema.decay", &[5]),
+            ("conditioner.embedders.0.transformer.x", &[6]),
+            ("conditioner.embedders.1.model.x", &[7]),
+        ],
+        &[],
+    );
+    let data = file.len() as u64 - 2 * 27;
+    put(root.path(), "xl.safetensors", file);
+    let report = scan_of(root.path());
+    let model = model(&report, "xl");
+    assert_eq!(model.kind, Kind::Checkpoint);
+    let seen: Vec<(&str, u64, u32)> = model
+        .components
+        .iter()
+        .map(|c| (&*c.id.component, c.bytes.get(), c.tensors))
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("text_encoder", 12, 1),
+            ("text_encoder_2", 14, 1),
+            ("unet", 14, 2),
+            ("vae", 4, 1)
+        ]
+    );
+    let unet = model.component("unet").unwrap().selection.as_ref().unwrap();
+    assert!(unet.holds("model.diffusion_model.out.weight") && !unet.holds("model_ema.decay"));
+    let covered: u64 = unet.ranges.iter().map(|r| r.end - r.start).sum();
+    assert_eq!(covered, 14);
+    assert!(unet.ranges.iter().all(|r| r.start >= data));
+    assert_eq!(model.bytes.get(), 44);
+}
+
+#[test]
+fn a_hub_cache_gives_one_entry_for_each_revision() {
+    let root = tempfile::tempdir().unwrap();
+    let repo = root.path().join("models--org--name");
+    let blob = "ab".repeat(32);
+    put(&repo, &format!("blobs/{blob}"), weights());
+    put(&repo, "refs/main", "1111111111");
+    for revision in ["1111111111", "2222222222"] {
+        let snapshot = repo.join("snapshots").join(revision);
+        put(
+            &snapshot,
+            "config.json",
+            r#"{"architectures":["BertModel"],"model_type":"bert"}"#,
+        );
+        symlink(
+            format!("../../blobs/{blob}"),
+            snapshot.join("model.safetensors"),
+        )
+        .unwrap();
+    }
+    let report = scan_of(root.path());
+    assert_eq!(names(&report), ["org/name@11111111", "org/name@22222222"]);
+    let model = model(&report, "org/name@11111111");
+    assert_eq!(model.kind, Kind::EmbeddingModel);
+    assert_eq!(
+        model.components[0].content_id.to_string(),
+        format!("sha256:{blob}")
+    );
+    assert_eq!(model.facts.repo.as_deref(), Some("org/name"));
+    let cached = crate::catalog::hub::repositories(root.path()).unwrap();
+    assert_eq!((cached.len(), cached[0].revisions.len()), (1, 2));
+}

@@ -1,0 +1,533 @@
+//! Headers of GGUF files: key/value pairs, then a description of each tensor. Versions 1 to 3, little-endian.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// The longest header that is read. Vocabularies make them long; the longest in use have some tens of megabytes.
+pub const MAX_HEADER_BYTES: u64 = 256 << 20;
+
+/// How much is read at first; doubled until the header is whole.
+const FIRST_READ: u64 = 64 << 10;
+
+/// The most dimensions of a tensor; the format's writers stop at four.
+const MAX_DIMENSIONS: u32 = 8;
+
+/// Texts longer than this are not kept (chat templates and the like).
+const MAX_KEPT_TEXT: usize = 4096;
+
+/// Arrays inside arrays are followed no deeper.
+const MAX_DEPTH: u32 = 4;
+
+/// A header that has been checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// Version of the format.
+    pub version: u32,
+    /// Scalar values and short texts, as text. Arrays are stepped over.
+    pub metadata: BTreeMap<String, String>,
+    /// The tensors, in the order of the file.
+    pub tensors: Vec<Tensor>,
+    /// Where the tensors' bytes begin in the file.
+    pub data_start: u64,
+}
+
+/// One tensor as the header describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its name, unique in the file.
+    pub name: Arc<str>,
+    /// Element type, such as `Q4_K`.
+    pub dtype: &'static str,
+    /// Dimensions, outermost first; the file has them the other way round.
+    pub shape: Vec<u64>,
+    /// First byte, counted from [`Header::data_start`].
+    pub start: u64,
+    /// End, counted from [`Header::data_start`].
+    pub end: u64,
+}
+
+/// What is wrong with a GGUF file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufError {
+    /// It does not begin as GGUF files do.
+    #[error("the file does not begin with `GGUF`; it is no GGUF file")]
+    Magic,
+    /// A version that is not known, or the other byte order.
+    #[error(
+        "version {version} of GGUF is not known (1 to 3 are); it needs a newer hotset or is big-endian"
+    )]
+    Version {
+        /// What the file says.
+        version: u32,
+    },
+    /// The header goes on where the file ends.
+    #[error(
+        "the header goes on past byte {offset}, where the file ends: it was cut off or is still being written; fetch it again"
+    )]
+    Truncated {
+        /// Where reading stopped.
+        offset: u64,
+    },
+    /// The header is longer than any that is read.
+    #[error("the header is longer than {limit} bytes; the file is damaged")]
+    TooLong {
+        /// The limit.
+        limit: u64,
+    },
+    /// A value that cannot be.
+    #[error("byte {offset} of the header: {what}; the file is damaged")]
+    Invalid {
+        /// Where.
+        offset: u64,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// Two tensors or keys of one name.
+    #[error("`{name}` occurs twice in the header; write the file again")]
+    DuplicateKey {
+        /// The name.
+        name: String,
+    },
+    /// A tensor type that is not known.
+    #[error("tensor `{name}` has the unknown type {number}: it needs a newer hotset or is damaged")]
+    UnknownType {
+        /// The tensor.
+        name: String,
+        /// The type's number.
+        number: u32,
+    },
+    /// A shape past 64 bits, or not in whole blocks, or an offset off its alignment.
+    #[error("tensor `{name}` has an impossible shape or offset; write the file again")]
+    BadExtent {
+        /// The tensor.
+        name: String,
+    },
+    /// Two tensors share bytes.
+    #[error("tensors `{name}` and `{other}` share bytes; write the file again")]
+    Overlap {
+        /// One of them.
+        name: String,
+        /// The other one.
+        other: String,
+    },
+    /// The tensors need more bytes than the file has.
+    #[error(
+        "the tensors need {need_bytes} bytes and the file has {file_bytes}: it was cut off or is still being written; fetch it again"
+    )]
+    BeyondFile {
+        /// The length that the file should have at least.
+        need_bytes: u64,
+        /// The length that it has.
+        file_bytes: u64,
+    },
+    /// The file could not be read.
+    #[error("the header cannot be read: {source}")]
+    Io {
+        /// What the system said.
+        #[from]
+        source: io::Error,
+    },
+}
+
+/// Reads and checks the header of an open file of `file_len` bytes. Blocks.
+///
+/// # Errors
+/// What is wrong with the file, or that it cannot be read.
+pub fn read_header(file: &File, file_len: u64) -> Result<Header, GgufError> {
+    let mut buffer = Vec::new();
+    let mut want = FIRST_READ.min(file_len);
+    loop {
+        let have = buffer.len();
+        // Bounded by MAX_HEADER_BYTES, so it fits.
+        buffer.resize(want as usize, 0);
+        file.read_exact_at(&mut buffer[have..], have as u64)?;
+        match parse(&buffer, file_len) {
+            Err(GgufError::Truncated { .. }) if want < file_len => {
+                if want >= MAX_HEADER_BYTES {
+                    return Err(GgufError::TooLong {
+                        limit: MAX_HEADER_BYTES,
+                    });
+                }
+                want = (want * 4).min(file_len).min(MAX_HEADER_BYTES);
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Checks the header of a file of `file_len` bytes, given the file's first bytes. [`GgufError::Truncated`] where these are
+/// too few.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn parse(bytes: &[u8], file_len: u64) -> Result<Header, GgufError> {
+    let mut cursor = Cursor {
+        bytes,
+        at: 0,
+        short: false,
+    };
+    if cursor.take(4)? != b"GGUF" {
+        return Err(GgufError::Magic);
+    }
+    let version = cursor.u32()?;
+    if !(1..=3).contains(&version) {
+        return Err(GgufError::Version { version });
+    }
+    cursor.short = version == 1;
+    let tensor_count = cursor.length()?;
+    let pair_count = cursor.length()?;
+    let mut metadata = BTreeMap::new();
+    let mut keys = HashSet::new();
+    for _ in 0..pair_count {
+        let key = cursor.text()?.to_owned();
+        let of = cursor.u32()?;
+        if let Some(value) = cursor.value(of, 0)? {
+            metadata.insert(key.clone(), value);
+        }
+        if !keys.insert(key.clone()) {
+            return Err(GgufError::DuplicateKey { name: key });
+        }
+    }
+    let alignment = match metadata.get("general.alignment") {
+        None => 32,
+        Some(text) => text
+            .parse::<u64>()
+            .ok()
+            .filter(|n| n.is_power_of_two() && (8..=1 << 20).contains(n))
+            .ok_or_else(|| cursor.invalid("general.alignment is no sensible power of two"))?,
+    };
+    let mut tensors = Vec::new();
+    for _ in 0..tensor_count {
+        tensors.push(tensor(&mut cursor, alignment)?);
+    }
+    let data_start = (cursor.at as u64).next_multiple_of(alignment);
+    check(&tensors, data_start, file_len)?;
+    Ok(Header {
+        version,
+        metadata,
+        tensors,
+        data_start,
+    })
+}
+
+fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, GgufError> {
+    let name: Arc<str> = cursor.text()?.into();
+    let dimensions = cursor.u32()?;
+    if dimensions > MAX_DIMENSIONS {
+        return Err(cursor.invalid("a tensor has too many dimensions"));
+    }
+    let mut shape = Vec::with_capacity(dimensions as usize);
+    for _ in 0..dimensions {
+        shape.push(cursor.length()?);
+    }
+    let number = cursor.u32()?;
+    let start = cursor.u64()?;
+    let (dtype, block, block_bytes) = ggml_type(number).ok_or_else(|| GgufError::UnknownType {
+        name: name.to_string(),
+        number,
+    })?;
+    let extent = || {
+        let elements = shape.iter().try_fold(1_u64, |n, &d| n.checked_mul(d))?;
+        // Blocks run along the innermost dimension, which the file has first.
+        let row = shape.first().copied().unwrap_or(1);
+        if !row.is_multiple_of(block) || !start.is_multiple_of(alignment) {
+            return None;
+        }
+        start.checked_add((elements / block).checked_mul(block_bytes)?)
+    };
+    let end = extent().ok_or_else(|| GgufError::BadExtent {
+        name: name.to_string(),
+    })?;
+    shape.reverse();
+    Ok(Tensor {
+        name,
+        dtype,
+        shape,
+        start,
+        end,
+    })
+}
+
+fn check(tensors: &[Tensor], data_start: u64, file_len: u64) -> Result<(), GgufError> {
+    let mut names = HashSet::with_capacity(tensors.len());
+    if let Some(twice) = tensors.iter().find(|t| !names.insert(&*t.name)) {
+        return Err(GgufError::DuplicateKey {
+            name: twice.name.to_string(),
+        });
+    }
+    let mut by_place: Vec<&Tensor> = tensors.iter().collect();
+    by_place.sort_by_key(|t| (t.start, t.end));
+    if let Some(pair) = by_place.windows(2).find(|p| p[0].end > p[1].start) {
+        return Err(GgufError::Overlap {
+            name: pair[0].name.to_string(),
+            other: pair[1].name.to_string(),
+        });
+    }
+    let end = by_place.last().map_or(0, |t| t.end);
+    let need_bytes = data_start.saturating_add(end);
+    if !tensors.is_empty() && need_bytes > file_len {
+        return Err(GgufError::BeyondFile {
+            need_bytes,
+            file_bytes: file_len,
+        });
+    }
+    Ok(())
+}
+
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    /// Version 1 writes lengths in 32 bits.
+    short: bool,
+}
+
+impl<'a> Cursor<'a> {
+    fn invalid(&self, what: &'static str) -> GgufError {
+        GgufError::Invalid {
+            offset: self.at as u64,
+            what,
+        }
+    }
+
+    fn take(&mut self, count: u64) -> Result<&'a [u8], GgufError> {
+        let truncated = GgufError::Truncated {
+            offset: self.bytes.len() as u64,
+        };
+        let Some(end) = usize::try_from(count)
+            .ok()
+            .and_then(|count| self.at.checked_add(count))
+        else {
+            return Err(self.invalid("a length past all memory"));
+        };
+        match self.bytes.get(self.at..end) {
+            Some(taken) => {
+                self.at = end;
+                Ok(taken)
+            }
+            // Refused at once, before anybody reads on to see whether so much comes.
+            None if count > MAX_HEADER_BYTES => Err(self.invalid("a length past any header")),
+            None => Err(truncated),
+        }
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], GgufError> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N as u64)?);
+        Ok(array)
+    }
+
+    fn u32(&mut self) -> Result<u32, GgufError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, GgufError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn length(&mut self) -> Result<u64, GgufError> {
+        if self.short {
+            self.u32().map(u64::from)
+        } else {
+            self.u64()
+        }
+    }
+
+    fn text(&mut self) -> Result<&'a str, GgufError> {
+        let length = self.length()?;
+        let bytes = self.take(length)?;
+        std::str::from_utf8(bytes).map_err(|_| self.invalid("a name is not UTF-8"))
+    }
+
+    /// One value of a pair; `None` where it is not kept.
+    fn value(&mut self, of: u32, depth: u32) -> Result<Option<String>, GgufError> {
+        Ok(Some(match of {
+            0 => u8::from_le_bytes(self.array()?).to_string(),
+            1 => i8::from_le_bytes(self.array()?).to_string(),
+            2 => u16::from_le_bytes(self.array()?).to_string(),
+            3 => i16::from_le_bytes(self.array()?).to_string(),
+            4 => self.u32()?.to_string(),
+            5 => i32::from_le_bytes(self.array()?).to_string(),
+            6 => f32::from_le_bytes(self.array()?).to_string(),
+            7 => (self.take(1)? != [0]).to_string(),
+            8 => {
+                let length = self.length()?;
+                let bytes = self.take(length)?;
+                if bytes.len() > MAX_KEPT_TEXT {
+                    return Ok(None);
+                }
+                String::from_utf8_lossy(bytes).into_owned()
+            }
+            9 => {
+                self.skip_array(depth)?;
+                return Ok(None);
+            }
+            10 => self.u64()?.to_string(),
+            11 => i64::from_le_bytes(self.array()?).to_string(),
+            12 => f64::from_le_bytes(self.array()?).to_string(),
+            _ => return Err(self.invalid("a value of an unknown type")),
+        }))
+    }
+
+    fn skip_array(&mut self, depth: u32) -> Result<(), GgufError> {
+        let of = self.u32()?;
+        let count = self.length()?;
+        let size = match of {
+            0 | 1 | 7 => 1,
+            2 | 3 => 2,
+            4..=6 => 4,
+            10..=12 => 8,
+            8 => {
+                for _ in 0..count {
+                    let length = self.length()?;
+                    self.take(length)?;
+                }
+                return Ok(());
+            }
+            9 if depth < MAX_DEPTH => {
+                for _ in 0..count {
+                    self.skip_array(depth + 1)?;
+                }
+                return Ok(());
+            }
+            _ => return Err(self.invalid("an array of an unknown type")),
+        };
+        let bytes = count
+            .checked_mul(size)
+            .ok_or_else(|| self.invalid("an array past 64 bits"))?;
+        self.take(bytes).map(drop)
+    }
+}
+
+/// Name, elements in a block and bytes of a block of a tensor type.
+fn ggml_type(number: u32) -> Option<(&'static str, u64, u64)> {
+    Some(match number {
+        0 => ("F32", 1, 4),
+        1 => ("F16", 1, 2),
+        2 => ("Q4_0", 32, 18),
+        3 => ("Q4_1", 32, 20),
+        6 => ("Q5_0", 32, 22),
+        7 => ("Q5_1", 32, 24),
+        8 => ("Q8_0", 32, 34),
+        9 => ("Q8_1", 32, 40),
+        10 => ("Q2_K", 256, 84),
+        11 => ("Q3_K", 256, 110),
+        12 => ("Q4_K", 256, 144),
+        13 => ("Q5_K", 256, 176),
+        14 => ("Q6_K", 256, 210),
+        15 => ("Q8_K", 256, 292),
+        16 => ("IQ2_XXS", 256, 66),
+        17 => ("IQ2_XS", 256, 74),
+        18 => ("IQ3_XXS", 256, 98),
+        19 => ("IQ1_S", 256, 50),
+        20 => ("IQ4_NL", 32, 18),
+        21 => ("IQ3_S", 256, 110),
+        22 => ("IQ2_S", 256, 82),
+        23 => ("IQ4_XS", 256, 136),
+        24 => ("I8", 1, 1),
+        25 => ("I16", 1, 2),
+        26 => ("I32", 1, 4),
+        27 => ("I64", 1, 8),
+        28 => ("F64", 1, 8),
+        29 => ("IQ1_M", 256, 56),
+        30 => ("BF16", 1, 2),
+        34 => ("TQ1_0", 256, 54),
+        35 => ("TQ2_0", 256, 66),
+        39 => ("MXFP4", 32, 17),
+        40 => ("NVFP4", 64, 36),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn text(s: &str) -> Vec<u8> {
+        [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat()
+    }
+
+    fn sample() -> Vec<u8> {
+        let mut file = b"GGUF".to_vec();
+        file.extend(3_u32.to_le_bytes());
+        file.extend(2_u64.to_le_bytes());
+        file.extend(2_u64.to_le_bytes());
+        file.extend(text("general.architecture"));
+        file.extend(8_u32.to_le_bytes());
+        file.extend(text("llama"));
+        file.extend(text("tokens"));
+        file.extend(9_u32.to_le_bytes());
+        file.extend(8_u32.to_le_bytes());
+        file.extend(1_u64.to_le_bytes());
+        file.extend(text("a"));
+        for (name, kind, start) in [("a", 0_u32, 0_u64), ("b", 2, 128)] {
+            file.extend(text(name));
+            file.extend(1_u32.to_le_bytes());
+            file.extend(32_u64.to_le_bytes());
+            file.extend(kind.to_le_bytes());
+            file.extend(start.to_le_bytes());
+        }
+        file.resize(file.len().next_multiple_of(32) + 128 + 18, 0);
+        file
+    }
+
+    #[test]
+    fn a_header_is_read_and_every_cut_is_seen() {
+        let file = sample();
+        let header = parse(&file, file.len() as u64).unwrap();
+        assert_eq!(header.metadata["general.architecture"], "llama");
+        let seen: Vec<_> = header
+            .tensors
+            .iter()
+            .map(|t| (&*t.name, t.dtype, t.end))
+            .collect();
+        assert_eq!(seen, [("a", "F32", 128), ("b", "Q4_0", 146)]);
+        for len in 0..file.len() {
+            assert!(parse(&file[..len], len as u64).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let refuse = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut file = sample();
+            change(&mut file);
+            parse(&file, file.len() as u64).unwrap_err()
+        };
+        assert!(matches!(refuse(&|f| f[0] = b'X'), GgufError::Magic));
+        assert!(matches!(
+            refuse(&|f| f[4..8].copy_from_slice(&3_u32.to_be_bytes())),
+            GgufError::Version { .. }
+        ));
+        assert!(matches!(
+            refuse(&|f| f[24..32].copy_from_slice(&u64::MAX.to_le_bytes())),
+            GgufError::Invalid { .. }
+        ));
+        assert!(matches!(
+            refuse(&|f| f[8..16].copy_from_slice(&u64::MAX.to_le_bytes())),
+            GgufError::Invalid { .. }
+                | GgufError::Truncated { .. }
+                | GgufError::DuplicateKey { .. }
+                | GgufError::UnknownType { .. }
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), len in any::<u64>()) {
+            let _ = parse(&bytes, len);
+        }
+
+        #[test]
+        fn no_damage_makes_it_panic(at in 0..300_usize, with in any::<[u8; 8]>()) {
+            let mut file = sample();
+            let at = at.min(file.len() - 8);
+            file[at..at + 8].copy_from_slice(&with);
+            let _ = parse(&file, file.len() as u64);
+        }
+    }
+}

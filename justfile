@@ -1,0 +1,29 @@
+# Chores. `just` lists them.
+
+default:
+    @just --list
+
+# What CI runs
+ci:
+    .ci/run
+
+# Every test
+test:
+    cargo test --workspace
+
+# Format, then lint
+fix:
+    cargo fmt --all
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# A small library, two pipelines, and what was evicted and why
+demo *ARGS:
+    cargo run --release -- demo {{ARGS}}
+
+# The API's documentation, in a browser
+docs:
+    cargo doc --workspace --no-deps --open
+
+# Licences, advisories, doubled dependencies (needs cargo-deny)
+deny:
+    cargo deny check

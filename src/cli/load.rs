@@ -1,0 +1,249 @@
+//! `hotset load`: loads a component set, shows its progress, and holds it on request.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use futures::StreamExt;
+use hotset::{
+    Bytes, ComponentSet, Config, Hotset, Lease, LoadError, LoadEvent, Place, Session, Target,
+};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::output::{self, Bars, line, table};
+use super::{CliError, Global, config, serve};
+
+/// What to load.
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Models, components (MODEL/COMPONENT), or paths of model files and folders
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Where to: best, ram, vram, vram:N
+    #[arg(long, default_value = "best")]
+    target: Target,
+    /// How long it may take, such as 30s [default: load.deadline of the configuration]
+    #[arg(long, value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+    /// Leave the bases of adapters out
+    #[arg(long)]
+    without_dependencies: bool,
+    /// Hold the leases until ctrl-c
+    #[arg(long)]
+    hold: bool,
+    /// Print the SHA-256 of every tensor, computed from the leased bytes
+    #[arg(long)]
+    digest: bool,
+}
+
+#[derive(Serialize)]
+struct Loaded {
+    components: Vec<LoadedComponent>,
+    bytes: Bytes,
+    elapsed_s: f64,
+    bytes_per_s: f64,
+}
+
+#[derive(Serialize)]
+struct LoadedComponent {
+    component: String,
+    tier: String,
+    bytes: Bytes,
+    tensors: Vec<LoadedTensor>,
+}
+
+#[derive(Serialize)]
+struct LoadedTensor {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: Bytes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
+}
+
+/// `hotset load NAME..`
+pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError> {
+    let mut config = config(global)?;
+    config.catalog.watch = false;
+    let names = names_of(&args.names, &mut config)?;
+    if config.catalog.roots.is_empty() {
+        return Err(CliError::Usage(
+            "no model folder is configured: give a path, --models DIR, or set catalog.roots".into(),
+        ));
+    }
+    if args.digest {
+        for gpu in &mut config.gpu {
+            gpu.sim.keep_bytes = true;
+        }
+    }
+    let hotset = serve::start(config).await?;
+    let session = hotset.session("hotset load").await?;
+    let mut set = ComponentSet::new(names).on(args.target);
+    set.deadline = args.deadline;
+    set.dependencies = !args.without_dependencies;
+
+    let began = Instant::now();
+    let leases = load(&session, set, global.json).await?;
+    let elapsed_s = began.elapsed().as_secs_f64();
+    let bytes: Bytes = leases.iter().map(|lease| lease.component().bytes).sum();
+    let loaded = Loaded {
+        components: describe(&leases, args.digest).await?,
+        bytes,
+        elapsed_s,
+        bytes_per_s: bytes.as_f64() / elapsed_s.max(1e-9),
+    };
+    if global.json {
+        output::json(&loaded)?;
+    } else {
+        print(&loaded, args.digest)?;
+    }
+    if args.hold {
+        eprintln!("holding {bytes}; ctrl-c lets go");
+        serve::until_told_to_stop().await?;
+    }
+    drop((leases, session));
+    Hotset::drain(hotset).await;
+    Ok(())
+}
+
+/// Loads with progress bars.
+pub(crate) async fn load(
+    session: &Session,
+    set: ComponentSet,
+    quiet: bool,
+) -> Result<Vec<Lease>, CliError> {
+    let mut bars = Bars::new(quiet);
+    let mut loading = session.load(set);
+    let mut leases = Vec::new();
+    // A cancelled command gives everything back before it ends.
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            event = loading.next() => match event {
+                Some(Ok(LoadEvent::Progress(progress))) => bars.show(&progress),
+                Some(Ok(LoadEvent::Leased(lease))) => leases.push(lease),
+                Some(Ok(LoadEvent::Done)) => break Ok(leases),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => break Err(error),
+                None => break Err(LoadError::Restarted),
+            },
+            _ = tokio::signal::ctrl_c() => loading.cancel(),
+        }
+    };
+    if let Some(progress) = loading.progress() {
+        bars.show(&progress);
+    }
+    bars.finish();
+    Ok(outcome?)
+}
+
+/// The names to load: a path of a model becomes the name that the catalogue gives it, and its folder a root.
+fn names_of(names: &[String], config: &mut Config) -> Result<Vec<String>, CliError> {
+    names
+        .iter()
+        .map(|name| {
+            let path = Path::new(name);
+            // A name without a separator is a model's, also where a file of that name lies about.
+            if !path.exists() || !(name.contains('/') || name.contains('.')) {
+                return Ok(name.clone());
+            }
+            let source = |source| CliError::File {
+                path: path.to_owned(),
+                source,
+            };
+            let path = std::path::absolute(path).map_err(source)?;
+            let known = config.catalog.roots.iter().any(|root| {
+                std::path::absolute(root).is_ok_and(|root| path.starts_with(&root) && path != root)
+            });
+            if !known && let Some(parent) = path.parent() {
+                config.catalog.roots.push(if path.is_dir() {
+                    path.clone()
+                } else {
+                    parent.to_owned()
+                });
+            }
+            Ok(path.to_string_lossy().into_owned())
+        })
+        .collect()
+}
+
+async fn describe(leases: &[Lease], digest: bool) -> Result<Vec<LoadedComponent>, CliError> {
+    let mut components = Vec::with_capacity(leases.len());
+    for lease in leases {
+        let mut tensors = Vec::new();
+        for view in lease.tensors() {
+            let bytes = match view.place {
+                Place::Host(bytes) => Bytes(bytes.len() as u64),
+                Place::Device { bytes, .. } => bytes,
+            };
+            let sha256 = match (digest, view.place, lease.allocation()) {
+                (true, Place::Host(bytes), _) => Some(hex(&Sha256::digest(bytes))),
+                (true, Place::Device { address, bytes, .. }, Some(allocation)) => {
+                    let offset = address - allocation.address();
+                    let device = allocation.device();
+                    let read = device.download(allocation, offset, bytes.get()).await?;
+                    Some(hex(&Sha256::digest(read)))
+                }
+                _ => None,
+            };
+            tensors.push(LoadedTensor {
+                name: view.name.to_owned(),
+                dtype: view.dtype.to_string(),
+                shape: view.shape.to_vec(),
+                bytes,
+                sha256,
+            });
+        }
+        components.push(LoadedComponent {
+            component: lease.component().id.to_string(),
+            tier: lease.tier().to_string(),
+            bytes: lease.component().bytes,
+            tensors,
+        });
+    }
+    Ok(components)
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn print(loaded: &Loaded, digest: bool) -> Result<(), CliError> {
+    if digest {
+        let mut rows = table(&["component", "tensor", "dtype", "shape", "sha256"], &[]);
+        for component in &loaded.components {
+            for tensor in &component.tensors {
+                rows.add_row([
+                    component.component.clone(),
+                    tensor.name.clone(),
+                    tensor.dtype.clone(),
+                    format!("{:?}", tensor.shape),
+                    tensor.sha256.clone().unwrap_or_default(),
+                ]);
+            }
+        }
+        line(rows.to_string())?;
+    } else {
+        let mut rows = table(
+            &["component", "tier", "size", "tensors"],
+            &["size", "tensors"],
+        );
+        for component in &loaded.components {
+            rows.add_row([
+                component.component.clone(),
+                component.tier.clone(),
+                component.bytes.to_string(),
+                component.tensors.len().to_string(),
+            ]);
+        }
+        line(rows.to_string())?;
+    }
+    line(format!(
+        "{} in {:.2} s, {}/s",
+        loaded.bytes,
+        loaded.elapsed_s,
+        Bytes(loaded.bytes_per_s as u64)
+    ))
+}

@@ -1,0 +1,153 @@
+//! Tables that fit the terminal, JSON documents, progress bars.
+
+use std::collections::HashMap;
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, Table};
+use hotset::{Bytes, ComponentId, LoadProgress, Phase};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use super::CliError;
+
+/// Width of a table that goes into a file or a pipe.
+const PIPED_WIDTH: u16 = 120;
+
+/// Writes a line to standard output.
+pub(crate) fn line(text: impl AsRef<str>) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", text.as_ref()).map_err(CliError::Output)
+}
+
+/// Writes the one JSON document of a command.
+pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)
+        .map_err(|error| CliError::Output(error.into()))?;
+    writeln!(out).map_err(CliError::Output)
+}
+
+/// A table with these columns; those named in `right` are aligned to the right.
+pub(crate) fn table(columns: &[&str], right: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic);
+    let tty = std::io::stdout().is_terminal();
+    if !tty || std::env::var_os("NO_COLOR").is_some() {
+        table.force_no_tty();
+    }
+    if !tty {
+        table.set_width(PIPED_WIDTH);
+    }
+    table.set_header(
+        columns
+            .iter()
+            .map(|name| Cell::new(name).add_attribute(Attribute::Bold)),
+    );
+    for (i, name) in columns.iter().enumerate() {
+        if right.contains(name)
+            && let Some(column) = table.column_mut(i)
+        {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// A share of the whole as a bar of blocks, for tables.
+pub(crate) fn gauge(part: Bytes, whole: Bytes, width: usize) -> String {
+    let share = part.as_f64() / whole.as_f64().max(1.0);
+    let full = (share * width as f64).round().clamp(0.0, width as f64) as usize;
+    format!(
+        "{}{} {:>3.0}%",
+        "█".repeat(full),
+        "░".repeat(width - full),
+        share * 100.0
+    )
+}
+
+/// Progress bars of a load: one for each component. Drawn on stderr, and not at all where that is no terminal.
+pub(crate) struct Bars {
+    all: MultiProgress,
+    of: HashMap<ComponentId, ProgressBar>,
+}
+
+/// Redraws each second: enough for the eye, and cheap over ssh.
+const REDRAWS: u8 = 15;
+
+impl Bars {
+    /// Bars; `hidden` where only the result counts.
+    pub(crate) fn new(hidden: bool) -> Self {
+        let target = if hidden {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr_with_hz(REDRAWS)
+        };
+        Self {
+            all: MultiProgress::with_draw_target(target),
+            of: HashMap::new(),
+        }
+    }
+
+    /// Shows this progress.
+    pub(crate) fn show(&mut self, progress: &LoadProgress) {
+        let width = progress
+            .components
+            .iter()
+            .map(|c| c.component.to_string().chars().count())
+            .max()
+            .unwrap_or(0);
+        for component in &progress.components {
+            let all = &self.all;
+            let bar = self
+                .of
+                .entry(component.component.clone())
+                .or_insert_with(|| {
+                    let bar = all.add(ProgressBar::new(component.total.get()));
+                    bar.set_style(style());
+                    bar.set_prefix(format!("{:width$}", component.component.to_string()));
+                    bar
+                });
+            bar.set_position(component.done.get());
+            let shared = component.shared && component.phase == Phase::Ready;
+            match component.phase {
+                Phase::Waiting => bar.set_message("waiting"),
+                Phase::Loading => bar.set_message(eta(progress)),
+                Phase::Ready if shared => bar.finish_with_message("already there"),
+                Phase::Ready => bar.finish_with_message("ready"),
+            }
+        }
+    }
+
+    /// Leaves the bars as they are and lets the terminal go on below.
+    pub(crate) fn finish(self) {
+        for bar in self.of.values() {
+            if !bar.is_finished() {
+                bar.abandon();
+            }
+        }
+    }
+}
+
+fn eta(progress: &LoadProgress) -> String {
+    match progress.eta_s {
+        Some(seconds) => format!(
+            "{}/s, {:.0?} left",
+            Bytes(progress.bytes_per_s as u64),
+            Duration::from_secs_f64(seconds.min(1e6))
+        ),
+        None => "loading".into(),
+    }
+}
+
+fn style() -> ProgressStyle {
+    // The template is a constant, and right.
+    ProgressStyle::with_template(
+        "  {prefix} {bar:32.cyan/dim} {binary_bytes:>10}/{binary_total_bytes:<10} {msg}",
+    )
+    .unwrap_or_else(|_| ProgressStyle::default_bar())
+    .progress_chars("━╸─")
+}
