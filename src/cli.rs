@@ -6,6 +6,7 @@ mod load;
 pub(crate) mod log;
 mod output;
 mod plan;
+mod replay;
 mod serve;
 mod status;
 
@@ -76,6 +77,8 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// Replay recorded requests on simulated tiers, under each policy
+    Replay(replay::ReplayArgs),
 }
 
 /// Why a command failed.
@@ -149,6 +152,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Replay(args) => replay::run(&args, global),
     }
 }
 
