@@ -1,6 +1,7 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
 mod catalog;
+mod config;
 mod demo;
 mod load;
 pub(crate) mod log;
@@ -79,6 +80,8 @@ enum Command {
     Status,
     /// Replay recorded requests on simulated tiers, under each policy
     Replay(replay::ReplayArgs),
+    /// Show the configuration in force, and where each value was said
+    Config,
 }
 
 /// Why a command failed.
@@ -153,6 +156,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
         Command::Replay(args) => replay::run(&args, global),
+        Command::Config => config::run(global),
     }
 }
 

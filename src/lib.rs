@@ -37,8 +37,10 @@
 //! | execute an optimised scan | [`Hotset::scan`] |
 //! | enhance metadata, build the model index | every scan does; [`Hotset::catalogue`] is the index |
 
+mod config;
 mod embed;
 
+pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};
 pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
@@ -48,7 +50,7 @@ pub use hotset_actors::{
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;
-pub use hotset_core::catalog::{Catalogue, Component, Format, Kind, Model};
+pub use hotset_core::catalog::{Catalogue, CatalogueChange, Component, Format, Kind, Model};
 pub use hotset_core::config::Config;
 pub use hotset_core::decision::{Act, Decision, EvictCause};
 pub use hotset_core::device::{Device, DeviceError};
@@ -58,6 +60,3 @@ pub use hotset_core::tensor::Dtype;
 pub use hotset_core::{
     Bytes, ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier,
 };
-
-mod tmpconfig;
-pub use tmpconfig::*;

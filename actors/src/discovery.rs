@@ -1,21 +1,28 @@
 //! Discovery: scans the model folders, watches them, publishes the catalogue.
 //!
 //! Readers take the published snapshot without a message; when Discovery dies, the last one stays. Scans run on a
-//! blocking thread, one at a time; changes that come in meanwhile are looked at afterwards.
+//! blocking thread, one at a time; changes that come in meanwhile are looked at afterwards. Changed paths rest in a
+//! [`Settler`] until their writers are done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::ModelName;
 use hotset_core::catalog::scan::{ScanOptions, ScanReport, rescan, scan};
-use notify_debouncer_full::notify::{RecommendedWatcher, RecursiveMode};
-use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
+use hotset_core::catalog::settle::{Ready, Settler};
+use hotset_core::catalog::{Catalogue, CatalogueChange, keep_leased};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::time::Instant;
 
+use self::keep::Keep;
+use self::watch::{Changes, Watch};
 use crate::house::House;
 use crate::system::ScanSummary;
+
+mod keep;
+mod watch;
 
 /// What Discovery is asked.
 #[derive(Debug)]
@@ -24,10 +31,14 @@ pub(crate) enum DiscoveryMessage {
     Scan(Option<RpcReplyPort<ScanSummary>>),
     /// A scan has ended.
     Scanned(Finished),
-    /// These paths changed.
-    Changed(Vec<PathBuf>),
-    /// The watcher lost events: look at everything.
-    Overflow(String),
+    /// The watcher has seen changes.
+    Changed,
+    /// Something may have come to rest.
+    Look,
+    /// What has come to rest.
+    Looked(Settler, Ready),
+    /// Folders without events are due.
+    Poll,
     /// What the last scan found.
     Observe(RpcReplyPort<DiscoveryView>),
 }
@@ -44,27 +55,52 @@ pub(crate) struct Finished {
 pub(crate) struct DiscoveryView {
     pub(crate) scanning: bool,
     pub(crate) watching: bool,
+    pub(crate) polling: Vec<String>,
     pub(crate) last: Option<ScanSummary>,
+}
+
+/// What a scan is to look at.
+#[derive(Debug)]
+enum Scope {
+    Everything,
+    Paths(BTreeSet<PathBuf>),
+}
+
+impl Scope {
+    fn add(&mut self, paths: impl IntoIterator<Item = PathBuf>) {
+        if let Self::Paths(known) = self {
+            known.extend(paths);
+            if known.len() > PATHS_KEPT {
+                *self = Self::Everything;
+            }
+        }
+    }
+}
+
+/// A scan that waits for the one that runs.
+#[derive(Debug)]
+struct Next {
+    scope: Scope,
+    waiting: Vec<RpcReplyPort<ScanSummary>>,
 }
 
 pub(crate) struct Discovery;
 
-type Watcher = Debouncer<RecommendedWatcher, RecommendedCache>;
-
 pub(crate) struct State {
     house: Arc<House>,
-    /// Stops watching when dropped.
-    watcher: Option<Watcher>,
+    keep: Arc<Keep>,
+    watch: Option<Watch>,
+    /// Away while a task looks at what has come to rest.
+    settler: Option<Settler>,
+    /// A [`DiscoveryMessage::Look`] is on its way.
+    looking: bool,
     running: Option<Vec<RpcReplyPort<ScanSummary>>>,
-    /// Asked for while a scan was running: the next one is for them.
-    next: Option<Vec<RpcReplyPort<ScanSummary>>>,
-    /// Changed while a scan was running. Bounded by [`CHANGES_KEPT`].
-    changed: BTreeSet<PathBuf>,
+    next: Option<Next>,
     last: Option<ScanSummary>,
 }
 
 /// Changed paths that are looked at one by one; beyond this a whole scan is cheaper.
-const CHANGES_KEPT: usize = 10_000;
+const PATHS_KEPT: usize = 10_000;
 /// How long a scan that panicked is left alone before the next.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
@@ -75,20 +111,25 @@ impl Discovery {
         myself: ActorRef<DiscoveryMessage>,
         house: Arc<House>,
     ) -> Result<State, ActorProcessingErr> {
+        let config = &house.config.catalog;
         // Watch first, scan second: nothing falls between the two.
-        let watcher = if house.config.catalog.watch {
-            watch(&house, &myself)
-        } else {
-            None
-        };
+        let watch = config.watch.then(|| Watch::start(config, &myself));
+        if watch
+            .as_ref()
+            .is_some_and(|watch| !watch.polled().is_empty())
+        {
+            drop(myself.send_interval(config.poll, || DiscoveryMessage::Poll));
+        }
         myself.send_message(DiscoveryMessage::Scan(None))?;
         Ok(State {
-            house,
-            watcher,
+            keep: Arc::new(Keep::new(config.database.clone())),
+            settler: Some(Settler::new(config.settle)),
+            watch,
+            looking: false,
             running: None,
             next: None,
-            changed: BTreeSet::new(),
             last: None,
+            house,
         })
     }
 
@@ -99,105 +140,183 @@ impl Discovery {
         reply: Option<RpcReplyPort<ScanSummary>>,
         state: &mut State,
     ) {
-        if state.running.is_some() {
-            state.next.get_or_insert_default().extend(reply);
-        } else {
-            begin(&myself, state, reply.into_iter().collect(), None);
-        }
+        request(
+            &myself,
+            state,
+            Scope::Everything,
+            reply.into_iter().collect(),
+        );
     }
 
     #[ractor::message(DiscoveryMessage::Scanned(finished))]
     fn scanned(&self, myself: ActorRef<DiscoveryMessage>, finished: Finished, state: &mut State) {
         let waiting = state.running.take().unwrap_or_default();
-        match finished.report {
-            Some(report) => {
-                for problem in &report.problems {
-                    tracing::warn!("{problem}");
-                }
-                let summary = ScanSummary {
-                    models: report.catalogue.len(),
-                    files: report.files,
-                    problems: report.problems.iter().map(ToString::to_string).collect(),
-                    took: finished.took,
-                };
-                tracing::info!(
-                    models = summary.models,
-                    files = summary.files,
-                    problems = summary.problems.len(),
-                    took = ?summary.took,
-                    "catalogue published"
-                );
-                state.house.catalogue.publish(report.catalogue);
-                for reply in waiting {
-                    let _ = reply.send(summary.clone());
-                }
-                state.last = Some(summary);
-            }
-            None => {
-                tracing::error!("a scan panicked; the last catalogue stays");
-                // Their replies are dropped, and they ask again.
-                drop(waiting);
-                drop(myself.send_after(AFTER_PANIC, || DiscoveryMessage::Scan(None)));
-                return;
-            }
+        let Some(report) = finished.report else {
+            tracing::error!("a scan panicked; the last catalogue stays");
+            // Their replies are dropped with them, and they ask again.
+            drop(myself.send_after(AFTER_PANIC, || DiscoveryMessage::Scan(None)));
+            return;
+        };
+        let summary = publish(&state.house, report, finished.took);
+        for reply in waiting {
+            let _ = reply.send(summary.clone());
         }
+        state.last = Some(summary);
         if let Some(next) = state.next.take() {
-            state.changed.clear();
-            begin(&myself, state, next, None);
-        } else if !state.changed.is_empty() {
-            let changed = std::mem::take(&mut state.changed).into_iter().collect();
-            begin(&myself, state, Vec::new(), Some(changed));
+            begin(&myself, state, next);
         }
     }
 
-    #[ractor::message(DiscoveryMessage::Changed(paths))]
-    fn changed(&self, myself: ActorRef<DiscoveryMessage>, paths: Vec<PathBuf>, state: &mut State) {
-        if state.running.is_none() {
-            begin(&myself, state, Vec::new(), Some(paths));
-        } else if state.changed.len() + paths.len() <= CHANGES_KEPT {
-            state.changed.extend(paths);
-        } else {
-            state.changed.clear();
-            state.next.get_or_insert_default();
-        }
+    #[ractor::message(DiscoveryMessage::Changed)]
+    fn changed(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
+        // While the settler is away, the changes stay where they are.
+        take_changes(state);
+        look_later(&myself, state);
     }
 
-    #[ractor::message(DiscoveryMessage::Overflow(reason))]
-    fn overflow(&self, myself: ActorRef<DiscoveryMessage>, reason: String, state: &mut State) {
-        tracing::warn!(%reason, "file events were lost; scanning again");
-        self.scan(myself, None, state);
+    #[ractor::message(DiscoveryMessage::Look)]
+    fn look(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
+        state.looking = false;
+        let Some(mut settler) = state.settler.take() else {
+            return;
+        };
+        let now = Instant::now().into_std();
+        state.house.tasks.spawn(async move {
+            let looked = tokio::task::spawn_blocking(move || {
+                let size = |path: &std::path::Path| path.metadata().ok().map(|found| found.len());
+                let ready = settler.ready(now, size, std::path::Path::exists);
+                (settler, ready)
+            });
+            if let Ok((settler, ready)) = looked.await {
+                // Lost where Discovery has died since: its successor scans anyhow.
+                let _ = myself.send_message(DiscoveryMessage::Looked(settler, ready));
+            }
+        });
+    }
+
+    #[ractor::message(DiscoveryMessage::Looked(settler, ready))]
+    fn looked(
+        &self,
+        myself: ActorRef<DiscoveryMessage>,
+        settler: Settler,
+        ready: Ready,
+        state: &mut State,
+    ) {
+        state.settler = Some(settler);
+        take_changes(state);
+        if ready.everything {
+            request(&myself, state, Scope::Everything, Vec::new());
+        } else if !ready.paths.is_empty() {
+            let paths = ready.paths.into_iter().collect();
+            request(&myself, state, Scope::Paths(paths), Vec::new());
+        }
+        look_later(&myself, state);
+    }
+
+    #[ractor::message(DiscoveryMessage::Poll)]
+    fn poll(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
+        let polled = state.watch.as_ref().map_or_else(Vec::new, |watch| {
+            watch
+                .polled()
+                .iter()
+                .map(|(root, _)| root.clone())
+                .collect()
+        });
+        // One that waits already will do.
+        if !polled.is_empty() && state.next.is_none() {
+            let paths = Scope::Paths(polled.into_iter().collect());
+            request(&myself, state, paths, Vec::new());
+        }
     }
 
     #[ractor::message(DiscoveryMessage::Observe(reply))]
     fn observe(&self, reply: RpcReplyPort<DiscoveryView>, state: &mut State) {
+        let polled = state.watch.iter().flat_map(Watch::polled);
         let _ = reply.send(DiscoveryView {
             scanning: state.running.is_some(),
-            watching: state.watcher.is_some(),
+            watching: state.watch.as_ref().is_some_and(Watch::sees_events),
+            polling: polled
+                .map(|(root, why)| format!("{} ({why})", root.display()))
+                .collect(),
             last: state.last.clone(),
         });
     }
 }
 
-/// Begins a scan of everything, or of what these paths touch.
-fn begin(
+/// Moves what the watcher has gathered into the settler, if that is here.
+fn take_changes(state: &mut State) {
+    let (Some(settler), Some(watch)) = (&mut state.settler, &state.watch) else {
+        return;
+    };
+    let now = Instant::now().into_std();
+    match watch.take() {
+        Changes::Lost => settler.lost(now),
+        Changes::Paths(paths) => {
+            for path in paths {
+                settler.changed(&path, now);
+            }
+        }
+    }
+}
+
+/// Looks at the settler when something in it may have come to rest.
+fn look_later(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
+    if state.looking {
+        return;
+    }
+    if let Some(next) = state.settler.as_ref().and_then(Settler::next) {
+        state.looking = true;
+        let wait = next.saturating_duration_since(Instant::now().into_std());
+        drop(myself.send_after(wait, || DiscoveryMessage::Look));
+    }
+}
+
+/// Begins a scan, or lets it wait for the one that runs.
+fn request(
     myself: &ActorRef<DiscoveryMessage>,
     state: &mut State,
+    scope: Scope,
     waiting: Vec<RpcReplyPort<ScanSummary>>,
-    changed: Option<Vec<PathBuf>>,
 ) {
-    state.running = Some(waiting);
-    let house = state.house.clone();
+    let next = Next { scope, waiting };
+    match (&state.running, &mut state.next) {
+        (None, _) => begin(myself, state, next),
+        (Some(_), slot @ None) => *slot = Some(next),
+        (Some(_), Some(known)) => {
+            known.waiting.extend(next.waiting);
+            match next.scope {
+                Scope::Everything => known.scope = Scope::Everything,
+                Scope::Paths(paths) => known.scope.add(paths),
+            }
+        }
+    }
+}
+
+fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
+    state.running = Some(next.waiting);
+    let (house, keep) = (state.house.clone(), state.keep.clone());
     let myself = myself.clone();
     let began = Instant::now();
     house.clone().tasks.spawn(async move {
         let work = tokio::task::spawn_blocking(move || {
-            let options = ScanOptions::from(&house.config.catalog);
-            let previous = house.catalogue.load();
-            let silent = |_| {};
-            match changed {
-                Some(paths) => rescan(&options, &previous, &paths, &silent),
-                None => scan(&options, Some(&previous), &silent),
+            let options = options(&house);
+            let mut previous = house.catalogue.load();
+            if previous.generation() == 0
+                && let Some(kept) = keep.load()
+            {
+                previous = Arc::new(kept);
             }
+            let silent = |_| {};
+            let mut report = match next.scope {
+                Scope::Paths(paths) => {
+                    let paths: Vec<PathBuf> = paths.into_iter().collect();
+                    rescan(&options, &previous, &paths, &silent)
+                }
+                Scope::Everything => scan(&options, Some(&previous), &silent),
+            };
+            keep.save(&report.catalogue);
+            report.catalogue = keep_leased(&previous, &report.catalogue, &leased(&house));
+            report
         });
         let finished = Finished {
             report: work.await.ok(),
@@ -208,52 +327,58 @@ fn begin(
     });
 }
 
-/// Watches the roots. A root that cannot be watched is said so, and found by scans alone.
-fn watch(house: &House, myself: &ActorRef<DiscoveryMessage>) -> Option<Watcher> {
+/// The scan's options; signatures of the user's that are wrong are told and left out.
+fn options(house: &House) -> ScanOptions {
     let config = &house.config.catalog;
-    let sender = myself.clone();
-    let forward = move |result: DebounceEventResult| {
-        let message = match result {
-            Ok(events) if events.iter().any(|event| event.need_rescan()) => {
-                DiscoveryMessage::Overflow("the event queue overflowed".into())
-            }
-            Ok(events) => {
-                let paths: BTreeSet<PathBuf> = events
-                    .into_iter()
-                    // Reading a model is no change.
-                    .filter(|event| !event.kind.is_access())
-                    .flat_map(|event| event.event.paths)
-                    .collect();
-                if paths.is_empty() {
-                    return;
-                }
-                DiscoveryMessage::Changed(paths.into_iter().collect())
-            }
-            Err(errors) => DiscoveryMessage::Overflow(
-                errors
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join("; "),
-            ),
-        };
-        let _ = sender.send_message(message);
-    };
-    let mut watcher = match new_debouncer(config.settle, None, forward) {
-        Ok(watcher) => watcher,
+    let options = ScanOptions::from(config);
+    if config.signatures.is_empty() {
+        return options;
+    }
+    match options.with_signatures(&config.signatures) {
+        Ok(options) => options,
         Err(error) => {
-            tracing::warn!(%error, "cannot watch folders; changes are seen by scans only");
-            return None;
-        }
-    };
-    let mut watched = false;
-    for root in &config.roots {
-        match watcher.watch(root, RecursiveMode::Recursive) {
-            Ok(()) => watched = true,
-            Err(error) => {
-                tracing::warn!(root = %root.display(), %error, "cannot watch this folder; its changes are seen by scans only");
-            }
+            tracing::error!(%error, "catalog.signatures is not used");
+            ScanOptions::from(config)
         }
     }
-    watched.then_some(watcher)
+}
+
+/// The models of which something is leased.
+fn leased(house: &House) -> HashSet<ModelName> {
+    let views = house.ledger.views();
+    let residencies = views.iter().flat_map(|view| &view.residencies);
+    residencies
+        .filter(|residency| residency.leases > 0)
+        .map(|residency| residency.component.id.model.clone())
+        .collect()
+}
+
+fn publish(house: &House, report: ScanReport, took: Duration) -> ScanSummary {
+    for problem in &report.problems {
+        tracing::warn!("{problem}");
+    }
+    let summary = ScanSummary {
+        models: report.catalogue.len(),
+        files: report.files,
+        inspected: report.inspected,
+        problems: report.problems.iter().map(ToString::to_string).collect(),
+        took,
+    };
+    let before: Arc<Catalogue> = house.catalogue.load();
+    let change = CatalogueChange::between(&before, &report.catalogue);
+    house.catalogue.publish(report.catalogue);
+    tracing::info!(
+        models = summary.models,
+        files = summary.files,
+        added = change.added.len(),
+        changed = change.changed.len(),
+        removed = change.removed.len(),
+        ?took,
+        "catalogue published"
+    );
+    if !change.is_empty() {
+        // Nobody listens: nobody misses it.
+        let _ = house.catalogue_changes.send(Arc::new(change));
+    }
+    summary
 }

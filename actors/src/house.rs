@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hotset_core::catalog::CatalogueCell;
+use hotset_core::catalog::{CatalogueCell, CatalogueChange};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
 use hotset_core::device::Device;
@@ -15,7 +15,7 @@ use hotset_core::memory::{Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, RequestId, SessionId};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,6 +39,8 @@ pub(crate) struct House {
     pub(crate) config: Arc<Config>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) catalogue: Arc<CatalogueCell>,
+    /// Each change of the published catalogue.
+    pub(crate) catalogue_changes: broadcast::Sender<Arc<CatalogueChange>>,
     pub(crate) reader: Arc<dyn Reader>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,
@@ -79,6 +81,9 @@ impl fmt::Debug for House {
     }
 }
 
+/// Catalogue changes that a slow listener may be behind.
+const CHANGES_KEPT: usize = 256;
+
 /// Systems started in this process so far. Only used to name actors.
 static SYSTEMS: AtomicU64 = AtomicU64::new(0);
 
@@ -95,6 +100,7 @@ impl House {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
             ledger,
             catalogue: Arc::new(CatalogueCell::default()),
+            catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             reader,
             granularity: devices
                 .iter()

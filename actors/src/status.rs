@@ -75,6 +75,8 @@ pub struct CatalogueStatus {
     pub scanning: bool,
     /// Changes are seen as they happen.
     pub watching: bool,
+    /// Folders whose changes are seen by scans at intervals only, and why.
+    pub polling: Vec<String>,
     /// What the last scan found.
     pub last_scan: Option<ScanSummary>,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hotset_core::catalog::Catalogue;
+use hotset_core::catalog::{Catalogue, CatalogueChange};
 use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::{Device, DeviceError};
@@ -15,6 +15,7 @@ use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
+use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
@@ -72,6 +73,8 @@ pub struct ScanSummary {
     pub models: usize,
     /// Files that were looked at.
     pub files: u64,
+    /// Entries whose headers were read; the others were known already.
+    pub inspected: u64,
     /// What went wrong on the way, a sentence each.
     pub problems: Vec<String>,
     /// How long it took.
@@ -88,6 +91,10 @@ const RAM_SHARE: f64 = 0.5;
 /// How long an actor may take to answer a question about its state. Handlers take microseconds, and a restart far less
 /// than this.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
+
+/// How long a drain waits for tasks that were told to end. They look at it between two pieces of a read, so only a disk
+/// that hangs takes longer.
+const TASKS_END: Duration = Duration::from_secs(10);
 
 /// A running system. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
 pub struct System {
@@ -158,6 +165,13 @@ impl System {
     #[must_use]
     pub fn catalogue(&self) -> Arc<Catalogue> {
         self.house.catalogue.load()
+    }
+
+    /// Hears of every change of the catalogue from now on. A listener that is far behind is told how much it missed, and
+    /// looks at the snapshot.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Arc<CatalogueChange>> {
+        self.house.catalogue_changes.subscribe()
     }
 
     /// Scans all folders now, and waits until what was found is published.
@@ -340,6 +354,7 @@ impl System {
                 generation: catalogue.generation(),
                 scanning: discovery.scanning,
                 watching: discovery.watching,
+                polling: discovery.polling,
                 last_scan: discovery.last,
             },
             tiers,
@@ -382,7 +397,15 @@ impl System {
             let _ = ended.await;
         }
         house.tasks.close();
-        house.tasks.wait().await;
+        if tokio::time::timeout(TASKS_END, house.tasks.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                left = house.tasks.len(),
+                "tasks are stuck in the system, in a read that does not return perhaps; leaving them"
+            );
+        }
         tracing::info!("drained");
     }
 

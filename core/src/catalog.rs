@@ -1,10 +1,13 @@
 //! Knowing every model for what it is: formats, layouts on disk, scanning, and the snapshot that readers take.
 //!
-//! A scan has four steps, each in a file of its own: [`walk`] lists folders and takes the identity of every file,
-//! [`layout`] sees which files make one entry, [`inspect`] reads the headers and configurations of the entries
-//! that are new, and [`naming`] gives every entry a name of its own. [`snapshot`] is what comes out.
+//! A scan has four steps, each in a file of its own: `walk` lists folders and takes the identity of every file,
+//! `layout` sees which files make one entry, `inspect` reads the headers and configurations of the entries
+//! that are new, and `naming` gives every entry a name of its own. [`snapshot`] is what comes out.
 
+pub mod bench;
+mod change;
 mod config_json;
+mod contents;
 pub mod gguf;
 pub mod hub;
 mod identify;
@@ -26,6 +29,7 @@ pub(crate) mod test_utils;
 mod walk;
 mod weights;
 
+pub use change::{CatalogueChange, keep_leased};
 pub use model::{
     BaseModel, Component, DEVICE_TENSOR_ALIGN, Evidence, Facts, FileIdentity, FileRange, Format,
     IMAGE_ALIGN, Kind, Model, Presence, Selection, SourceFile,

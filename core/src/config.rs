@@ -1,5 +1,9 @@
 //! The configuration as values, with its defaults. Reading it from files, the environment and flags is the host's work.
 
+mod validate;
+
+pub use validate::InvalidConfig;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,6 +51,13 @@ pub struct CatalogConfig {
     pub max_depth: usize,
     /// Threads that read headers; 0 means one for each core.
     pub threads: usize,
+    /// How often folders are looked at whose file system reports no changes (network mounts).
+    #[serde(with = "humantime_serde")]
+    pub poll: Duration,
+    /// Where the catalogue is kept across restarts, so that they cost stat calls and no header reads. `None`: nowhere.
+    pub database: Option<PathBuf>,
+    /// Files with signatures of your own, for models that hotset does not know.
+    pub signatures: Vec<PathBuf>,
 }
 
 impl Default for CatalogConfig {
@@ -57,6 +68,9 @@ impl Default for CatalogConfig {
             settle: Duration::from_millis(500),
             max_depth: 16,
             threads: 0,
+            poll: Duration::from_secs(30),
+            database: None,
+            signatures: Vec::new(),
         }
     }
 }

@@ -4,6 +4,8 @@
 mod graph;
 mod place;
 mod set;
+#[cfg(test)]
+mod test_utils;
 
 pub use graph::{DependencyGraph, Edge, ResolveError, resolve};
 pub use place::{Eviction, Fit, Plan, PlanError, Planner, Route, Shortage, Step, There};

@@ -6,4 +6,5 @@ mod bad_input;
 mod faults;
 mod library;
 mod loading;
+mod virtual_time;
 mod watching;

@@ -177,10 +177,10 @@ impl Job {
             })
             .collect();
         if !*shown {
-            outlet.send(LoadEvent::Planned(plan.clone())).await;
             *shown = true;
+            self.count_hits(&plan);
+            outlet.send(LoadEvent::Planned(plan.clone())).await;
         }
-        self.count_hits(&plan);
 
         let (claims, staging) = self.reserve(&plan, outlet, board).await?;
         board.stage = Stage::Loading;

@@ -43,7 +43,7 @@ pub(super) struct Identity {
     pub(super) dialect: Option<Arc<str>>,
     pub(super) rank: Option<u32>,
     pub(super) base: Option<BaseModel>,
-    pub(super) evidence: Vec<Evidence>,
+    pub(super) evidence: Arc<[Evidence]>,
 }
 
 /// Identifies one set of weights.
@@ -81,6 +81,17 @@ pub(super) fn identify(signatures: &Signatures, clues: &Clues<'_>) -> Identity {
         identity.base = base(clues, identity.architecture.clone());
     }
     identity
+}
+
+/// The same identity for other metadata that say the same to every signature: only the base's name differs.
+pub(super) fn rebased(identity: &Identity, clues: &Clues<'_>) -> Identity {
+    Identity {
+        base: match identity.kind.is_adapter() {
+            true => base(clues, identity.architecture.clone()),
+            false => None,
+        },
+        ..identity.clone()
+    }
 }
 
 fn matches(rule: &Rule, clues: &Clues<'_>, scratch: &mut String) -> bool {
@@ -188,7 +199,7 @@ fn resolve(text: &Arc<str>, clues: &Clues<'_>) -> Option<Arc<str>> {
         .map(Arc::from)
 }
 
-fn evidence(matched: &[&Rule]) -> Vec<Evidence> {
+fn evidence(matched: &[&Rule]) -> Arc<[Evidence]> {
     let mut best = matched.to_vec();
     best.sort_by_key(|rule| std::cmp::Reverse(rule.score));
     best.into_iter()

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::config_json::{self, MAX_CONFIG_BYTES};
+use super::contents::Known;
 use super::hub;
 use super::identify::{self, Clues, Identity};
 use super::layout::{Part, PipelinePart, Shape, Unit};
 use super::model::{Facts, Format, Kind, Model, Presence, SourceFile};
 use super::read::{ReadPart, read_part};
-use super::signatures::Signatures;
 use super::weights::Container;
 use crate::ids::ModelName;
 use crate::units::Bytes;
@@ -20,7 +20,7 @@ use crate::units::Bytes;
 pub(super) type Reason = String;
 
 /// Makes the catalogue entry of a unit.
-pub(super) fn inspect(unit: &Unit, name: ModelName, signatures: &Signatures) -> Model {
+pub(super) fn inspect(unit: &Unit, name: ModelName, known: &Known<'_>) -> Model {
     let mut model = Model {
         name,
         path: unit.path.clone(),
@@ -36,8 +36,8 @@ pub(super) fn inspect(unit: &Unit, name: ModelName, signatures: &Signatures) -> 
         presence: Presence::Present,
     };
     let filled = match &unit.shape {
-        Shape::Weights(part) => weights(&mut model, part, None, signatures),
-        Shape::Folder { config, part, .. } => folder(&mut model, config, part, signatures),
+        Shape::Weights(part) => weights(&mut model, part, None, known),
+        Shape::Folder { config, part, .. } => folder(&mut model, config, part, known),
         Shape::Pipeline {
             class,
             parts,
@@ -45,7 +45,7 @@ pub(super) fn inspect(unit: &Unit, name: ModelName, signatures: &Signatures) -> 
             ..
         } => match error {
             Some(error) => Err(error.clone()),
-            None => pipeline(&mut model, class.as_deref(), parts, signatures),
+            None => pipeline(&mut model, class.as_deref(), parts, known),
         },
     };
     if let Err(reason) = filled {
@@ -84,10 +84,10 @@ fn folder(
     model: &mut Model,
     config: &SourceFile,
     part: &Part,
-    signatures: &Signatures,
+    known: &Known<'_>,
 ) -> Result<(), Reason> {
     let config = config_json::read(&config.path, MAX_CONFIG_BYTES).map_err(|e| e.to_string())?;
-    weights(model, part, Some(&config), signatures)
+    weights(model, part, Some(&config), known)
 }
 
 /// An entry with one set of weights.
@@ -95,7 +95,7 @@ fn weights(
     model: &mut Model,
     part: &Part,
     config: Option<&Value>,
-    signatures: &Signatures,
+    known: &Known<'_>,
 ) -> Result<(), Reason> {
     let clues = Clues {
         config,
@@ -103,20 +103,20 @@ fn weights(
     };
     if config.is_some() {
         // What the configuration tells stands even where the weights cannot be used.
-        take(model, identify::identify(signatures, &clues));
+        take(model, identify::identify(known.signatures, &clues));
     }
-    let read = read_part(part, &mut model.inputs)?;
-    let identity = identify::identify(
-        signatures,
+    let read = read_part(part, &mut model.inputs, known)?;
+    let identity = known.identify(
+        &read.contents,
         &Clues {
             metadata: Some(&read.metadata),
-            outline: Some(&read.outline),
+            outline: Some(&read.contents.outline),
             ..clues
         },
     );
     read.facts(&mut model.facts);
     let components = match identity.kind {
-        Kind::Checkpoint => read.split(&model.name, &identity, signatures),
+        Kind::Checkpoint => read.split(&model.name, &identity, known),
         _ => Vec::new(),
     };
     model.components = if components.is_empty() {
@@ -150,7 +150,7 @@ fn pipeline(
     model: &mut Model,
     class: Option<&str>,
     parts: &[PipelinePart],
-    signatures: &Signatures,
+    known: &Known<'_>,
 ) -> Result<(), Reason> {
     model.kind = Kind::Pipeline;
     model.architecture = class
@@ -172,15 +172,15 @@ fn pipeline(
             }
             None => None,
         };
-        let read: ReadPart = read_part(weights, &mut model.inputs)
+        let read: ReadPart = read_part(weights, &mut model.inputs, known)
             .map_err(|reason| format!("component `{}`: {reason}", part.name))?;
-        let mut identity = identify::identify(
-            signatures,
+        let mut identity = known.identify(
+            &read.contents,
             &Clues {
                 config: config.as_ref(),
                 class: Some(&part.class),
                 metadata: Some(&read.metadata),
-                outline: Some(&read.outline),
+                outline: Some(&read.contents.outline),
             },
         );
         let encodes_text = part.name.starts_with("text_encoder");

@@ -345,7 +345,7 @@ pub struct Facts {
     /// Bytes for each dtype, most first.
     pub dtypes: Vec<(Arc<str>, Bytes)>,
     /// Why it was taken for what it is, best reason first.
-    pub evidence: Vec<Evidence>,
+    pub evidence: Arc<[Evidence]>,
 }
 
 /// A reason to take a model for what it is.

@@ -7,7 +7,7 @@ use super::signatures::{Dims, Pattern, normalise};
 /// The keys of a file in outline.
 #[derive(Debug, Default)]
 pub(super) struct Outline {
-    keys: HashMap<Box<str>, Vec<u64>>,
+    keys: HashMap<Box<str>, Vec<u64>, foldhash::fast::RandomState>,
     pub(super) tensors: usize,
     dtypes: Vec<&'static str>,
     scratch: String,

@@ -1,54 +1,57 @@
 //! Reading the headers of a set of weights: what its files hold, file by file.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::contents::{Contents, Known};
 use super::hub;
 use super::identify::Identity;
 use super::inspect::Reason;
 use super::layout::{self, Part};
 use super::model::{Component, Facts, FileIdentity, FileRange, Kind, Selection, SourceFile};
-use super::outline::Outline;
-use super::signatures::Signatures;
 use super::walk::identity_of;
 use super::weights::Container;
 use super::{gguf, safetensors};
 use crate::ids::{ComponentId, ContentId, ModelName};
 use crate::units::Bytes;
 
+/// A thread keeps its buffer for headers up to this size.
+const KEPT_BUFFER: usize = 8 << 20;
+
+thread_local! {
+    /// Headers are read into memory that is there already: making it anew for each costs more than the read.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// What the files of one set of weights hold.
 #[derive(Default)]
 pub(super) struct ReadPart {
     files: Vec<SourceFile>,
-    tensors: Vec<Place>,
-    pub(super) outline: Outline,
+    /// Where each file's data begin.
+    data_starts: Vec<u64>,
+    pub(super) contents: Arc<Contents>,
     pub(super) metadata: BTreeMap<String, String>,
-    dtypes: Vec<(Arc<str>, Bytes)>,
-    bytes: Bytes,
-    parameters: u64,
     /// The GGUF type that most bytes have, in lower case.
     quantization: Option<Arc<str>>,
-}
-
-/// A tensor's name, dtype and bytes.
-struct Place {
-    name: Arc<str>,
-    dtype: &'static str,
-    range: FileRange,
 }
 
 impl ReadPart {
     /// Adds what was read to an entry's facts.
     pub(super) fn facts(&self, facts: &mut Facts) {
         let before = facts.parameters.unwrap_or(0);
-        facts.parameters = before.checked_add(self.parameters);
-        for (dtype, bytes) in &self.dtypes {
-            match facts.dtypes.iter_mut().find(|(known, _)| known == dtype) {
-                Some((_, sum)) => *sum = sum.saturating_add(*bytes),
-                None => facts.dtypes.push((dtype.clone(), *bytes)),
+        facts.parameters = before.checked_add(self.contents.parameters);
+        for (dtype, bytes) in &self.contents.dtypes {
+            match facts
+                .dtypes
+                .iter_mut()
+                .find(|(known, _)| **known == **dtype)
+            {
+                Some((_, sum)) => *sum = sum.saturating_add(Bytes(*bytes)),
+                None => facts.dtypes.push(((*dtype).into(), Bytes(*bytes))),
             }
         }
         facts.dtypes.sort_by(|a, b| (b.1, &a.0).cmp(&(a.1, &b.0)));
@@ -64,9 +67,13 @@ impl ReadPart {
             },
             kind: identity.kind,
             architecture: identity.architecture.clone(),
-            dtype: self.dtypes.first().map(|(dtype, _)| dtype.clone()),
-            bytes: self.bytes,
-            tensors: u32::try_from(self.tensors.len()).unwrap_or(u32::MAX),
+            dtype: self
+                .contents
+                .dtypes
+                .first()
+                .map(|(dtype, _)| (*dtype).into()),
+            bytes: Bytes(self.contents.bytes),
+            tensors: u32::try_from(self.contents.outline.tensors).unwrap_or(u32::MAX),
             content_id: content_id(&self.files, None),
             files: self.files.clone(),
             selection: None,
@@ -79,43 +86,37 @@ impl ReadPart {
         &self,
         model: &ModelName,
         identity: &Identity,
-        signatures: &Signatures,
+        known: &Known<'_>,
     ) -> Vec<Component> {
-        let is_unet = self
-            .tensors
-            .iter()
-            .any(|t| t.name.contains(".input_blocks."));
-        let diffusion = if is_unet {
-            Kind::Unet
-        } else {
-            Kind::Transformer
+        let mut keys = self.contents.outline.iter();
+        let diffusion = match keys.any(|(key, _)| key.contains(".input_blocks.")) {
+            true => Kind::Unet,
+            false => Kind::Transformer,
         };
         let mut components = Vec::new();
-        for rule in &signatures.components {
-            let held: Vec<&Place> = self
-                .tensors
-                .iter()
-                .filter(|t| rule.prefixes.iter().any(|p| t.name.starts_with(&**p)))
-                .collect();
-            if held.is_empty() {
+        for part in &self.contents.parts {
+            let Some(rule) = known.signatures.components.get(part.rule) else {
                 continue;
-            }
-            let prefixes = rule
-                .prefixes
-                .iter()
-                .filter(|p| held.iter().any(|t| t.name.starts_with(&***p)))
-                .cloned()
-                .collect();
+            };
+            let placed = |range: &FileRange| {
+                let start = self.data_starts.get(range.file as usize).copied();
+                let start = start.unwrap_or_default();
+                FileRange {
+                    file: range.file,
+                    start: start.saturating_add(range.start),
+                    end: start.saturating_add(range.end),
+                }
+            };
+            let prefixes = part.prefixes.iter().filter_map(|i| rule.prefixes.get(*i));
             let selection = Selection {
-                prefixes,
-                ranges: joined(held.iter().map(|t| t.range).collect()),
+                prefixes: prefixes.cloned().collect(),
+                ranges: part.ranges.iter().map(placed).collect(),
             };
             let is_diffusion = rule.kind == Kind::Unknown;
             let kind = if is_diffusion { diffusion } else { rule.kind };
-            let name = if is_diffusion {
-                kind.as_str().into()
-            } else {
-                rule.name.clone()
+            let name = match is_diffusion {
+                true => kind.as_str().into(),
+                false => rule.name.clone(),
             };
             components.push(Component {
                 id: ComponentId {
@@ -126,12 +127,9 @@ impl ReadPart {
                 architecture: is_diffusion
                     .then(|| identity.architecture.clone())
                     .flatten(),
-                dtype: most_bytes(&held),
-                bytes: held
-                    .iter()
-                    .map(|t| Bytes(t.range.end - t.range.start))
-                    .sum(),
-                tensors: u32::try_from(held.len()).unwrap_or(u32::MAX),
+                dtype: part.dtypes.first().map(|(dtype, _)| (*dtype).into()),
+                bytes: Bytes(part.bytes),
+                tensors: part.tensors,
                 content_id: content_id(&self.files, Some(&selection)),
                 files: self.files.clone(),
                 selection: Some(Arc::new(selection)),
@@ -139,41 +137,6 @@ impl ReadPart {
         }
         components
     }
-
-    fn add(&mut self, name: Arc<str>, dtype: &'static str, shape: &[u64], range: FileRange) {
-        self.bytes = self.bytes.saturating_add(Bytes(range.end - range.start));
-        let elements = shape.iter().fold(1_u64, |n, &d| n.saturating_mul(d));
-        self.parameters = self.parameters.saturating_add(elements);
-        self.outline.add(&name, shape.iter().copied(), dtype);
-        self.tensors.push(Place { name, dtype, range });
-    }
-}
-
-/// The dtype that most of these bytes have.
-fn most_bytes(tensors: &[&Place]) -> Option<Arc<str>> {
-    let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
-    for tensor in tensors {
-        let sum = sums.entry(tensor.dtype).or_default();
-        *sum = sum.saturating_add(tensor.range.end - tensor.range.start);
-    }
-    sums.into_iter()
-        .max_by_key(|(_, bytes)| *bytes)
-        .map(|(dtype, _)| dtype.into())
-}
-
-/// Sorts ranges and joins neighbours.
-fn joined(mut ranges: Vec<FileRange>) -> Vec<FileRange> {
-    ranges.sort_unstable_by_key(|r| (r.file, r.start));
-    let mut out: Vec<FileRange> = Vec::new();
-    for range in ranges {
-        match out.last_mut() {
-            Some(last) if last.file == range.file && last.end >= range.start => {
-                last.end = last.end.max(range.end);
-            }
-            _ => out.push(range),
-        }
-    }
-    out
 }
 
 /// The digest over the identities of files, and over the ranges of them that count: equal for links to one file.
@@ -206,7 +169,11 @@ pub(super) fn content_id(files: &[SourceFile], selection: Option<&Selection>) ->
 }
 
 /// Reads the headers of a set of weights. Files that only the index names are added to `inputs`.
-pub(super) fn read_part(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<ReadPart, Reason> {
+pub(super) fn read_part(
+    part: &Part,
+    inputs: &mut Vec<SourceFile>,
+    known: &Known<'_>,
+) -> Result<ReadPart, Reason> {
     match part.container {
         Container::Pickle => {
             return Err(
@@ -225,7 +192,13 @@ pub(super) fn read_part(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Rea
         Container::Gguf | Container::Safetensors => {}
     }
     let files = part_files(part, inputs)?;
-    let mut read = ReadPart::default();
+    let mut reading = Reading {
+        known,
+        read: ReadPart::default(),
+        own: Contents::default(),
+        names: (files.len() > 1).then(HashSet::new),
+    };
+    let alone = files.len() == 1;
     for source in files {
         let (file, identity) = open(&source.path)?;
         let source = SourceFile {
@@ -233,85 +206,150 @@ pub(super) fn read_part(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Rea
             identity,
         };
         match part.container {
-            Container::Gguf => read_gguf(&mut read, &file, &source)?,
-            _ => read_safetensors(&mut read, &file, &source)?,
+            Container::Gguf => reading.gguf(&file, &source)?,
+            _ => reading.safetensors(&file, &source, alone)?,
         }
         if let Some(input) = inputs.iter_mut().find(|input| input.path == source.path) {
             input.identity = source.identity;
         }
-        read.files.push(source);
+        reading.read.files.push(source);
     }
-    let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
-    for tensor in &read.tensors {
-        let sum = sums.entry(tensor.dtype).or_default();
-        *sum = sum.saturating_add(tensor.range.end - tensor.range.start);
+    let Reading {
+        mut read, mut own, ..
+    } = reading;
+    if own.outline.tensors > 0 {
+        own.finish();
+        read.contents = Arc::new(own);
     }
-    let mut dtypes: Vec<(Arc<str>, Bytes)> = sums
-        .into_iter()
-        .map(|(dtype, bytes)| (dtype.into(), Bytes(bytes)))
-        .collect();
-    dtypes.sort_by(|a, b| (b.1, &a.0).cmp(&(a.1, &b.0)));
     if part.container == Container::Gguf {
         let plain = ["F32", "F16", "BF16", "F64"];
-        read.quantization = dtypes
-            .first()
-            .filter(|(dtype, _)| !plain.contains(&&**dtype))
+        let most = read.contents.dtypes.first();
+        read.quantization = most
+            .filter(|(dtype, _)| !plain.contains(dtype))
             .map(|(dtype, _)| dtype.to_lowercase().into());
-    }
-    read.dtypes = dtypes;
-    if part.is_sharded() {
-        duplicate_across_shards(&read.tensors)?;
     }
     Ok(read)
 }
 
-fn read_safetensors(read: &mut ReadPart, file: &File, source: &SourceFile) -> Result<(), Reason> {
-    let header = safetensors::read_header(file, source.identity.size.get())
-        .map_err(|error| located(&source.path, &error))?;
-    let index = u32::try_from(read.files.len()).unwrap_or(u32::MAX);
-    let mut shape = Vec::new();
-    for tensor in header.tensors {
-        shape.clear();
-        shape.extend(tensor.shape.iter().map(|&dim| dim as u64));
-        let range = FileRange {
-            file: index,
-            start: header.data_start + tensor.start,
-            end: header.data_start + tensor.end,
-        };
-        read.add(tensor.name, dtype_name(tensor.dtype), &shape, range);
-    }
-    for (key, value) in header.metadata {
-        read.metadata.entry(key).or_insert(value);
-    }
-    Ok(())
+/// A set of weights while its files are being read.
+struct Reading<'k, 's> {
+    known: &'k Known<'s>,
+    read: ReadPart,
+    /// What was read, unless it was known before.
+    own: Contents,
+    /// The names so far, where there are several files.
+    names: Option<HashSet<Box<str>>>,
 }
 
-fn read_gguf(read: &mut ReadPart, file: &File, source: &SourceFile) -> Result<(), Reason> {
-    let header = gguf::read_header(file, source.identity.size.get())
-        .map_err(|error| located(&source.path, &error))?;
-    let index = u32::try_from(read.files.len()).unwrap_or(u32::MAX);
-    for tensor in header.tensors {
-        let range = FileRange {
-            file: index,
-            start: header.data_start + tensor.start,
-            end: header.data_start + tensor.end,
-        };
-        read.add(tensor.name, tensor.dtype, &tensor.shape, range);
+impl Reading<'_, '_> {
+    fn file_index(&self) -> u32 {
+        u32::try_from(self.read.files.len()).unwrap_or(u32::MAX)
     }
-    for (key, value) in header.metadata {
-        read.metadata.entry(key).or_insert(value);
-    }
-    Ok(())
-}
 
-fn duplicate_across_shards(tensors: &[Place]) -> Result<(), Reason> {
-    let mut names = std::collections::HashSet::with_capacity(tensors.len());
-    match tensors.iter().find(|t| !names.insert(&*t.name)) {
-        Some(twice) => Err(format!(
-            "tensor `{}` is in two shards, so it is unclear which one counts; fetch the model again",
-            twice.name
-        )),
-        None => Ok(()),
+    fn add(
+        &mut self,
+        name: &str,
+        dtype: &'static str,
+        shape: impl Iterator<Item = u64> + Clone,
+        start: u64,
+        end: u64,
+    ) -> Result<(), Reason> {
+        let range = FileRange {
+            file: self.file_index(),
+            start,
+            end,
+        };
+        self.own
+            .add(self.known.signatures, name, dtype, shape, range);
+        let again = match &mut self.names {
+            Some(names) => !names.insert(name.into()),
+            None => false,
+        };
+        if again {
+            return Err(format!(
+                "tensor `{name}` is in two shards, so it is unclear which one counts; fetch the model again"
+            ));
+        }
+        Ok(())
+    }
+
+    fn state(&mut self, metadata: BTreeMap<String, String>) {
+        for (key, value) in metadata {
+            self.read.metadata.entry(key).or_insert(value);
+        }
+    }
+
+    /// Reads a safetensors header. `alone`: the file is all there is, so what is known of its header is known of the set.
+    fn safetensors(&mut self, file: &File, source: &SourceFile, alone: bool) -> Result<(), Reason> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let done = self.safetensors_into(file, source, alone, buffer);
+            if buffer.len() > KEPT_BUFFER {
+                *buffer = Vec::new();
+            }
+            done
+        })
+    }
+
+    fn safetensors_into(
+        &mut self,
+        file: &File,
+        source: &SourceFile,
+        alone: bool,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), Reason> {
+        let file_len = source.identity.size.get();
+        let wrong = |error: safetensors::HeaderError| located(&source.path, &error);
+        let header = safetensors::read_header_bytes(file, file_len, buffer).map_err(wrong)?;
+        let data_start = 8 + header.len() as u64;
+        self.read.data_starts.push(data_start);
+        let mut metadata = BTreeMap::new();
+        let tensors = match alone {
+            true => safetensors::after_metadata(header, &mut metadata),
+            false => None,
+        };
+        let mark = tensors.map(|tensors| {
+            let data_len = file_len.saturating_sub(data_start);
+            self.known.mark(tensors, data_len)
+        });
+        if let Some(contents) = mark.and_then(|mark| self.known.get(&mark)) {
+            self.state(metadata);
+            self.read.contents = contents;
+            return Ok(());
+        }
+        metadata.clear();
+        let mut twice = Ok(());
+        safetensors::visit(
+            header,
+            file_len,
+            &mut metadata,
+            |name, dtype, shape, start, end| {
+                let shape = shape.iter().map(|&dimension| dimension as u64);
+                if let Err(reason) = self.add(name, dtype_name(dtype), shape, start, end) {
+                    twice = Err(reason);
+                }
+            },
+        )
+        .map_err(wrong)?;
+        twice?;
+        self.state(metadata);
+        if let Some(mark) = mark {
+            let mut own = std::mem::take(&mut self.own);
+            own.finish();
+            self.read.contents = self.known.remember(mark, own);
+        }
+        Ok(())
+    }
+
+    fn gguf(&mut self, file: &File, source: &SourceFile) -> Result<(), Reason> {
+        let header = gguf::read_header(file, source.identity.size.get())
+            .map_err(|error| located(&source.path, &error))?;
+        self.read.data_starts.push(header.data_start);
+        for tensor in &header.tensors {
+            let shape = tensor.shape.iter().copied();
+            self.add(&tensor.name, tensor.dtype, shape, tensor.start, tensor.end)?;
+        }
+        self.state(header.metadata);
+        Ok(())
     }
 }
 

@@ -14,6 +14,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use self::json::Cursor;
 use crate::tensor::Dtype;
 
@@ -194,10 +196,13 @@ pub enum HeaderError {
 struct RawTensor<'a> {
     name: Cow<'a, str>,
     dtype: Dtype,
-    shape: Vec<usize>,
+    shape: Shape,
     start: u64,
     end: u64,
 }
+
+/// Dimensions; real tensors have at most this many or few more.
+type Shape = SmallVec<[usize; 6]>;
 
 /// Reads and checks the header of an open file of `file_len` bytes. Blocks.
 ///
@@ -205,24 +210,29 @@ struct RawTensor<'a> {
 /// What is wrong with the file, or that it cannot be read.
 pub fn read_header(file: &File, file_len: u64) -> Result<Header, HeaderError> {
     let mut buffer = Vec::new();
-    read_header_bytes(file, file_len, &mut buffer)?;
-    parse(&buffer, file_len)
+    let header = read_header_bytes(file, file_len, &mut buffer)?;
+    parse(header, file_len)
 }
 
-/// Reads the bytes of the header, without their length, into `buffer`.
-pub(crate) fn read_header_bytes(
+/// Reads the bytes of the header, without their length. The buffer only grows, so that one can serve many files.
+pub(crate) fn read_header_bytes<'b>(
     file: &File,
     file_len: u64,
-    buffer: &mut Vec<u8>,
-) -> Result<(), HeaderError> {
+    buffer: &'b mut Vec<u8>,
+) -> Result<&'b [u8], HeaderError> {
     if file_len < LENGTH_BYTES {
         return Err(HeaderError::TooShort {
             file_bytes: file_len,
         });
     }
-    buffer.clear();
-    buffer.resize(FIRST_READ.min(file_len.try_into().unwrap_or(FIRST_READ)), 0);
-    file.read_exact_at(buffer, 0)?;
+    let grow = |buffer: &mut Vec<u8>, to: usize| {
+        if buffer.len() < to {
+            buffer.resize(to, 0);
+        }
+    };
+    let first = FIRST_READ.min(file_len.try_into().unwrap_or(FIRST_READ));
+    grow(buffer, first);
+    file.read_exact_at(&mut buffer[..first], 0)?;
     let mut length = [0; LENGTH_BYTES as usize];
     length.copy_from_slice(&buffer[..LENGTH_BYTES as usize]);
     let header_bytes = u64::from_le_bytes(length);
@@ -235,15 +245,11 @@ pub(crate) fn read_header_bytes(
     }
     // Bounded by MAX_HEADER_BYTES, so it fits.
     let whole = (LENGTH_BYTES + header_bytes) as usize;
-    let have = buffer.len();
-    if whole > have {
-        // The claim is within the file, and a read proves it before anything is parsed.
-        buffer.resize(whole, 0);
-        file.read_exact_at(&mut buffer[have..], have as u64)?;
+    if whole > first {
+        grow(buffer, whole);
+        file.read_exact_at(&mut buffer[first..whole], first as u64)?;
     }
-    buffer.truncate(whole);
-    buffer.drain(..LENGTH_BYTES as usize);
-    Ok(())
+    Ok(&buffer[LENGTH_BYTES as usize..whole])
 }
 
 /// Checks a header, given without the eight bytes of its length, of a file of `file_len` bytes.
@@ -251,25 +257,13 @@ pub(crate) fn read_header_bytes(
 /// # Errors
 /// What is wrong with the file.
 pub fn parse(header_json: &[u8], file_len: u64) -> Result<Header, HeaderError> {
-    let data_start = LENGTH_BYTES + header_json.len() as u64;
-    if data_start > file_len {
-        return Err(HeaderError::HeaderTooLong {
-            header_bytes: header_json.len() as u64,
-            limit: file_len.saturating_sub(LENGTH_BYTES),
-        });
-    }
     let mut metadata = BTreeMap::new();
-    let mut tensors: Vec<RawTensor<'_>> = Vec::new();
-    read_members(header_json, &mut metadata, &mut tensors)?;
-    check_names(&tensors)?;
-    tensors.sort_by_key(|t| (t.start, t.end));
-    check_places(&tensors, data_start, file_len)?;
-    let tensors = tensors
+    let tensors = checked(header_json, file_len, &mut metadata)?
         .into_iter()
         .map(|raw| HeaderTensor {
             name: raw.name.into(),
             dtype: raw.dtype,
-            shape: raw.shape,
+            shape: raw.shape.into_vec(),
             start: raw.start,
             end: raw.end,
         })
@@ -277,8 +271,57 @@ pub fn parse(header_json: &[u8], file_len: u64) -> Result<Header, HeaderError> {
     Ok(Header {
         tensors,
         metadata,
-        data_start,
+        data_start: LENGTH_BYTES + header_json.len() as u64,
     })
+}
+
+/// As [`parse`], for those who need no copy: hands out name, dtype, shape, start and end of each tensor once all have been
+/// checked.
+pub(crate) fn visit(
+    header_json: &[u8],
+    file_len: u64,
+    metadata: &mut BTreeMap<String, String>,
+    mut tensor: impl FnMut(&str, Dtype, &[usize], u64, u64),
+) -> Result<(), HeaderError> {
+    for raw in checked(header_json, file_len, metadata)? {
+        tensor(&raw.name, raw.dtype, &raw.shape, raw.start, raw.end);
+    }
+    Ok(())
+}
+
+/// Where the tensors begin in a header whose metadata come first, as all writers put them. The metadata are read into
+/// `metadata`. `None` where they do not come first, are wrong, or nothing follows them.
+pub(crate) fn after_metadata<'a>(
+    header_json: &'a [u8],
+    metadata: &mut BTreeMap<String, String>,
+) -> Option<&'a [u8]> {
+    const START: &[u8] = b"{\"__metadata__\":";
+    let rest = header_json.strip_prefix(START)?;
+    let mut cursor = Cursor::new(rest);
+    read_metadata(&mut cursor, metadata).ok()?;
+    let rest = &rest[cursor.offset()..];
+    rest.starts_with(b",").then_some(rest)
+}
+
+/// Reads all and checks it; the tensors are sorted by their place.
+fn checked<'a>(
+    header_json: &'a [u8],
+    file_len: u64,
+    metadata: &mut BTreeMap<String, String>,
+) -> Result<Vec<RawTensor<'a>>, HeaderError> {
+    let data_start = LENGTH_BYTES + header_json.len() as u64;
+    if data_start > file_len {
+        return Err(HeaderError::HeaderTooLong {
+            header_bytes: header_json.len() as u64,
+            limit: file_len.saturating_sub(LENGTH_BYTES),
+        });
+    }
+    let mut tensors: Vec<RawTensor<'_>> = Vec::new();
+    read_members(header_json, metadata, &mut tensors)?;
+    check_names(&tensors)?;
+    tensors.sort_by_key(|t| (t.start, t.end));
+    check_places(&tensors, data_start, file_len)?;
+    Ok(tensors)
 }
 
 fn read_members<'a>(
@@ -345,7 +388,7 @@ fn read_tensor<'a>(
     name: Cow<'a, str>,
 ) -> Result<RawTensor<'a>, HeaderError> {
     let mut dtype: Option<Dtype> = None;
-    let mut shape: Option<Vec<usize>> = None;
+    let mut shape: Option<Shape> = None;
     let mut offsets: Option<(u64, u64)> = None;
     let once = |taken: bool, field| {
         if taken {
@@ -418,8 +461,8 @@ fn read_tensor<'a>(
     })
 }
 
-fn read_shape(cursor: &mut Cursor<'_>, name: &str) -> Result<Vec<usize>, HeaderError> {
-    let mut shape = Vec::new();
+fn read_shape(cursor: &mut Cursor<'_>, name: &str) -> Result<Shape, HeaderError> {
+    let mut shape = Shape::new();
     cursor.expect(b'[', "a list of dimensions")?;
     if cursor.take(b']') {
         return Ok(shape);
@@ -450,7 +493,8 @@ fn bytes_needed(dtype: Dtype, shape: &[usize]) -> Option<u64> {
 }
 
 fn check_names(tensors: &[RawTensor<'_>]) -> Result<(), HeaderError> {
-    let mut names = HashSet::with_capacity(tensors.len());
+    let mut names: HashSet<&str, foldhash::fast::RandomState> =
+        HashSet::with_capacity_and_hasher(tensors.len(), foldhash::fast::RandomState::default());
     match tensors.iter().find(|t| !names.insert(&*t.name)) {
         Some(twice) => Err(HeaderError::DuplicateKey {
             name: twice.name.to_string(),

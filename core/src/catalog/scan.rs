@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use super::contents::Known;
 use super::inspect::inspect;
 use super::layout::{self, Shape, Unit};
 use super::model::{Model, SourceFile};
@@ -218,26 +219,42 @@ fn run(
         units.retain(|unit| scope.wants(&unit.path, !matches!(unit.shape, Shape::Weights(_))));
     }
     let entries = units.len() as u64;
+    let knowledge = Known::new(&options.signatures);
     let (done, inspected) = (AtomicU64::new(0), AtomicU64::new(0));
-    let mut named: Vec<Named> = units
+    let known: Vec<Option<&Arc<Model>>> = units
         .par_iter()
         .map(|unit| {
+            previous
+                .and_then(|previous| previous.at_path(&unit.path))
+                .filter(|model| is_unchanged(unit, model))
+        })
+        .collect();
+    if let Some(previous) = previous
+        && known.len() + kept.len() == previous.len()
+        && known.iter().all(Option::is_some)
+    {
+        // Paths are unique, so as many unchanged entries as there were are the same entries.
+        return ScanReport {
+            catalogue: previous.clone(),
+            files,
+            inspected: 0,
+            problems,
+        };
+    }
+    let mut named: Vec<Named> = units
+        .par_iter()
+        .zip(known)
+        .map(|(unit, known)| {
             let root = roots
                 .get(unit.root)
                 .map_or(Path::new("/"), PathBuf::as_path);
             let natural = layout::natural_name(unit, root);
-            let known = previous
-                .and_then(|previous| previous.at_path(&unit.path))
-                .filter(|model| is_unchanged(unit, model));
             let model = match known {
                 Some(model) => model.clone(),
                 None => {
                     inspected.fetch_add(1, Ordering::Relaxed);
-                    let model = Arc::new(inspect(
-                        unit,
-                        ModelName::from(natural.as_str()),
-                        &options.signatures,
-                    ));
+                    let name = ModelName::from(natural.as_str());
+                    let model = Arc::new(inspect(unit, name, &knowledge));
                     progress(ScanProgress {
                         files,
                         entries,

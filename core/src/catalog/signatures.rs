@@ -3,7 +3,7 @@
 //! hotset's own knowledge is `core/signatures/builtin.toml`; users add files of the same form, whose signatures come
 //! before the built-in ones of the same id.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
@@ -51,6 +51,8 @@ pub struct Signatures {
     pub(super) rules: Vec<Rule>,
     pub(super) components: Vec<ComponentRule>,
     pub(super) ranks: Vec<RankRule>,
+    /// The names of all metadata that a rule looks at.
+    pub(super) metadata_keys: BTreeSet<String>,
 }
 
 /// One signature.
@@ -140,18 +142,15 @@ impl Pattern {
 /// Replaces each run of digits by one `#`, so that a key stands for its likes in all blocks.
 pub(super) fn normalise(key: &str, into: &mut String) {
     into.clear();
-    let mut in_number = false;
-    for c in key.chars() {
-        if c.is_ascii_digit() {
-            if !in_number {
-                into.push('#');
-            }
-            in_number = true;
-        } else {
-            into.push(c);
-            in_number = false;
-        }
+    let mut rest = key;
+    while let Some(digit) = rest.bytes().position(|b| b.is_ascii_digit()) {
+        into.push_str(&rest[..digit]);
+        into.push('#');
+        let after = &rest[digit..];
+        let end = after.bytes().position(|b| !b.is_ascii_digit());
+        rest = &after[end.unwrap_or(after.len())..];
     }
+    into.push_str(rest);
 }
 
 #[derive(Deserialize)]
@@ -274,6 +273,21 @@ impl Signatures {
         let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
         for raw in file.signature {
             let rule = compile(raw, &file.under)?;
+            let looked_at = rule.metadata.iter().chain(&rule.metadata_any);
+            self.metadata_keys
+                .extend(looked_at.map(|(key, _)| key.clone()));
+            // A `$key` in a rule is answered by what the metadata say under that key.
+            let answered = [
+                &rule.architecture,
+                &rule.variant,
+                &rule.quantization,
+                &rule.dialect,
+            ];
+            let keys = answered
+                .into_iter()
+                .flatten()
+                .filter_map(|text| text.strip_prefix('$'));
+            self.metadata_keys.extend(keys.map(str::to_owned));
             match self.rules.iter_mut().find(|known| known.id == rule.id) {
                 Some(known) => *known = rule,
                 None => self.rules.push(rule),

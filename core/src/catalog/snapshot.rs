@@ -109,7 +109,7 @@ impl Catalogue {
     }
 
     /// A catalogue of these models, which must have names of their own.
-    pub(super) fn new(generation: u64, mut models: Vec<Arc<Model>>) -> Self {
+    pub(crate) fn new(generation: u64, mut models: Vec<Arc<Model>>) -> Self {
         models.sort_by(|a, b| a.name.cmp(&b.name));
         let numbered = || (0_u32..).zip(&models);
         let by_name = numbered().map(|(i, m)| (m.name.clone(), i)).collect();

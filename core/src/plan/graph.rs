@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use crate::catalog::{Catalogue, Component, FindError, Kind, Model};
+use crate::catalog::{Catalogue, Component, FindError, Kind, Model, Presence};
 use crate::ids::{ContentId, ModelName};
 
 /// Why one component comes before another.
@@ -217,12 +217,21 @@ fn find(
     catalogue: &Catalogue,
     name: &str,
 ) -> Result<(Arc<Model>, Vec<Arc<Component>>), ResolveError> {
-    let loadable = |model: &Arc<Model>| match &model.error {
-        None => Ok(()),
-        Some(reason) => Err(ResolveError::NotLoadable {
+    let loadable = |model: &Arc<Model>| {
+        let reason: Arc<str> = match (&model.error, model.presence) {
+            (Some(reason), _) => reason.clone(),
+            (None, Presence::Present) => return Ok(()),
+            (None, Presence::Incomplete) => {
+                "it is still being written; try again when it is whole".into()
+            }
+            (None, Presence::Gone) => {
+                "its files were removed; only leases that exist still hold it".into()
+            }
+        };
+        Err(ResolveError::NotLoadable {
             model: model.name.clone(),
-            reason: reason.clone(),
-        }),
+            reason,
+        })
     };
     match catalogue.find(name) {
         Ok(model) => {

@@ -384,41 +384,16 @@ impl Planner<'_> {
             });
         };
         let evictable: Bytes = candidates(ram).iter().map(|c| c.bytes).sum();
-        let mut room = ram.free().saturating_add(evictable);
-        let mut needed = Bytes::ZERO;
-        let mut streamed: Vec<&mut Step> = Vec::new();
-        for step in steps
-            .iter_mut()
-            .filter(|step| step.there != There::Resident)
-        {
-            let bytes = step.component.ram_bytes();
-            match there(ram, &step.component.content_id) {
-                // What is there costs nothing, but can no longer be evicted for the others.
-                There::Resident => {
-                    step.route = Route::ViaRam;
-                    if candidates(ram)
-                        .iter()
-                        .any(|c| c.content == step.component.content_id)
-                    {
-                        room = room.saturating_sub(bytes);
-                    }
-                }
-                There::Loading => step.route = Route::ViaRam,
-                There::Absent if bytes <= room => {
-                    step.route = Route::ViaRam;
-                    room = room.saturating_sub(bytes);
-                    needed += bytes;
-                }
-                There::Absent => streamed.push(step),
-            }
-        }
-        if streamed.is_empty() {
+        let room = ram.free().saturating_add(evictable);
+        let (needed, streamed) = route_through(ram, steps, room);
+        if streamed == 0 {
             return Ok((needed, Bytes::ZERO));
         }
         let ring = self.ring.min(ram.budget.share(RING_SHARE));
         if ring.is_zero() {
-            let parts = streamed
+            let parts = steps
                 .iter()
+                .filter(|step| step.route == Route::Ring)
                 .map(|step| (step.component.id.clone(), step.component.ram_bytes()))
                 .collect();
             return Err(PlanError::NeverFits {
@@ -431,9 +406,8 @@ impl Planner<'_> {
                 }],
             });
         }
-        for step in streamed {
-            step.route = Route::Ring;
-        }
+        // The ring needs room of its own, beside the slabs.
+        let (needed, _) = route_through(ram, steps, room.saturating_sub(ring));
         Ok((needed, ring))
     }
 
@@ -487,6 +461,37 @@ impl Planner<'_> {
         }
         evictions
     }
+}
+
+/// Sends each component that has to move through RAM as long as there is room, and through the ring after that. Gives the
+/// bytes of new slabs, and how many components are streamed.
+fn route_through(ram: &TierView, steps: &mut [Step], mut room: Bytes) -> (Bytes, usize) {
+    let evictable = candidates(ram);
+    let (mut needed, mut streamed) = (Bytes::ZERO, 0);
+    for step in steps
+        .iter_mut()
+        .filter(|step| step.there != There::Resident)
+    {
+        let bytes = step.component.ram_bytes();
+        let content = step.component.content_id;
+        step.route = Route::ViaRam;
+        match there(ram, &content) {
+            // What is there costs nothing, but can no longer be evicted for the others.
+            There::Resident if evictable.iter().any(|c| c.content == content) => {
+                room = room.saturating_sub(bytes);
+            }
+            There::Resident | There::Loading => {}
+            There::Absent if bytes <= room => {
+                room = room.saturating_sub(bytes);
+                needed += bytes;
+            }
+            There::Absent => {
+                step.route = Route::Ring;
+                streamed += 1;
+            }
+        }
+    }
+    (needed, streamed)
 }
 
 fn there(view: &TierView, content: &ContentId) -> There {

@@ -28,6 +28,10 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    pub(super) fn offset(&self) -> usize {
+        self.at
+    }
+
     fn peek(&self) -> Option<u8> {
         self.bytes.get(self.at).copied()
     }

@@ -1,1 +1,236 @@
-//! Tests.
+use proptest::prelude::*;
+
+use super::*;
+use crate::catalog::Kind;
+use crate::memory::ResidencyView;
+use crate::plan::{resolve, test_utils};
+use crate::policy::lru::Lru;
+
+const GPU: Tier = Tier::Vram(GpuIndex(0));
+const OTHER: Tier = Tier::Vram(GpuIndex(1));
+
+fn component(number: u8, kib: u64) -> Arc<Component> {
+    test_utils::component(&format!("m{number}"), "weights", Kind::Unknown, number, kib)
+}
+
+/// A graph of components that have nothing to do with each other.
+fn set(components: &[Arc<Component>]) -> DependencyGraph {
+    let catalogue = test_utils::catalogue(components.iter().map(|component| {
+        let name = component.id.model.as_str();
+        test_utils::model(name, Kind::Unknown, None, vec![component.clone()])
+    }));
+    let names: Vec<String> = components.iter().map(|c| c.id.model.to_string()).collect();
+    resolve(&catalogue, &names, true).unwrap()
+}
+
+/// A tier of this budget in MiB that holds these components; those with `true` are leased.
+fn tier(tier: Tier, mib: u64, holds: &[(&Arc<Component>, bool)]) -> TierView {
+    let residencies: Vec<ResidencyView> = (0..)
+        .zip(holds)
+        .map(|(i, (component, leased))| ResidencyView {
+            component: Arc::clone(component),
+            bytes: component.bytes,
+            loading: false,
+            pins: u32::from(*leased),
+            leases: u32::from(*leased),
+            uses: 1,
+            admitted: Duration::ZERO,
+            last_used: Duration::from_secs(i),
+            load_time: None,
+            prefetched: false,
+        })
+        .collect();
+    TierView {
+        tier,
+        budget: Bytes::mib(mib),
+        committed: residencies.iter().map(|r| r.bytes).sum(),
+        evicting: Bytes::ZERO,
+        out_of_service: None,
+        residencies,
+    }
+}
+
+fn planner<'a>(tiers: &'a [TierView], granularity: &'a BTreeMap<GpuIndex, Bytes>) -> Planner<'a> {
+    Planner {
+        tiers,
+        granularity,
+        ring: Bytes::mib(1),
+        now: Duration::from_secs(100),
+    }
+}
+
+fn plan(
+    tiers: &[TierView],
+    components: &[Arc<Component>],
+    target: Target,
+) -> Result<Plan, PlanError> {
+    planner(tiers, &BTreeMap::new()).plan(&set(components), target)
+}
+
+#[test]
+fn what_is_there_costs_nothing_and_decides_the_place() {
+    let (a, b) = (component(1, 2048), component(2, 1024));
+    let tiers = [
+        tier(GPU, 8, &[]),
+        tier(OTHER, 4, &[(&a, false)]),
+        tier(Tier::Ram, 16, &[]),
+    ];
+    let plan = plan(&tiers, &[a, b], Target::Best).unwrap();
+    assert_eq!(
+        plan.tier, OTHER,
+        "it holds most of the set, though it has less room"
+    );
+    assert_eq!(plan.needs[&OTHER], Bytes::mib(1));
+    assert_eq!(plan.needs[&Tier::Ram], Bytes::mib(1));
+    assert_eq!(plan.fit, Fit::Now);
+    assert_eq!(plan.steps[0].route, Route::None);
+    assert_eq!(plan.steps[1].route, Route::ViaRam);
+}
+
+#[test]
+fn without_a_gpu_the_best_place_is_ram() {
+    let a = component(1, 1024);
+    let tiers = [tier(Tier::Ram, 16, &[])];
+    assert_eq!(
+        plan(&tiers, std::slice::from_ref(&a), Target::Best)
+            .unwrap()
+            .tier,
+        Tier::Ram
+    );
+    let missing = plan(&tiers, &[a], Target::AnyGpu).unwrap_err();
+    assert_eq!(
+        missing.to_string(),
+        "there is no vram; this machine has ram"
+    );
+}
+
+#[test]
+fn the_arithmetic_of_a_refusal_adds_up() {
+    let parts = [component(1, 3072), component(2, 6144)];
+    let tiers = [tier(GPU, 8, &[]), tier(Tier::Ram, 16, &[])];
+    let refused = plan(&tiers, &parts, Target::Best).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the set can never fit: vram:0 has a budget of 8.0 MiB, and the set needs 9.0 MiB there \
+         (m2/weights 6.0 MiB + m1/weights 3.0 MiB), 1.0 MiB too much; load fewer components, raise the budget, \
+         or choose another tier"
+    );
+}
+
+#[test]
+fn device_memory_is_counted_in_granules() {
+    let granularity = BTreeMap::from([(GpuIndex(0), Bytes::mib(2))]);
+    let tiers = [tier(GPU, 8, &[]), tier(Tier::Ram, 16, &[])];
+    let plan = planner(&tiers, &granularity)
+        .plan(&set(&[component(1, 10), component(2, 2049)]), Target::Best)
+        .unwrap();
+    assert_eq!(plan.steps[0].bytes, Bytes::mib(2));
+    assert_eq!(plan.steps[1].bytes, Bytes::mib(4));
+}
+
+#[test]
+fn evictions_are_foreseen_and_spare_what_the_set_itself_wants() {
+    let (a, b, c) = (component(1, 3072), component(2, 3072), component(3, 3072));
+    // Both are held by nobody; `a` is older, but wanted.
+    let tiers = [
+        tier(GPU, 8, &[(&a, false), (&b, false)]),
+        tier(Tier::Ram, 16, &[]),
+    ];
+    let wanted = [a.clone(), c.clone()];
+    let plan_of_both = plan(&tiers, &wanted, Target::Best).unwrap();
+    assert_eq!(plan_of_both.fit, Fit::AfterEviction);
+    let none = BTreeMap::new();
+    let evictions = planner(&tiers, &none).foresee(&plan_of_both, &mut Lru);
+    let gone: Vec<_> = evictions.iter().map(|e| e.component.to_string()).collect();
+    assert_eq!(gone, ["m2/weights"]);
+
+    let tiers = [
+        tier(GPU, 8, &[(&a, false), (&b, true)]),
+        tier(Tier::Ram, 16, &[]),
+    ];
+    let waits = plan(&tiers, &wanted, Target::Best).unwrap();
+    assert_eq!(waits.fit, Fit::AfterOthers);
+}
+
+#[test]
+fn what_ram_has_no_room_for_is_streamed() {
+    let (a, b, held) = (component(1, 2048), component(2, 6144), component(3, 3072));
+    let tiers = [tier(GPU, 16, &[]), tier(Tier::Ram, 8, &[(&held, true)])];
+    let plan = plan(&tiers, &[a, b], Target::Best).unwrap();
+    assert_eq!(plan.steps[0].route, Route::ViaRam);
+    assert_eq!(plan.steps[1].route, Route::Ring);
+    assert_eq!(plan.ring, Bytes::mib(1));
+    assert_eq!(
+        plan.needs[&Tier::Ram],
+        Bytes::mib(3),
+        "the slab of the first, and the ring"
+    );
+    assert_eq!(plan.stage_wants().len(), 2);
+}
+
+#[test]
+fn a_gpu_out_of_service_is_not_chosen() {
+    let a = component(1, 1024);
+    let mut broken = tier(GPU, 64, &[(&a, false)]);
+    broken.out_of_service = Some("Xid 79".into());
+    let tiers = [
+        broken.clone(),
+        tier(OTHER, 8, &[]),
+        tier(Tier::Ram, 16, &[]),
+    ];
+    assert_eq!(
+        plan(&tiers, std::slice::from_ref(&a), Target::Best)
+            .unwrap()
+            .tier,
+        OTHER
+    );
+    let alone = [broken, tier(Tier::Ram, 16, &[])];
+    let refused = plan(&alone, &[a], Target::Best).unwrap_err();
+    assert!(refused.to_string().contains("Xid 79"), "{refused}");
+}
+
+proptest! {
+    /// Whatever the machine holds: a plan never promises more than a budget, lists each component once, and what it
+    /// foresees to evict frees enough and nothing that is leased or wanted.
+    #[test]
+    fn a_plan_keeps_its_promises(
+        sizes in proptest::collection::vec(1_u64..5000, 1..8),
+        there in proptest::collection::vec((0_u8..12, any::<bool>()), 0..6),
+        vram in 1_u64..16,
+        ram in 1_u64..16,
+    ) {
+        let all: Vec<_> = (0..12).map(|n| component(n, *sizes.get(usize::from(n)).unwrap_or(&500))).collect();
+        let wanted = &all[..sizes.len()];
+        let mut held: Vec<(&Arc<Component>, bool)> = Vec::new();
+        let mut used = 0;
+        for (n, leased) in &there {
+            let component = &all[usize::from(*n)];
+            let fits = used + component.bytes.get() <= Bytes::mib(vram).get();
+            if fits && !held.iter().any(|(h, _)| h.id == component.id) {
+                used += component.bytes.get();
+                held.push((component, *leased));
+            }
+        }
+        let tiers = [tier(GPU, vram, &held), tier(Tier::Ram, ram, &[])];
+        let Ok(made) = plan(&tiers, wanted, Target::Best) else {
+            let whole: u64 = wanted.iter().map(|c| c.bytes.get()).sum();
+            prop_assert!(whole > Bytes::mib(vram).get(), "refused what fits");
+            return Ok(());
+        };
+        prop_assert_eq!(made.steps.len(), wanted.len());
+        for (tier, needed) in &made.needs {
+            let view = tiers.iter().find(|view| view.tier == *tier).unwrap();
+            prop_assert!(*needed <= view.budget);
+        }
+        let none = BTreeMap::new();
+        let evictions = planner(&tiers, &none).foresee(&made, &mut Lru);
+        let on_gpu: Bytes = evictions.iter().filter(|e| e.tier == GPU).map(|e| e.bytes).sum();
+        if made.fit == Fit::AfterEviction {
+            prop_assert!(on_gpu + tiers[0].free() >= made.needs[&GPU]);
+        }
+        for eviction in &evictions {
+            prop_assert!(!wanted.iter().any(|c| c.id == eviction.component));
+            prop_assert!(!held.iter().any(|(c, leased)| *leased && c.id == eviction.component));
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Time that passes at once: hours of waiting in milliseconds, and the same every time.
+
+use std::time::Duration;
+
+use hotset::{Bytes, ComponentSet, LoadError, Target};
+use tokio::time::Instant;
+
+use crate::library::{Library, Rig};
+
+#[tokio::test(start_paused = true)]
+async fn no_load_waits_longer_than_its_deadline() {
+    let library = Library::new();
+    library.single("a", 1, 700);
+    library.single("b", 2, 700);
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let held = session
+        .load(ComponentSet::new(["a"]))
+        .leases()
+        .await
+        .unwrap();
+    for (asked, expected) in [
+        (None, rig.hotset.config().load.deadline),
+        (Some(Duration::from_secs(3600)), Duration::from_secs(3600)),
+    ] {
+        let mut set = ComponentSet::new(["b"]);
+        set.deadline = asked;
+        let began = Instant::now();
+        let error = session.load(set).leases().await.unwrap_err();
+        let LoadError::TimedOut { waited, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(waited, expected);
+        assert_eq!(began.elapsed(), expected);
+    }
+    drop(held);
+    assert!(
+        session
+            .load(ComponentSet::new(["b"]))
+            .leases()
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_read_that_hangs_ends_with_the_deadline_and_blocks_nobody_else() {
+    let library = Library::new();
+    library.single("stuck", 1, 300);
+    library.single("fine", 2, 300);
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let fine = session
+        .load(ComponentSet::new(["fine"]))
+        .leases()
+        .await
+        .unwrap();
+    rig.reader.close();
+    let stuck = session
+        .load(ComponentSet::new(["stuck"]))
+        .leases()
+        .await
+        .unwrap_err();
+    assert!(matches!(stuck, LoadError::TimedOut { .. }), "{stuck}");
+    // What is there is leased as ever.
+    let again = session
+        .load(ComponentSet::new(["fine"]))
+        .leases()
+        .await
+        .unwrap();
+    drop((fine, again));
+    rig.reader.open_wide();
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn uploads_share_the_link_and_take_the_time_that_it_takes() {
+    let library = Library::new();
+    library.pipeline("base", 1, 512);
+    let mut config = library.config_with_gpu(Bytes::mib(8), Bytes::mib(8));
+    config.gpu[0].sim.bandwidth = Bytes::mib(1);
+    config.gpu[0].sim.latency = Duration::ZERO;
+    let rig = Rig::start(config).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let set = ComponentSet::new(["base"]).on(Target::Ram);
+    let in_ram = session.load(set.clone()).leases().await.unwrap();
+    let bytes: Bytes = in_ram.iter().map(|lease| lease.component().bytes).sum();
+    let began = Instant::now();
+    let leases = session.load(set.on(Target::AnyGpu)).leases().await.unwrap();
+    let seconds = bytes.as_f64() / Bytes::mib(1).as_f64();
+    // Virtual time, rounded up to its milliseconds at each copy.
+    let took = began.elapsed().as_secs_f64();
+    assert!(
+        took >= seconds && took < seconds * 1.1,
+        "{took} s for {seconds} s"
+    );
+    assert_eq!(leases.len(), 4);
+}
