@@ -7,6 +7,7 @@ mod load;
 pub(crate) mod log;
 mod output;
 mod plan;
+mod replay;
 mod serve;
 mod status;
 
@@ -77,6 +78,8 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// Replay recorded requests on simulated tiers, under each policy
+    Replay(replay::ReplayArgs),
     /// Show the configuration in force, and where each value was said
     Config,
 }
@@ -152,6 +155,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Replay(args) => replay::run(&args, global),
         Command::Config => config::run(global),
     }
 }

@@ -236,6 +236,49 @@ pub enum EvictionPolicyName {
     /// Least recently used first.
     #[default]
     Lru,
+    /// Least frequently used first, with counts that halve each hour.
+    Lfu,
+    /// Greedy-Dual-Size-Frequency.
+    Gdsf,
+    /// SIEVE.
+    Sieve,
+    /// S3-FIFO.
+    #[serde(rename = "s3-fifo")]
+    S3Fifo,
+    /// LRU-2.
+    #[serde(rename = "lru-2")]
+    Lru2,
+    /// The hybrid histogram of serverless platforms.
+    HybridHistogram,
+    /// As Ollama does.
+    Ollama,
+    /// As InvokeAI does.
+    #[serde(rename = "invokeai")]
+    InvokeAi,
+    /// As llama.cpp's router does.
+    LlamaCpp,
+    /// As Lemonade does.
+    Lemonade,
+    /// By predicted use, restore time and bytes.
+    Hotset,
+}
+
+impl EvictionPolicyName {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::Lru,
+        Self::Lfu,
+        Self::Gdsf,
+        Self::Sieve,
+        Self::S3Fifo,
+        Self::Lru2,
+        Self::HybridHistogram,
+        Self::Ollama,
+        Self::InvokeAi,
+        Self::LlamaCpp,
+        Self::Lemonade,
+        Self::Hotset,
+    ];
 }
 
 /// Prediction and prefetch.

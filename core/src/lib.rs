@@ -6,6 +6,7 @@
 //! * [`io`] reads files into slabs;
 //! * [`device`] is the contract with a GPU, and its simulation;
 //! * [`policy`], [`plan`] and [`predict`] are pure: state and `now` in, decisions out.
+//! * [`replay`] runs recorded requests through simulated tiers, with the same policies.
 //!
 //! Nothing here spawns an actor or knows one. `policy`, `plan` and `predict` read no clock and touch no file.
 
@@ -19,6 +20,7 @@ pub mod memory;
 pub mod plan;
 pub mod policy;
 pub mod predict;
+pub mod replay;
 pub mod tensor;
 pub mod units;
 

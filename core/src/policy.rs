@@ -3,15 +3,30 @@
 //! One algorithm, one file, all behind [`EvictionPolicy`]. A policy may remember what it sees through the `on_` methods,
 //! but must do with the candidates alone after a restart: they come from the ledger.
 
+pub mod belady_size;
+pub mod gdsf;
+pub mod hotset;
+pub mod hybrid_histogram;
+pub mod invokeai;
+pub mod lemonade;
+pub mod lfu;
+pub mod llama_cpp;
 pub mod lru;
+pub mod lru_2;
+mod memory;
+pub mod ollama;
 pub mod pressure;
+pub mod s3_fifo;
+pub mod sieve;
 #[cfg(test)]
 pub(crate) mod test_utils;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use crate::config::EvictionPolicyName;
 use crate::ids::ContentId;
+use crate::predict::Observed;
 use crate::units::Bytes;
 
 /// A resident component that nobody holds.
@@ -49,6 +64,9 @@ pub trait EvictionPolicy: Send + 'static {
     /// Its name in the configuration, in decisions and in replays.
     fn name(&self) -> &'static str;
 
+    /// A component set was asked for; told before [`Self::on_request`] is for each of its components.
+    fn observe(&mut self, _now: Duration, _request: &Observed<'_>) {}
+
     /// A component was asked for; `hit` where it was resident or on its way.
     fn on_request(&mut self, _now: Duration, _content: &ContentId, _bytes: Bytes, _hit: bool) {}
 
@@ -57,6 +75,79 @@ pub trait EvictionPolicy: Send + 'static {
 
     /// Orders the candidates: who goes first stands first.
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim>;
+
+    /// The most components that may be resident, for policies that bound the count beside the bytes.
+    fn max_residents(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// Orders candidates by a key, then the larger first, then by content id, so that the order is always the same.
+fn by_key<K: Ord>(
+    candidates: &[Candidate],
+    key: impl Fn(&Candidate) -> (K, f64, String),
+) -> Vec<Victim> {
+    let mut keyed: Vec<_> = candidates.iter().map(|c| (key(c), c)).collect();
+    keyed.sort_by(|((a, ..), x), ((b, ..), y)| {
+        a.cmp(b)
+            .then(y.bytes.cmp(&x.bytes))
+            .then(x.content.cmp(&y.content))
+    });
+    let victim = |((_, score, reason), c): ((K, f64, String), &Candidate)| Victim {
+        content: c.content,
+        score,
+        reason,
+    };
+    keyed.into_iter().map(victim).collect()
+}
+
+/// Orders candidates by a score, then least recently used, then as [`by_key`].
+fn by_score(candidates: &[Candidate], score: impl Fn(&Candidate) -> (f64, String)) -> Vec<Victim> {
+    by_key(candidates, |c| {
+        let (score, reason) = score(c);
+        let score = if score.is_finite() { score } else { 0.0 };
+        ((Score(score), c.last_used), score, reason)
+    })
+}
+
+/// A finite number that can be sorted by.
+#[derive(PartialEq)]
+struct Score(f64);
+
+impl Eq for Score {}
+
+impl PartialOrd for Score {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Score {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+/// Victims in an order that a queue gives; their place is the score.
+fn in_order(order: impl Iterator<Item = ContentId>, reason: &str) -> Vec<Victim> {
+    order
+        .enumerate()
+        .map(|(place, content)| Victim {
+            content,
+            score: place as f64,
+            reason: reason.to_owned(),
+        })
+        .collect()
+}
+
+/// The candidates that a queue does not know, as after a restart, in the order of their admission.
+fn unknown<'a>(candidates: &'a [Candidate], known: &HashSet<ContentId>) -> Vec<&'a Candidate> {
+    let mut new: Vec<&Candidate> = candidates
+        .iter()
+        .filter(|c| !known.contains(&c.content))
+        .collect();
+    new.sort_by_key(|c| (c.admitted, c.last_used, c.content));
+    new
 }
 
 /// The policy of this name.
@@ -64,6 +155,19 @@ pub trait EvictionPolicy: Send + 'static {
 pub fn by_name(name: EvictionPolicyName) -> Box<dyn EvictionPolicy> {
     match name {
         EvictionPolicyName::Lru => Box::new(lru::Lru),
+        EvictionPolicyName::Lfu => Box::new(lfu::Lfu::default()),
+        EvictionPolicyName::Gdsf => Box::new(gdsf::Gdsf::default()),
+        EvictionPolicyName::Sieve => Box::new(sieve::Sieve::default()),
+        EvictionPolicyName::S3Fifo => Box::new(s3_fifo::S3Fifo::default()),
+        EvictionPolicyName::Lru2 => Box::new(lru_2::Lru2::default()),
+        EvictionPolicyName::HybridHistogram => {
+            Box::new(hybrid_histogram::HybridHistogram::default())
+        }
+        EvictionPolicyName::Ollama => Box::new(ollama::Ollama),
+        EvictionPolicyName::InvokeAi => Box::new(invokeai::InvokeAi),
+        EvictionPolicyName::LlamaCpp => Box::new(llama_cpp::LlamaCpp),
+        EvictionPolicyName::Lemonade => Box::new(lemonade::Lemonade),
+        EvictionPolicyName::Hotset => Box::new(hotset::HotsetRetention::new(0)),
     }
 }
 
@@ -97,6 +201,14 @@ pub fn select(
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_policy_is_called_as_in_the_configuration() {
+        for name in EvictionPolicyName::ALL {
+            let written = serde_json::to_value(name).unwrap();
+            assert_eq!(written, by_name(name).name());
+        }
+    }
+
     use super::test_utils::candidate;
     use super::*;
 

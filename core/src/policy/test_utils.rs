@@ -6,7 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-use super::{Candidate, EvictionPolicy, select};
+use super::{Candidate, EvictionPolicy, Victim, select};
 use crate::ids::ContentId;
 use crate::units::Bytes;
 
@@ -21,6 +21,64 @@ pub(crate) fn candidate(number: u8, bytes: u64, last_used_s: u64) -> Candidate {
         restore_s: 1.0,
         prefetched: false,
     }
+}
+
+pub(crate) fn content(number: u8) -> ContentId {
+    ContentId::File([number; 32])
+}
+
+/// The numbers of ranked candidates, as [`candidate`] gave them.
+pub(crate) fn order_of(ranked: &[Victim]) -> Vec<u8> {
+    (0..=u8::MAX)
+        .flat_map(|n| {
+            ranked
+                .iter()
+                .position(|v| v.content == content(n))
+                .map(|at| (at, n))
+        })
+        .collect::<std::collections::BTreeMap<_, _>>()
+        .into_values()
+        .collect()
+}
+
+/// A stream of requests for few components often and for many seldom.
+pub(crate) fn zipf_like(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as f64 / f64::from(1_u32 << 31)
+    };
+    (0..length)
+        .map(|_| (60.0_f64.powf(next()) - 1.0) as u8)
+        .collect()
+}
+
+/// The misses of a policy on components of one size, in a cache for `capacity` of them.
+pub(crate) fn misses_of(policy: &mut dyn EvictionPolicy, stream: &[u8], capacity: usize) -> usize {
+    let mut resident: Vec<Candidate> = Vec::new();
+    let mut misses = 0;
+    for (at, n) in (0..).zip(stream) {
+        let now = Duration::from_secs(at);
+        let found = resident.iter_mut().find(|c| c.content == content(*n));
+        let hit = found.is_some();
+        if let Some(candidate) = found {
+            candidate.last_used = now;
+            candidate.uses += 1;
+        } else {
+            misses += 1;
+            if resident.len() == capacity {
+                for victim in select(policy, now, &resident, Bytes(1)) {
+                    resident.retain(|c| c.content != victim.content);
+                    policy.on_evict(now, &victim.content);
+                }
+            }
+            resident.push(candidate(*n, 1, at));
+        }
+        policy.on_request(now, &content(*n), Bytes(1), hit);
+    }
+    misses
 }
 
 /// Runs the properties that every policy must have.

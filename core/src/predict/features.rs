@@ -1,0 +1,364 @@
+//! What is remembered of a component's use, and the row of numbers that the model sees.
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::Kind;
+use crate::ids::ContentId;
+use crate::units::Bytes;
+
+/// The length of a row. linfa-ftrl walks all of it at each step, so it stays below 64.
+pub(super) const FEATURES: usize = 53;
+
+/// One example.
+pub(super) type Row = [f64; FEATURES];
+
+/// Half-lives of the decayed counts, in seconds: ten minutes to a week.
+pub(super) const HALF_LIVES_S: [f64; 5] = [600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0];
+/// Upper edges of the bins of idle time, in seconds; the last bin is open.
+const IDLE_EDGES_S: [f64; 9] = [
+    60.0, 300.0, 900.0, 1_800.0, 3_600.0, 7_200.0, 14_400.0, 43_200.0, 172_800.0,
+];
+/// Upper edges of the bins of idle time counted in requests; the last bin is open.
+const SINCE_EDGES: [u64; 7] = [1, 4, 16, 64, 256, 1_024, 4_096];
+/// Bases that an adapter's uses are counted with.
+pub(super) const MAX_BASES: usize = 4;
+/// Share of the newest gap in the mean and variance of gaps.
+const GAP_STEP: f64 = 0.25;
+
+/// The sum of ones that halve each half-life, at the times of [`HALF_LIVES_S`].
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct Counts {
+    at_s: f64,
+    values: [f64; HALF_LIVES_S.len()],
+}
+
+impl Counts {
+    pub(super) fn add(&mut self, now_s: f64) {
+        self.values = self.at(now_s).map(|value| value + 1.0);
+        self.at_s = now_s;
+    }
+
+    pub(super) fn at(&self, now_s: f64) -> [f64; HALF_LIVES_S.len()] {
+        let passed = (now_s - self.at_s).max(0.0);
+        let mut values = self.values;
+        for (value, half_life) in values.iter_mut().zip(HALF_LIVES_S) {
+            *value *= (-passed / half_life).exp2();
+        }
+        values
+    }
+
+    pub(super) fn is_sound(&self) -> bool {
+        self.at_s.is_finite() && self.values.iter().all(|v| v.is_finite() && *v >= 0.0)
+    }
+}
+
+/// How often an adapter was used with a base.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct UsedWith {
+    pub(super) base: ContentId,
+    pub(super) times: f64,
+}
+
+/// What is remembered of one component.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Tracked {
+    pub(super) content: ContentId,
+    pub(super) kind: Kind,
+    pub(super) bytes: Bytes,
+    pub(super) first_s: f64,
+    pub(super) last_s: f64,
+    /// Number of the request that used it last.
+    pub(super) last_request: u64,
+    pub(super) uses: u64,
+    pub(super) counts: Counts,
+    gap_mean_s: f64,
+    gap_variance: f64,
+    /// Sessions whose last request has it, each halved for each horizon since.
+    pub(super) holders: f64,
+    pub(super) holders_at_s: f64,
+    pub(super) bases: Vec<UsedWith>,
+}
+
+impl Tracked {
+    pub(super) fn new(content: ContentId, kind: Kind, bytes: Bytes, now_s: f64) -> Self {
+        Self {
+            content,
+            kind,
+            bytes,
+            first_s: now_s,
+            last_s: now_s,
+            last_request: 0,
+            uses: 0,
+            counts: Counts::default(),
+            gap_mean_s: 0.0,
+            gap_variance: 0.0,
+            holders: 0.0,
+            holders_at_s: now_s,
+            bases: Vec::new(),
+        }
+    }
+
+    /// Counts one use.
+    pub(super) fn used(&mut self, now_s: f64, request: u64) {
+        if self.uses > 0 {
+            let gap = (now_s - self.last_s).max(0.0);
+            if self.uses == 1 {
+                self.gap_mean_s = gap;
+            } else {
+                // Exponentially weighted mean and variance (West 1979, in the form with a constant step).
+                let off = gap - self.gap_mean_s;
+                self.gap_mean_s += GAP_STEP * off;
+                self.gap_variance = (1.0 - GAP_STEP) * (self.gap_variance + GAP_STEP * off * off);
+            }
+        }
+        self.uses += 1;
+        self.last_s = now_s;
+        self.last_request = request;
+        self.counts.add(now_s);
+    }
+
+    /// Counts one use of an adapter with a base.
+    pub(super) fn used_with(&mut self, base: ContentId) {
+        for used in &mut self.bases {
+            used.times *= 0.95;
+        }
+        if let Some(used) = self.bases.iter_mut().find(|used| used.base == base) {
+            used.times += 1.0;
+            return;
+        }
+        if self.bases.len() == MAX_BASES {
+            let rarest = (0..MAX_BASES)
+                .min_by(|a, b| f64::total_cmp(&self.bases[*a].times, &self.bases[*b].times));
+            if let Some(rarest) = rarest {
+                self.bases.swap_remove(rarest);
+            }
+        }
+        self.bases.push(UsedWith { base, times: 1.0 });
+    }
+
+    pub(super) fn usual_base(&self) -> Option<ContentId> {
+        self.bases
+            .iter()
+            .max_by(|a, b| f64::total_cmp(&a.times, &b.times).then(a.base.cmp(&b.base)))
+            .map(|used| used.base)
+    }
+
+    pub(super) fn holders_at(&self, now_s: f64, horizon_s: f64) -> f64 {
+        self.holders * (-(now_s - self.holders_at_s).max(0.0) / horizon_s).exp2()
+    }
+
+    pub(super) fn is_sound(&self) -> bool {
+        let numbers = [
+            self.first_s,
+            self.last_s,
+            self.gap_mean_s,
+            self.gap_variance,
+            self.holders,
+            self.holders_at_s,
+        ];
+        numbers.iter().all(|x| x.is_finite())
+            && self.counts.is_sound()
+            && self.bases.len() <= MAX_BASES
+            && self.bases.iter().all(|used| used.times.is_finite())
+    }
+}
+
+/// The moment for which rows are made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moment {
+    pub(super) now_s: f64,
+    pub(super) horizon_s: f64,
+    /// When the first request came.
+    pub(super) start_s: f64,
+    /// Requests so far.
+    pub(super) request: u64,
+    /// Decayed count of all requests.
+    pub(super) load: [f64; HALF_LIVES_S.len()],
+}
+
+/// The log odds of at least one use within the horizon, if uses came at random with the rate that a decayed count tells.
+fn poisson_log_odds(count: f64, half_life_s: f64, watched_s: f64, horizon_s: f64) -> f64 {
+    // A count that has not had time to fill up is short by this factor.
+    let filled = (1.0 - (-watched_s / half_life_s).exp2()).max(0.05);
+    let rate = count * std::f64::consts::LN_2 / half_life_s / filled;
+    let p = (1.0 - (-rate * horizon_s).exp()).clamp(1e-3, 1.0 - 1e-3);
+    (p / (1.0 - p)).ln()
+}
+
+/// The chance of a use within the horizon from the decayed counts alone, for as long as the model can't be believed.
+pub(super) fn chance_from_counts(tracked: &Tracked, moment: &Moment) -> f64 {
+    let counts = tracked.counts.at(moment.now_s);
+    let watched = moment.now_s - moment.start_s;
+    let odds = poisson_log_odds(counts[2], HALF_LIVES_S[2], watched, moment.horizon_s).exp();
+    odds / (1.0 + odds)
+}
+
+/// What kinds a component may be of, as the model sees it.
+fn group(kind: Kind) -> usize {
+    if kind.is_adapter() {
+        return 1;
+    }
+    match kind {
+        Kind::Vae | Kind::TextEncoder | Kind::ImageEncoder => 2,
+        Kind::Unknown => 3,
+        _ => 0,
+    }
+}
+
+/// Fills a row from the left; what does not fit is a mistake that a test finds.
+struct Writer {
+    row: Row,
+    next: usize,
+}
+
+impl Writer {
+    fn push(&mut self, value: f64) {
+        if let Some(place) = self.row.get_mut(self.next) {
+            *place = if value.is_finite() {
+                value.clamp(-10.0, 10.0)
+            } else {
+                0.0
+            };
+        }
+        self.next += 1;
+    }
+
+    fn one_hot(&mut self, at: usize, of: usize) {
+        (0..of).for_each(|i| self.push(f64::from(u8::from(i == at))));
+    }
+}
+
+/// The row of a component at a moment; `base` is its usual base where it is an adapter.
+pub(super) fn row(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Row {
+    write(tracked, base, moment).row
+}
+
+fn write(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Writer {
+    let mut out = Writer {
+        row: [0.0; FEATURES],
+        next: 0,
+    };
+    let &Moment {
+        now_s, horizon_s, ..
+    } = moment;
+    let watched = (now_s - moment.start_s).max(0.0);
+    let idle = (now_s - tracked.last_s).max(0.0);
+    let log_idle = ((idle + 1.0) / horizon_s).ln() / 4.0;
+    let counts = tracked.counts.at(now_s);
+
+    // Intercept (1).
+    out.push(1.0);
+    // Recency in seconds (1 + 10) and in requests (1 + 8).
+    out.push(log_idle);
+    let bin = IDLE_EDGES_S.partition_point(|edge| *edge <= idle);
+    out.one_hot(bin, IDLE_EDGES_S.len() + 1);
+    let since = moment.request.saturating_sub(tracked.last_request);
+    out.push((since as f64 + 1.0).ln() / 8.0);
+    out.one_hot(
+        SINCE_EDGES.partition_point(|edge| *edge < since),
+        SINCE_EDGES.len() + 1,
+    );
+    // Frequency: log odds at each half-life (5), share of all requests at three (3).
+    let mut odds = [0.0; HALF_LIVES_S.len()];
+    for i in 0..odds.len() {
+        odds[i] = poisson_log_odds(counts[i], HALF_LIVES_S[i], watched, horizon_s) / 4.0;
+        out.push(odds[i]);
+    }
+    for i in [1, 2, 3] {
+        out.push((counts[i] / moment.load[i].max(1e-9) + 1e-3).ln() / 7.0);
+    }
+    // Regularity: mean gap, its variation, how late the next use is (5).
+    let known = tracked.uses >= 2;
+    let mean = tracked.gap_mean_s.max(1.0);
+    let variation = (tracked.gap_variance.sqrt() / mean).min(4.0);
+    let late = idle / mean;
+    out.push(f64::from(u8::from(known)));
+    out.push(if known {
+        (mean / horizon_s).ln() / 4.0
+    } else {
+        0.0
+    });
+    out.push(if known { variation / 2.0 } else { 0.0 });
+    out.push(if known { late.min(4.0) / 2.0 } else { 0.0 });
+    // Due within the horizon, for what comes like clockwork.
+    let due = known && variation < 0.3 && mean - idle > -0.2 * mean && mean - idle < horizon_s;
+    out.push(f64::from(u8::from(due)));
+    // Sessions (2): those whose last request has it.
+    let holders = tracked.holders_at(now_s, horizon_s);
+    out.push(holders.ln_1p());
+    out.push((holders - 0.5).clamp(0.0, 1.0));
+    // The component's own age (2), and number of uses (1).
+    let age = (now_s - tracked.first_s).max(0.0);
+    out.push(((age + 1.0) / horizon_s).ln() / 4.0);
+    out.push(f64::from(u8::from(age < horizon_s)));
+    out.push((tracked.uses as f64).ln_1p() / 5.0);
+    // How busy it is now, against its own day (1).
+    let busy = |i: usize| moment.load[i] / HALF_LIVES_S[i];
+    out.push(((busy(0) + 1e-6) / (busy(3) + 1e-6)).ln() / 4.0);
+    // Kind (4), and kind with the strongest of the above (4).
+    let group = group(tracked.kind);
+    out.one_hot(group, 4);
+    let adapter = f64::from(u8::from(group == 1));
+    out.push(adapter * log_idle);
+    out.push(adapter * odds[1]);
+    out.push(adapter * odds[2]);
+    out.push(adapter * holders.ln_1p());
+    // An adapter's usual base (4): how idle it is, how likely, and how much of its use goes with the adapter.
+    let theirs = base.map(|base| (base.counts.at(now_s), (now_s - base.last_s).max(0.0)));
+    out.push(f64::from(u8::from(theirs.is_some())));
+    out.push(theirs.map_or(0.0, |(_, idle)| ((idle + 1.0) / horizon_s).ln() / 4.0));
+    out.push(theirs.map_or(0.0, |(of, _)| {
+        poisson_log_odds(of[1], HALF_LIVES_S[1], watched, horizon_s) / 4.0
+    }));
+    out.push(theirs.map_or(0.0, |(of, _)| (counts[3] / of[3].max(1e-9)).min(1.0)));
+    // Size (1).
+    out.push((tracked.bytes.as_f64() / 1e9 + 0.01).ln() / 4.0);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moment(now_s: f64) -> Moment {
+        Moment {
+            now_s,
+            horizon_s: 3600.0,
+            start_s: 0.0,
+            request: 10,
+            load: [1.0; HALF_LIVES_S.len()],
+        }
+    }
+
+    #[test]
+    fn a_row_is_full_and_finite() {
+        let tracked = Tracked::new(ContentId::File([1; 32]), Kind::Lora, Bytes(0), 0.0);
+        for now in [0.0, 1.0, 1e4, 1e12] {
+            let written = write(&tracked, Some(&tracked), &moment(now));
+            assert_eq!(written.next, FEATURES);
+            assert!(written.row.iter().all(|x| x.is_finite()));
+        }
+        const { assert!(FEATURES <= 64) };
+    }
+
+    #[test]
+    fn counts_halve() {
+        let mut counts = Counts::default();
+        counts.add(0.0);
+        counts.add(600.0);
+        let values = counts.at(1200.0);
+        assert!((values[0] - 0.75).abs() < 1e-12);
+        assert!((values[1] - (2_f64.powf(-1.0 / 3.0) + 2_f64.powf(-1.0 / 6.0))).abs() < 1e-12);
+    }
+
+    #[test]
+    fn only_a_few_bases_are_remembered() {
+        let mut adapter = Tracked::new(ContentId::File([1; 32]), Kind::Lora, Bytes(1), 0.0);
+        for i in 0..20 {
+            adapter.used_with(ContentId::File([i; 32]));
+            adapter.used_with(ContentId::File([99; 32]));
+        }
+        assert_eq!(adapter.bases.len(), MAX_BASES);
+        assert_eq!(adapter.usual_base(), Some(ContentId::File([99; 32])));
+    }
+}

@@ -1,0 +1,155 @@
+//! One tier as metadata: what is resident, and what goes when room is needed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::ids::ContentId;
+use crate::policy::{Candidate, EvictionPolicy};
+use crate::predict::Observed;
+use crate::units::Bytes;
+
+/// A component that a request needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    pub(super) content: ContentId,
+    pub(super) bytes: Bytes,
+    pub(super) restore_s: f64,
+}
+
+/// A resident, with what its restore costs when no tier between has it.
+struct Resident {
+    candidate: Candidate,
+    whole_s: f64,
+}
+
+/// A tier with its policy.
+pub(super) struct SimulatedTier {
+    capacity: Bytes,
+    used: Bytes,
+    residents: BTreeMap<ContentId, Resident>,
+    policy: Box<dyn EvictionPolicy>,
+}
+
+impl SimulatedTier {
+    pub(super) fn new(capacity: Bytes, policy: Box<dyn EvictionPolicy>) -> Self {
+        Self {
+            capacity,
+            used: Bytes::ZERO,
+            residents: BTreeMap::new(),
+            policy,
+        }
+    }
+
+    pub(super) fn policy_name(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    pub(super) fn has(&self, content: &ContentId) -> bool {
+        self.residents.contains_key(content)
+    }
+
+    /// Sets anew what restoring each resident would cost.
+    pub(super) fn price(&mut self, cost: impl Fn(&ContentId, Bytes, f64) -> f64) {
+        for (content, resident) in &mut self.residents {
+            let candidate = &mut resident.candidate;
+            candidate.restore_s = cost(content, candidate.bytes, resident.whole_s);
+        }
+    }
+
+    /// Makes the whole set resident; returns the places of those that were not.
+    pub(super) fn request(
+        &mut self,
+        now: Duration,
+        request: &Observed<'_>,
+        set: &[Wanted],
+    ) -> Vec<usize> {
+        let all: Vec<usize> = (0..set.len()).collect();
+        self.request_some(now, request, set, &all)
+    }
+
+    /// The tier learns of the whole request, but only `needed` of the set are read through it. All that are needed are
+    /// pinned together; one for which there is no room beside them is passed through.
+    pub(super) fn request_some(
+        &mut self,
+        now: Duration,
+        request: &Observed<'_>,
+        set: &[Wanted],
+        needed: &[usize],
+    ) -> Vec<usize> {
+        self.policy.observe(now, request);
+        let (hits, misses): (Vec<usize>, Vec<usize>) =
+            needed.iter().partition(|at| self.has(&set[**at].content));
+        for at in hits {
+            let wanted = &set[at];
+            if let Some(resident) = self.residents.get_mut(&wanted.content) {
+                resident.candidate.last_used = now;
+                resident.candidate.uses += 1;
+            }
+            self.policy
+                .on_request(now, &wanted.content, wanted.bytes, true);
+        }
+        for at in &misses {
+            let wanted = &set[*at];
+            if self.make_room(now, wanted.bytes, set) {
+                self.policy
+                    .on_request(now, &wanted.content, wanted.bytes, false);
+                self.admit(now, wanted);
+            }
+        }
+        misses
+    }
+
+    fn admit(&mut self, now: Duration, wanted: &Wanted) {
+        self.used += wanted.bytes;
+        let candidate = Candidate {
+            content: wanted.content,
+            bytes: wanted.bytes,
+            admitted: now,
+            last_used: now,
+            uses: 1,
+            restore_s: wanted.restore_s,
+            prefetched: false,
+        };
+        let resident = Resident {
+            candidate,
+            whole_s: wanted.restore_s,
+        };
+        self.residents.insert(wanted.content, resident);
+    }
+
+    /// Evicts what the policy names until there is room; nothing where that would not do.
+    fn make_room(&mut self, now: Duration, bytes: Bytes, pinned: &[Wanted]) -> bool {
+        let max_residents = self.policy.max_residents().unwrap_or(usize::MAX);
+        let fits = |used: Bytes, count: usize| {
+            used.saturating_add(bytes) <= self.capacity && count < max_residents
+        };
+        if fits(self.used, self.residents.len()) {
+            return true;
+        }
+        let candidates: Vec<Candidate> = self
+            .residents
+            .values()
+            .filter(|r| pinned.iter().all(|p| p.content != r.candidate.content))
+            .map(|r| r.candidate.clone())
+            .collect();
+        let evictable: Bytes = candidates.iter().map(|c| c.bytes).sum();
+        if !fits(
+            self.used - evictable,
+            self.residents.len() - candidates.len(),
+        ) {
+            return false;
+        }
+        for victim in self.policy.rank(now, &candidates) {
+            if self.used.saturating_add(bytes) <= self.capacity
+                && self.residents.len() < max_residents
+            {
+                break;
+            }
+            if let Some(gone) = self.residents.remove(&victim.content) {
+                self.used = self.used.saturating_sub(gone.candidate.bytes);
+                self.policy.on_evict(now, &victim.content);
+            }
+        }
+        true
+    }
+}
