@@ -1,5 +1,6 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
+mod bench;
 mod catalog;
 mod demo;
 mod load;
@@ -76,6 +77,9 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// Measure this machine, with the physical limit beside each figure
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 /// Why a command failed.
@@ -105,6 +109,9 @@ pub(crate) enum CliError {
     /// No such model.
     #[error(transparent)]
     Find(#[from] hotset::core::catalog::FindError),
+    /// A measurement could not be made.
+    #[error(transparent)]
+    Bench(#[from] hotset::core::catalog::bench::BenchError),
     /// Reading back from a device failed.
     #[error(transparent)]
     Device(#[from] hotset::DeviceError),
@@ -149,6 +156,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Bench(command) => bench::run(&command, global).await,
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod bench;
 mod config_json;
+pub mod content;
 mod contents;
 pub mod gguf;
 pub mod hub;
