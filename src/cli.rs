@@ -109,6 +109,9 @@ pub(crate) enum CliError {
     /// No such model.
     #[error(transparent)]
     Find(#[from] hotset::core::catalog::FindError),
+    /// A file of signatures is wrong.
+    #[error(transparent)]
+    Signatures(#[from] hotset::core::catalog::SignatureError),
     /// A measurement could not be made.
     #[error(transparent)]
     Bench(#[from] hotset::core::catalog::bench::BenchError),
@@ -138,7 +141,7 @@ impl CliError {
         }
         eprintln!("error: {self}");
         match self {
-            Self::Config(_) | Self::Usage(_) => ExitCode::from(2),
+            Self::Config(_) | Self::Usage(_) | Self::Signatures(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

@@ -35,5 +35,5 @@ pub use model::{
 };
 pub use scan::{ScanOptions, ScanProgress, ScanReport, identity_of, rescan, scan};
 pub use signatures::{SignatureError, Signatures};
-pub use snapshot::{Catalogue, CatalogueCell, FindError};
+pub use snapshot::{Catalogue, CatalogueCell, Change, FindError};
 pub use walk::ScanProblem;

@@ -47,6 +47,8 @@ pub struct CatalogConfig {
     pub max_depth: usize,
     /// Threads that read headers; 0 means one for each core.
     pub threads: usize,
+    /// Files of signatures that add to what hotset knows of model files (docs/identification.md).
+    pub signatures: Vec<PathBuf>,
 }
 
 impl Default for CatalogConfig {
@@ -57,6 +59,7 @@ impl Default for CatalogConfig {
             settle: Duration::from_millis(500),
             max_depth: 16,
             threads: 0,
+            signatures: Vec::new(),
         }
     }
 }

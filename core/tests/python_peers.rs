@@ -57,8 +57,8 @@ fn run(command: &mut Command) -> Result<String, String> {
 }
 
 fn script(python: &Path, text: &str, folder: &Path) -> serde_json::Value {
-    let said = run(Command::new(python).args(["-c", text]).arg(folder)).unwrap();
-    serde_json::from_str(&said).unwrap()
+    let said = run(Command::new(python).args(["-c", text]).arg(folder)).expect("the script runs");
+    serde_json::from_str(&said).expect("the script prints JSON")
 }
 
 fn described(name: &str, dtype: &str, shape: Vec<u64>) -> serde_json::Value {

@@ -75,7 +75,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         ));
     }
     let began = Instant::now();
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
         eprintln!("warning: {problem}");
@@ -103,7 +103,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
 /// `hotset ls [QUERY]`
 pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
     let query = Query::parse(&args.query.join(" ")).map_err(|e| CliError::Usage(e.to_string()))?;
     let hits = report.catalogue.search(&query, usize::MAX);
     let found: Vec<&Arc<Model>> = hits.iter().map(|hit| &hit.model).collect();
@@ -154,7 +154,7 @@ pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(
 /// `hotset show MODEL`
 pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
     let model = report.catalogue.find(&args.model)?;
     let sha256 = match args.sha256 {
         true => sha256_of(model).await?,

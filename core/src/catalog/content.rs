@@ -200,6 +200,9 @@ pub fn twins(catalogue: &Catalogue) -> Vec<Vec<Arc<Component>>> {
         }
         groups.extend(sampled.into_values().filter(|group| group.len() > 1));
     }
+    for group in &mut groups {
+        group.sort_by(|a, b| a.id.cmp(&b.id));
+    }
     groups.sort_by_key(|group| group.first().map(|c| c.id.clone()));
     groups
 }
