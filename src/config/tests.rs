@@ -211,7 +211,7 @@ fn a_wrong_value_is_refused_with_its_place() {
         (
             "[policy]\neviction = 'lur'\n",
             "hotset.toml:2:1",
-            "expected `lru`",
+            "did you mean `lru`?",
         ),
         ("ram = 3\n", "hotset.toml:1:7", "a section, [ram]"),
         ("[gpu]\nbudget = 3\n", "hotset.toml:1:1", "[[gpu]]"),
