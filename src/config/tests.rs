@@ -242,6 +242,17 @@ fn a_wrong_value_is_refused_with_its_place() {
 }
 
 #[test]
+fn the_shipped_file_names_every_eviction_policy() {
+    for policy in EvictionPolicyName::ALL {
+        let name = serde_json::to_string(&policy).unwrap();
+        assert!(
+            SHIPPED.contains(&name),
+            "config/hotset.toml does not name {name}"
+        );
+    }
+}
+
+#[test]
 fn the_file_is_looked_for_where_it_should_be() {
     let case = Case::new("[policy]\neviction = 'lru'\n[load]\nreads = 7\n");
     let path = case.sources.file.clone().unwrap();

@@ -271,8 +271,6 @@ fn serve_drains_when_it_is_told_to_stop() {
         // What comes after the first line goes on being read, so that the server never waits for us.
         let mut rest = server.stdout.take().unwrap();
         let reader = std::thread::spawn(move || rest.read_to_end(&mut Vec::new()));
-        // The handlers are in place when the line about serving is complete and shown; give the rest of it time.
-        std::thread::sleep(Duration::from_millis(300));
         let id = server.id().to_string();
         let sent = std::process::Command::new("kill")
             .args([signal, &id])
