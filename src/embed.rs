@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hotset_actors::{Parts, System};
-use hotset_core::catalog::{Catalogue, CatalogueChange};
+use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::{Config, DeviceKind};
 use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::Device;
@@ -159,7 +159,7 @@ impl Hotset {
     /// Hears of every change of the catalogue from now on. A listener that is far behind gets
     /// [`Lagged`](tokio::sync::broadcast::error::RecvError::Lagged) and looks at [`catalogue`](Self::catalogue).
     #[must_use]
-    pub fn subscribe(&self) -> tokio::sync::broadcast::Receiver<Arc<CatalogueChange>> {
+    pub fn subscribe(&self) -> tokio::sync::broadcast::Receiver<Arc<[Change]>> {
         self.system.subscribe()
     }
 

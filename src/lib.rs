@@ -50,7 +50,7 @@ pub use hotset_actors::{
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;
-pub use hotset_core::catalog::{Catalogue, CatalogueChange, Component, Format, Kind, Model};
+pub use hotset_core::catalog::{Catalogue, Change, Component, Format, Kind, Model};
 pub use hotset_core::config::Config;
 pub use hotset_core::decision::{Act, Decision, EvictCause};
 pub use hotset_core::device::{Device, DeviceError};

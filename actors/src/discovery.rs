@@ -12,7 +12,7 @@ use std::time::Duration;
 use hotset_core::ModelName;
 use hotset_core::catalog::scan::{ScanOptions, ScanReport, rescan, scan};
 use hotset_core::catalog::settle::{Ready, Settler};
-use hotset_core::catalog::{Catalogue, CatalogueChange, keep_leased};
+use hotset_core::catalog::{Change, keep_leased};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::time::Instant;
 
@@ -382,21 +382,21 @@ fn publish(house: &House, report: ScanReport, took: Duration) -> ScanSummary {
         problems: report.problems.iter().map(ToString::to_string).collect(),
         took,
     };
-    let before: Arc<Catalogue> = house.catalogue.load();
-    let change = CatalogueChange::between(&before, &report.catalogue);
+    let changes: Arc<[Change]> = report
+        .catalogue
+        .changes_since(&house.catalogue.load())
+        .into();
     house.catalogue.publish(report.catalogue);
     tracing::info!(
         models = summary.models,
         files = summary.files,
-        added = change.added.len(),
-        changed = change.changed.len(),
-        removed = change.removed.len(),
+        changes = changes.len(),
         ?took,
         "catalogue published"
     );
-    if !change.is_empty() {
+    if !changes.is_empty() {
         // Nobody listens: nobody misses it.
-        let _ = house.catalogue_changes.send(Arc::new(change));
+        let _ = house.catalogue_changes.send(changes);
     }
     summary
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hotset_core::catalog::{CatalogueCell, CatalogueChange};
+use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
 use hotset_core::device::Device;
@@ -40,7 +40,7 @@ pub(crate) struct House {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) catalogue: Arc<CatalogueCell>,
     /// Each change of the published catalogue.
-    pub(crate) catalogue_changes: broadcast::Sender<Arc<CatalogueChange>>,
+    pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
     pub(crate) reader: Arc<dyn Reader>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,

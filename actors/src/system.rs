@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hotset_core::catalog::{Catalogue, CatalogueChange};
+use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::{Device, DeviceError};
@@ -170,7 +170,7 @@ impl System {
     /// Hears of every change of the catalogue from now on. A listener that is far behind is told how much it missed, and
     /// looks at the snapshot.
     #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<Arc<CatalogueChange>> {
+    pub fn subscribe(&self) -> broadcast::Receiver<Arc<[Change]>> {
         self.house.catalogue_changes.subscribe()
     }
 

@@ -5,11 +5,11 @@
 //! that are new, and `naming` gives every entry a name of its own. [`snapshot`] is what comes out.
 
 pub mod bench;
-mod change;
 mod config_json;
 pub mod content;
 mod contents;
 pub mod gguf;
+mod gone;
 pub mod hub;
 mod identify;
 mod inspect;
@@ -30,7 +30,7 @@ pub(crate) mod test_utils;
 mod walk;
 mod weights;
 
-pub use change::{CatalogueChange, keep_leased};
+pub use gone::keep_leased;
 pub use model::{
     BaseModel, Component, DEVICE_TENSOR_ALIGN, Evidence, Facts, FileIdentity, FileRange, Format,
     IMAGE_ALIGN, Kind, Model, Presence, Selection, SourceFile,

@@ -88,7 +88,6 @@ impl Drop for Charge {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct EntryKey {
     tier: Tier,
-    content: ContentId,
     number: u64,
 }
 
@@ -138,7 +137,9 @@ struct TierBooks {
     /// The part of `committed` that is evicted and about to be freed.
     evicting: Bytes,
     out_of_service: Option<Arc<str>>,
-    entries: HashMap<ContentId, Entry>,
+    entries: HashMap<u64, Entry>,
+    /// The entry of each content; one entry may have several, once digests have shown that they are the same bytes.
+    by_content: HashMap<ContentId, u64>,
     wake: Arc<Notify>,
     wake_when: WakeWhen,
 }
@@ -153,6 +154,20 @@ pub struct WakeWhen {
 }
 
 impl TierBooks {
+    fn entry(&self, content: &ContentId) -> Option<&Entry> {
+        self.entries.get(self.by_content.get(content)?)
+    }
+
+    fn entry_mut(&mut self, content: &ContentId) -> Option<&mut Entry> {
+        self.entries.get_mut(self.by_content.get(content)?)
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Entry> {
+        let entry = self.entries.remove(&number)?;
+        self.by_content.retain(|_, of| *of != number);
+        Some(entry)
+    }
+
     fn wake_if_wanted(&self) {
         if self.wake_when.waiting || self.committed > self.wake_when.above {
             self.wake.notify_one();
@@ -178,7 +193,7 @@ impl TierBooks {
                         continue;
                     }
                     need.whole = need.whole.saturating_add(*bytes);
-                    match self.entries.get(&component.content_id) {
+                    match self.entry(&component.content_id) {
                         None => need.new = need.new.saturating_add(*bytes),
                         Some(entry) if entry.is_evictable() => {
                             need.own = need.own.saturating_add(entry.bytes);
@@ -388,11 +403,7 @@ impl Drop for Claim {
             let Some(tier) = books.tiers.get_mut(&self.key.tier) else {
                 return;
             };
-            let Some(entry) = tier
-                .entries
-                .get_mut(&self.key.content)
-                .filter(|entry| entry.number == self.key.number)
-            else {
+            let Some(entry) = tier.entries.get_mut(&self.key.number) else {
                 return;
             };
             entry.pins -= 1;
@@ -400,7 +411,7 @@ impl Drop for Claim {
             if entry.pins == 0 {
                 match &entry.state {
                     // Nobody has begun, nobody waits: the promise ends.
-                    State::Reserved { .. } => gone = tier.entries.remove(&self.key.content),
+                    State::Reserved { .. } => gone = tier.remove(self.key.number),
                     State::Loading { flight } => flight.cancel(),
                     State::Resident { .. } => tier.wake_if_wanted(),
                 }
@@ -480,19 +491,11 @@ impl TierView {
 
 impl Books {
     fn entry(&self, key: &EntryKey) -> Option<&Entry> {
-        self.tiers
-            .get(&key.tier)?
-            .entries
-            .get(&key.content)
-            .filter(|entry| entry.number == key.number)
+        self.tiers.get(&key.tier)?.entries.get(&key.number)
     }
 
     fn entry_mut(&mut self, key: &EntryKey) -> Option<&mut Entry> {
-        self.tiers
-            .get_mut(&key.tier)?
-            .entries
-            .get_mut(&key.content)
-            .filter(|entry| entry.number == key.number)
+        self.tiers.get_mut(&key.tier)?.entries.get_mut(&key.number)
     }
 }
 
@@ -526,6 +529,7 @@ impl Ledger {
             evicting: Bytes::ZERO,
             out_of_service: None,
             entries: HashMap::new(),
+            by_content: HashMap::new(),
             wake: Arc::new(Notify::new()),
             wake_when: WakeWhen {
                 waiting: false,
@@ -618,25 +622,26 @@ impl Ledger {
                 Want::Scratch(bytes) => scratch += *bytes,
                 Want::Component(component, bytes) => {
                     let content = component.content_id;
-                    let entry = open.entries.entry(content).or_insert_with(|| {
+                    let number = *open.by_content.entry(content).or_insert_with(|| {
                         *next_entry += 1;
-                        Entry {
-                            number: *next_entry,
-                            component: component.clone(),
-                            bytes: *bytes,
-                            state: State::Reserved {
-                                flight: Flight::new(),
-                                charge: charge(*bytes),
-                            },
-                            pins: 0,
-                            leases: 0,
-                            uses: 0,
-                            admitted: now,
-                            last_used: now,
-                            loading_since: now,
-                            load_time: None,
-                            prefetched: prefetch,
-                        }
+                        *next_entry
+                    });
+                    let entry = open.entries.entry(number).or_insert_with(|| Entry {
+                        number,
+                        component: component.clone(),
+                        bytes: *bytes,
+                        state: State::Reserved {
+                            flight: Flight::new(),
+                            charge: charge(*bytes),
+                        },
+                        pins: 0,
+                        leases: 0,
+                        uses: 0,
+                        admitted: now,
+                        last_used: now,
+                        loading_since: now,
+                        load_time: None,
+                        prefetched: prefetch,
                     });
                     entry.pins += 1;
                     if !prefetch {
@@ -646,11 +651,7 @@ impl Ledger {
                     }
                     reservation.claims.push(Claim {
                         ledger: self.clone(),
-                        key: EntryKey {
-                            tier,
-                            content,
-                            number: entry.number,
-                        },
+                        key: EntryKey { tier, number },
                         component: component.clone(),
                     });
                 }
@@ -686,8 +687,7 @@ impl Ledger {
             return None;
         }
         let resident = |component: &Arc<Component>| {
-            open.entries
-                .get(&component.content_id)
+            open.entry(&component.content_id)
                 .is_some_and(|entry| matches!(entry.state, State::Resident { .. }))
         };
         if !components.iter().all(resident) {
@@ -696,7 +696,7 @@ impl Ledger {
         components
             .iter()
             .map(|component| {
-                let entry = open.entries.get_mut(&component.content_id)?;
+                let entry = open.entry_mut(&component.content_id)?;
                 entry.pins += 1;
                 entry.uses += 1;
                 entry.last_used = now;
@@ -705,7 +705,6 @@ impl Ledger {
                     ledger: self.clone(),
                     key: EntryKey {
                         tier,
-                        content: component.content_id,
                         number: entry.number,
                     },
                     component: component.clone(),
@@ -720,7 +719,7 @@ impl Ledger {
     pub fn start(self: &Arc<Self>, tier: Tier, content: &ContentId) -> Option<FlightTicket> {
         let now = self.now();
         let mut books = self.lock();
-        let entry = books.tiers.get_mut(&tier)?.entries.get_mut(content)?;
+        let entry = books.tiers.get_mut(&tier)?.entry_mut(content)?;
         let State::Reserved { flight, .. } = &entry.state else {
             return None;
         };
@@ -739,7 +738,6 @@ impl Ledger {
         flight.begin();
         let key = EntryKey {
             tier,
-            content: *content,
             number: entry.number,
         };
         Some(FlightTicket::new(self.clone(), key, flight, charge))
@@ -766,7 +764,7 @@ impl Ledger {
             books
                 .tiers
                 .get_mut(&key.tier)
-                .and_then(|tier| tier.entries.remove(&key.content))
+                .and_then(|tier| tier.remove(key.number))
         };
         drop(gone);
     }
@@ -778,7 +776,7 @@ impl Ledger {
     pub fn evict(&self, tier: Tier, content: &ContentId) -> Option<Evicted> {
         let mut books = self.lock();
         let open = books.tiers.get_mut(&tier)?;
-        let entry = open.entries.get(content)?;
+        let entry = open.entry(content)?;
         let State::Resident { held, .. } = &entry.state else {
             return None;
         };
@@ -786,13 +784,33 @@ impl Ledger {
             return None;
         }
         held.charge.evicting.store(true, Ordering::Relaxed);
-        open.evicting += held.charge.bytes;
-        let entry = open.entries.remove(content)?;
+        let (number, bytes) = (entry.number, held.charge.bytes);
+        open.evicting += bytes;
+        let entry = open.remove(number)?;
         Some(Evicted {
             component: entry.component.clone(),
             bytes: entry.bytes,
             _entry: entry,
         })
+    }
+
+    /// A component turned out to hold the content by which `component` names it now: what is resident or on its way under
+    /// the content `before` is from now on found under both.
+    pub fn identified(&self, before: &ContentId, component: &Arc<Component>) {
+        let mut books = self.lock();
+        for tier in books.tiers.values_mut() {
+            let Some(number) = tier.by_content.get(before).copied() else {
+                continue;
+            };
+            // Where both are there already, they stay two; the one that nobody asks for any more is evicted in time.
+            if tier.by_content.contains_key(&component.content_id) {
+                continue;
+            }
+            tier.by_content.insert(component.content_id, number);
+            if let Some(entry) = tier.entries.get_mut(&number) {
+                entry.component = component.clone();
+            }
+        }
     }
 
     /// Forgets everything in a tier whose memory is lost, leased or not. Leases keep what they hold, as far as it still
@@ -802,7 +820,10 @@ impl Ledger {
             let mut books = self.lock();
             match books.tiers.get_mut(&tier) {
                 None => return,
-                Some(open) => open.entries.drain().map(|(_, entry)| entry).collect(),
+                Some(open) => {
+                    open.by_content.clear();
+                    open.entries.drain().map(|(_, entry)| entry).collect()
+                }
             }
         };
         for entry in &gone {

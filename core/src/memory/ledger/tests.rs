@@ -178,6 +178,37 @@ fn the_fast_path_claims_all_or_none() {
 }
 
 #[test]
+fn a_residency_is_found_under_the_content_that_a_digest_has_shown() {
+    let ledger = ledger(100);
+    let a = component(1, 60);
+    let reservation = reserve(&ledger, &[want(&a)]).unwrap();
+    land(&ledger, &a);
+    let mut named = (*a).clone();
+    named.content_id = ContentId::Blake3([9; 32]);
+    let named = Arc::new(named);
+    ledger.identified(&a.content_id, &named);
+    // Under both names, and once.
+    for known in [&a, &named] {
+        let claims = ledger.claim_resident(Tier::Ram, std::slice::from_ref(known));
+        assert!(claims.is_some());
+        assert_eq!(ledger.needed(Tier::Ram, &[want(known)]), Bytes::ZERO);
+    }
+    assert_eq!(committed(&ledger), 60);
+    assert!(
+        ledger.evict(Tier::Ram, &named.content_id).is_none(),
+        "it is held"
+    );
+    drop(reservation);
+    drop(ledger.evict(Tier::Ram, &named.content_id).unwrap());
+    assert_eq!(committed(&ledger), 0);
+    assert_eq!(
+        ledger.needed(Tier::Ram, &[want(&a)]),
+        Bytes(60),
+        "both names are gone"
+    );
+}
+
+#[test]
 fn a_tier_out_of_service_says_why() {
     let ledger = ledger(100);
     ledger.set_service(Tier::Ram, Some("broken".into()));
