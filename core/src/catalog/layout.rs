@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::config_json;
@@ -164,11 +165,15 @@ pub(super) fn units(folders: &[Folder]) -> Vec<Unit> {
             },
         });
     }
-    for folder in folders {
-        if !claimed.contains(&*folder.path) {
-            folder_units(folder, &mut units);
-        }
-    }
+    let others = folders
+        .par_iter()
+        .filter(|folder| !claimed.contains(&*folder.path))
+        .flat_map_iter(|folder| {
+            let mut found = Vec::new();
+            folder_units(folder, &mut found);
+            found
+        });
+    units.par_extend(others);
     units
 }
 

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use memchr::memmem::Finder;
 use nucleo_matcher::pattern::{AtomKind, CaseMatching, Normalization, Pattern};
 use nucleo_matcher::{Config, Matcher, Utf32Str};
 
@@ -233,8 +234,8 @@ pub(super) fn haystack(model: &Model) -> Box<str> {
 }
 
 /// How well a word fits a haystack; 0: not at all.
-fn word_score(haystack: &str, word: &str) -> u32 {
-    let Some(at) = haystack.find(word) else {
+fn word_score(haystack: &str, word: &str, finder: &Finder<'_>) -> u32 {
+    let Some(at) = finder.find(haystack.as_bytes()) else {
         return 0;
     };
     let name_end = haystack.find('\n').unwrap_or(haystack.len());
@@ -265,16 +266,20 @@ impl Catalogue {
         } else {
             self.haystacks()
         };
+        let words: Vec<(&str, Finder<'_>)> = query
+            .words
+            .iter()
+            .map(|word| (word.as_str(), Finder::new(word.as_bytes())))
+            .collect();
         let mut hits: Vec<(u32, usize)> = Vec::new();
         for (i, model) in self.models().enumerate() {
             let Some(score) = haystacks.get(i).map_or(Some(0), |haystack| {
-                query
-                    .words
-                    .iter()
-                    .try_fold(0, |sum, word| match word_score(haystack, word) {
+                words.iter().try_fold(0, |sum, (word, finder)| {
+                    match word_score(haystack, word, finder) {
                         0 => None,
                         score => Some(sum + score),
-                    })
+                    }
+                })
             }) else {
                 continue;
             };
