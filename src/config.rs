@@ -334,20 +334,35 @@ fn checked(
 ) -> Result<Given, ConfigError> {
     match Config::deserialize(keys::alone(&key, value.clone())) {
         Ok(_) => Ok(Given { key, value, origin }),
-        Err(error) => {
-            let message = error.message();
-            let reason = match (keys::nearest_name(message), default) {
-                (Some(name), _) => format!("{message}; did you mean `{name}`?"),
-                (None, serde_json::Value::Null | serde_json::Value::Array(_)) => message.to_owned(),
-                (None, default) => format!("{message}; the default is {default}"),
-            };
-            Err(ConfigError::WrongValue {
-                origin,
-                key,
-                reason,
-            })
-        }
+        Err(error) => Err(ConfigError::WrongValue {
+            origin,
+            reason: match default {
+                serde_json::Value::Null | serde_json::Value::Array(_) => error.message().to_owned(),
+                default => format!(
+                    "{}{}; the default is {default}",
+                    error.message(),
+                    nearest_variant(error.message(), &value)
+                ),
+            },
+            key,
+        }),
     }
+}
+
+/// Where a name was not among the allowed ones: the allowed one that is most like it.
+fn nearest_variant(message: &str, value: &toml::Value) -> String {
+    let (Some(wrong), Some((_, allowed))) = (value.as_str(), message.split_once("expected")) else {
+        return String::new();
+    };
+    allowed
+        .split('`')
+        // Every second piece is between backticks.
+        .skip(1)
+        .step_by(2)
+        .map(|name| (strsim::damerau_levenshtein(name, wrong), name))
+        .min()
+        .filter(|(slips, name)| slips * 2 <= name.len())
+        .map_or_else(String::new, |(_, name)| format!("; did you mean `{name}`?"))
 }
 
 /// The values that won, as a configuration.

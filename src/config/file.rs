@@ -10,7 +10,10 @@ use toml::de::{DeTable, DeValue};
 use super::keys::{Keys, Known};
 use super::{ConfigError, Given, Origin, checked};
 
-/// The values of a file, each checked. Relative folders are those beside the file.
+/// The keys that hold one path.
+const SINGLE_PATHS: [&str; 1] = ["catalog.database"];
+
+/// The values of a file, each checked. Relative paths are those beside the file.
 pub(super) fn read(keys: &Keys, path: &Path, text: &str) -> Result<Vec<Given>, ConfigError> {
     let reader = Reader { keys, path, text };
     let document = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
@@ -59,12 +62,8 @@ impl Reader<'_> {
                 Some(Known::Section) => self.section(value, &key, given)?,
                 Some(Known::Value(default)) => {
                     let value = self.value(value, &key)?;
-                    given.push(checked(
-                        key,
-                        self.beside_the_file(value, default),
-                        default,
-                        self.at(name.span()),
-                    )?);
+                    let value = self.beside_the_file(&key, value, default);
+                    given.push(checked(key, value, default, self.at(name.span()))?);
                 }
             }
         }
@@ -134,18 +133,26 @@ impl Reader<'_> {
         })
     }
 
-    /// The only lists of the configuration are lists of folders.
-    fn beside_the_file(&self, value: toml::Value, default: &serde_json::Value) -> toml::Value {
-        let (toml::Value::Array(folders), true) = (&value, default.is_array()) else {
-            return value;
-        };
+    /// Paths in a file are relative to the file. The only lists of the configuration are lists of paths.
+    fn beside_the_file(
+        &self,
+        key: &str,
+        value: toml::Value,
+        default: &serde_json::Value,
+    ) -> toml::Value {
         let home = self.path.parent().map(Path::to_owned).unwrap_or_default();
-        let beside = |folder: &toml::Value| match folder {
-            toml::Value::String(folder) => {
-                toml::Value::String(home.join(folder).to_string_lossy().into_owned())
+        let beside = |path: toml::Value| match path {
+            toml::Value::String(path) => {
+                toml::Value::String(home.join(path).to_string_lossy().into_owned())
             }
-            other => other.clone(),
+            other => other,
         };
-        toml::Value::Array(folders.iter().map(beside).collect())
+        match value {
+            toml::Value::Array(paths) if default.is_array() => {
+                toml::Value::Array(paths.into_iter().map(beside).collect())
+            }
+            path if SINGLE_PATHS.contains(&key) => beside(path),
+            other => other,
+        }
     }
 }

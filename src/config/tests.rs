@@ -132,6 +132,11 @@ fn folders_are_beside_the_file_or_where_the_command_runs() {
         case.load().unwrap().config.catalog.roots,
         [case.folder.path().join("models"), "/srv/models".into()]
     );
+    let database = Case::new("[catalog]\ndatabase = 'hotset.db'\n");
+    assert_eq!(
+        database.load().unwrap().config.catalog.database,
+        Some(database.folder.path().join("hotset.db"))
+    );
     let case = case.set("catalog.roots", "a:/b");
     assert_eq!(
         case.load().unwrap().config.catalog.roots,
