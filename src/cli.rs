@@ -1,5 +1,6 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
+mod bench;
 mod catalog;
 mod config;
 mod demo;
@@ -82,6 +83,9 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Show the configuration in force, and where each value was said
     Config,
+    /// Measure this machine, with the physical limit beside each figure
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 /// Why a command failed.
@@ -111,6 +115,12 @@ pub(crate) enum CliError {
     /// No such model.
     #[error(transparent)]
     Find(#[from] hotset::core::catalog::FindError),
+    /// A file of signatures is wrong.
+    #[error(transparent)]
+    Signatures(#[from] hotset::core::catalog::SignatureError),
+    /// A measurement could not be made.
+    #[error(transparent)]
+    Bench(#[from] hotset::core::catalog::bench::BenchError),
     /// Reading back from a device failed.
     #[error(transparent)]
     Device(#[from] hotset::DeviceError),
@@ -137,7 +147,7 @@ impl CliError {
         }
         eprintln!("error: {self}");
         match self {
-            Self::Config(_) | Self::Usage(_) => ExitCode::from(2),
+            Self::Config(_) | Self::Usage(_) | Self::Signatures(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }
@@ -157,6 +167,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Status => status::run(global).await,
         Command::Replay(args) => replay::run(&args, global),
         Command::Config => config::run(global),
+        Command::Bench(command) => bench::run(&command, global).await,
     }
 }
 

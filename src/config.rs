@@ -334,14 +334,19 @@ fn checked(
 ) -> Result<Given, ConfigError> {
     match Config::deserialize(keys::alone(&key, value.clone())) {
         Ok(_) => Ok(Given { key, value, origin }),
-        Err(error) => Err(ConfigError::WrongValue {
-            origin,
-            reason: match default {
-                serde_json::Value::Null | serde_json::Value::Array(_) => error.message().to_owned(),
-                default => format!("{}; the default is {default}", error.message()),
-            },
-            key,
-        }),
+        Err(error) => {
+            let message = error.message();
+            let reason = match (keys::nearest_name(message), default) {
+                (Some(name), _) => format!("{message}; did you mean `{name}`?"),
+                (None, serde_json::Value::Null | serde_json::Value::Array(_)) => message.to_owned(),
+                (None, default) => format!("{message}; the default is {default}"),
+            };
+            Err(ConfigError::WrongValue {
+                origin,
+                key,
+                reason,
+            })
+        }
     }
 }
 

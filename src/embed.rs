@@ -108,7 +108,7 @@ impl HotsetBuilder {
         .await?;
         let hotset = Hotset { system };
         if !self.scan_later {
-            hotset.scan().await?;
+            hotset.system.catalogued().await?;
         }
         Ok(hotset)
     }

@@ -5,10 +5,12 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
 use hotset_core::plan::Priority;
 use hotset_core::policy::{EvictionPolicy, Victim, select};
+use hotset_core::predict::{Observed, Seen};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use ractor::RpcReplyPort;
 
@@ -28,6 +30,14 @@ pub(crate) struct Request {
     pub(crate) reply: RpcReplyPort<Result<Reservation, Never>>,
 }
 
+/// What a session uses in a tier, told to the policy.
+#[derive(Debug)]
+pub(crate) struct Used {
+    pub(crate) session: SessionId,
+    /// The components, and whether each was there already or on its way.
+    pub(crate) components: Vec<(Arc<Component>, bool)>,
+}
+
 /// The admission of one tier.
 pub(crate) struct Admission {
     house: Arc<House>,
@@ -42,6 +52,12 @@ pub(crate) struct Admission {
 enum Attempt {
     Answered,
     Waits(Request),
+}
+
+fn grant(request: Request, reservation: Reservation) -> Attempt {
+    // Dropped with the port where nobody waits any more: the bytes come back.
+    let _ = request.reply.send(Ok(reservation));
+    Attempt::Answered
 }
 
 impl Admission {
@@ -146,33 +162,39 @@ impl Admission {
                 let _ = request.reply.send(Err(never));
                 Attempt::Answered
             }
-            Ok(Reserved::Granted(reservation)) => {
-                self.granted(request, reservation);
-                Attempt::Answered
-            }
+            Ok(Reserved::Granted(reservation)) => grant(request, reservation),
             Ok(Reserved::Short(shortfall)) => {
                 self.make_room(&request, &shortfall);
                 // Host memory is freed by a task and comes back with a wake; what is freed at once can be had at once.
                 match self.house.ledger.reserve(self.tier, &request.wants, false) {
-                    Ok(Reserved::Granted(reservation)) => {
-                        self.granted(request, reservation);
-                        Attempt::Answered
-                    }
+                    Ok(Reserved::Granted(reservation)) => grant(request, reservation),
                     _ => Attempt::Waits(request),
                 }
             }
         }
     }
 
-    fn granted(&mut self, request: Request, reservation: Reservation) {
+    /// Tells the policy what a session uses here.
+    pub(crate) fn used(&mut self, used: &Used) {
         let now = self.house.ledger.now();
-        for claim in &reservation.claims {
-            let component = claim.component();
+        let seen: Vec<Seen> = used
+            .components
+            .iter()
+            .map(|(component, _)| Seen {
+                content: component.content_id,
+                kind: component.kind,
+                bytes: component.bytes,
+            })
+            .collect();
+        let observed = Observed {
+            session: used.session,
+            components: &seen,
+        };
+        self.policy.observe(now, &observed);
+        for (component, hit) in &used.components {
             self.policy
-                .on_request(now, &component.content_id, component.bytes, false);
+                .on_request(now, &component.content_id, component.bytes, *hit);
         }
-        // Dropped with the port where nobody waits any more: the bytes come back.
-        let _ = request.reply.send(Ok(reservation));
     }
 
     /// Evicts for a set, if that suffices together with what is about to come back anyhow.

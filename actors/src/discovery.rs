@@ -29,6 +29,8 @@ mod watch;
 pub(crate) enum DiscoveryMessage {
     /// Scan all folders; the reply comes when a scan that began after this message is published.
     Scan(Option<RpcReplyPort<ScanSummary>>),
+    /// Tell when a catalogue is published; at once where one is.
+    Published(RpcReplyPort<ScanSummary>),
     /// A scan has ended.
     Scanned(Finished),
     /// The watcher has seen changes.
@@ -146,6 +148,22 @@ impl Discovery {
             Scope::Everything,
             reply.into_iter().collect(),
         );
+    }
+
+    #[ractor::message(DiscoveryMessage::Published(reply))]
+    fn published(
+        &self,
+        myself: ActorRef<DiscoveryMessage>,
+        reply: RpcReplyPort<ScanSummary>,
+        state: &mut State,
+    ) {
+        match (&state.last, &mut state.running) {
+            (Some(last), _) => {
+                let _ = reply.send(last.clone());
+            }
+            (None, Some(waiting)) => waiting.push(reply),
+            (None, None) => request(&myself, state, Scope::Everything, vec![reply]),
+        }
     }
 
     #[ractor::message(DiscoveryMessage::Scanned(finished))]

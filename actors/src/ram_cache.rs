@@ -12,7 +12,7 @@ use hotset_core::{Bytes, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::admission::{Admission, Request};
+use crate::admission::{Admission, Request, Used};
 use crate::counters::add;
 use crate::house::House;
 
@@ -30,6 +30,8 @@ pub(crate) enum RamCacheMessage {
         /// How likely it is to be wanted.
         probability: f64,
     },
+    /// A session uses components here.
+    Used(Used),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Others need memory: evict down to this share of the budget.
@@ -124,6 +126,11 @@ impl RamCache {
             read_component(house, component, ticket).await;
             drop(reservation);
         });
+    }
+
+    #[ractor::message(RamCacheMessage::Used(used))]
+    fn used(&self, used: Used, state: &mut State) {
+        state.admission.used(&used);
     }
 
     #[ractor::message(RamCacheMessage::Woken)]

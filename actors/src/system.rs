@@ -188,6 +188,18 @@ impl System {
         }
     }
 
+    /// Waits until the first scan is published.
+    ///
+    /// # Errors
+    /// [`SessionError::Draining`] where the system ends first.
+    pub async fn catalogued(&self) -> Result<ScanSummary, SessionError> {
+        tokio::select! {
+            biased;
+            () = self.house.stop.cancelled() => Err(SessionError::Draining),
+            summary = self.house.discovery.insist(DiscoveryMessage::Published) => Ok(summary),
+        }
+    }
+
     /// Opens a session.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 pub mod bench;
 mod change;
 mod config_json;
+pub mod content;
 mod contents;
 pub mod gguf;
 pub mod hub;
@@ -36,5 +37,5 @@ pub use model::{
 };
 pub use scan::{ScanOptions, ScanProgress, ScanReport, identity_of, rescan, scan};
 pub use signatures::{SignatureError, Signatures};
-pub use snapshot::{Catalogue, CatalogueCell, FindError};
+pub use snapshot::{Catalogue, CatalogueCell, Change, FindError};
 pub use walk::ScanProblem;

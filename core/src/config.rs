@@ -56,7 +56,7 @@ pub struct CatalogConfig {
     pub poll: Duration,
     /// Where the catalogue is kept across restarts, so that they cost stat calls and no header reads. `None`: nowhere.
     pub database: Option<PathBuf>,
-    /// Files with signatures of your own, for models that hotset does not know.
+    /// Files of signatures that add to what hotset knows of model files (docs/identification.md).
     pub signatures: Vec<PathBuf>,
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use hotset::core::catalog::query::Query;
 use hotset::core::catalog::{ScanOptions, ScanReport, scan as scan_folders};
 use hotset::{Bytes, Catalogue, Component, ComponentSet, Model};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -23,7 +24,7 @@ pub(crate) struct ScanArgs {
 /// What to list.
 #[derive(Debug, Args)]
 pub(crate) struct LsArgs {
-    /// Words that must occur in name, kind, architecture or format
+    /// Words in any order, and fields such as kind:lora base:sdxl size:<200MiB; best matches first
     query: Vec<String>,
 }
 
@@ -32,6 +33,12 @@ pub(crate) struct LsArgs {
 pub(crate) struct ShowArgs {
     /// A model's name, the last part of it where that is enough, or its path
     model: String,
+    /// Print the signatures that say what it is
+    #[arg(long)]
+    why_identified: bool,
+    /// Compute the SHA-256 of its files, as catalogues on the web list them
+    #[arg(long)]
+    sha256: bool,
 }
 
 /// Scans, with a spinner on a terminal.
@@ -68,7 +75,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         ));
     }
     let began = Instant::now();
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
         eprintln!("warning: {problem}");
@@ -96,12 +103,10 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
 /// `hotset ls [QUERY]`
 pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
-    let found: Vec<&Arc<Model>> = report
-        .catalogue
-        .models()
-        .filter(|model| matches(model, &args.query))
-        .collect();
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let query = Query::parse(&args.query.join(" ")).map_err(|e| CliError::Usage(e.to_string()))?;
+    let hits = report.catalogue.search(&query, usize::MAX);
+    let found: Vec<&Arc<Model>> = hits.iter().map(|hit| &hit.model).collect();
     if global.json {
         let models: Vec<_> = found.iter().map(|model| model_json(model)).collect();
         return output::json(&json!({ "models": models }));
@@ -112,18 +117,6 @@ pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
         found.len(),
         report.catalogue.len()
     ))
-}
-
-fn matches(model: &Model, query: &[String]) -> bool {
-    let text = format!(
-        "{} {} {} {}",
-        model.name,
-        model.kind,
-        model.architecture.as_deref().unwrap_or_default(),
-        model.format
-    )
-    .to_lowercase();
-    query.iter().all(|word| text.contains(&word.to_lowercase()))
 }
 
 pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(), CliError> {
@@ -161,10 +154,22 @@ pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(
 /// `hotset show MODEL`
 pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from(&config.catalog), global.json).await?;
+    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
     let model = report.catalogue.find(&args.model)?;
+    let sha256 = match args.sha256 {
+        true => sha256_of(model).await?,
+        false => Vec::new(),
+    };
     if global.json {
         let mut document = model_json(model);
+        document["facts"] = json!(model.facts);
+        if args.sha256 {
+            let digests: serde_json::Map<String, serde_json::Value> = sha256
+                .iter()
+                .map(|(path, digest)| (path.to_string_lossy().into_owned(), json!(digest)))
+                .collect();
+            document["sha256"] = json!(digests);
+        }
         document["base"] = json!(model.base);
         document["dependencies"] = dependencies(&report.catalogue, model);
         return output::json(&document);
@@ -189,6 +194,15 @@ pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliErro
                 .collect::<Vec<_>>()
                 .join(", ")
         ))?;
+    }
+    for fact in facts(model) {
+        line(fact)?;
+    }
+    if args.why_identified {
+        why(model)?;
+    }
+    for (path, digest) in &sha256 {
+        line(format!("sha256 {digest}  {}", path.display()))?;
     }
     let mut rows = table(
         &[
@@ -227,6 +241,76 @@ pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliErro
             line(format!("loading order: {}", order.join(" → ")))
         }
     }
+}
+
+/// What is known of a model beside kind and architecture, a line each.
+fn facts(model: &Model) -> Vec<String> {
+    let facts = &model.facts;
+    let text = |name: &str, value: Option<&str>| value.map(|value| format!("{name}: {value}"));
+    let parameters = facts.parameters.map(|n| match n {
+        1_000_000_000.. => format!("parameters: {:.1} billion", n as f64 / 1e9),
+        _ => format!("parameters: {:.1} million", n as f64 / 1e6),
+    });
+    let dtypes: Vec<String> = facts
+        .dtypes
+        .iter()
+        .map(|(dtype, bytes)| format!("{dtype} {bytes}"))
+        .collect();
+    let dtypes = (!dtypes.is_empty()).then(|| format!("dtypes: {}", dtypes.join(", ")));
+    [
+        text("variant", facts.variant.as_deref()),
+        parameters,
+        dtypes,
+        text("quantisation", facts.quantization.as_deref()),
+        text("dialect", facts.dialect.as_deref()),
+        facts.rank.map(|rank| format!("rank: {rank}")),
+        text("repository", facts.repo.as_deref()),
+        text("revision", facts.revision.as_deref()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The signatures that matched, best first.
+fn why(model: &Model) -> Result<(), CliError> {
+    if model.facts.evidence.is_empty() {
+        return line(
+            "no signature matched: nothing is known of its keys, metadata or configuration",
+        );
+    }
+    let mut rows = table(&["signature", "says", "score", "because"], &["score"]);
+    for evidence in model.facts.evidence.iter() {
+        rows.add_row([
+            evidence.source.to_string(),
+            evidence.says.to_string(),
+            evidence.score.to_string(),
+            evidence.reason.to_string(),
+        ]);
+    }
+    line(rows.to_string())
+}
+
+/// The SHA-256 of each weight file of a model.
+async fn sha256_of(model: &Arc<Model>) -> Result<Vec<(PathBuf, String)>, CliError> {
+    let mut paths: Vec<PathBuf> = model
+        .components
+        .iter()
+        .flat_map(|component| component.files.iter().map(|file| file.path.to_path_buf()))
+        .collect();
+    paths.sort();
+    paths.dedup();
+    let digests = tokio::task::spawn_blocking(move || {
+        paths
+            .into_iter()
+            .map(|path| match hotset::core::catalog::content::sha256(&path) {
+                Ok(digest) => Ok((path, digest)),
+                Err(source) => Err(CliError::File { path, source }),
+            })
+            .collect::<Result<Vec<_>, _>>()
+    })
+    .await;
+    digests.map_err(|error| CliError::Usage(format!("the digest failed: {error}")))?
 }
 
 fn dependencies(catalogue: &Catalogue, model: &Model) -> serde_json::Value {

@@ -139,7 +139,7 @@ fn demo_config(root: PathBuf, scale: Scale) -> Config {
     config.catalog.watch = false;
     let (ram, vram, granularity) = match scale {
         Scale::Full => (Bytes::gib(1), Bytes::mib(400), Bytes::mib(2)),
-        Scale::Tiny => (Bytes::mib(64), Bytes::kib(12_000), Bytes::kib(64)),
+        Scale::Tiny => (Bytes::mib(64), Bytes::mib(7), Bytes::kib(64)),
     };
     config.ram.budget = Some(ram);
     let mut gpu = GpuConfig {

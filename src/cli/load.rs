@@ -101,7 +101,7 @@ pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError
     }
     if args.hold {
         eprintln!("holding {bytes}; ctrl-c lets go");
-        serve::until_told_to_stop().await?;
+        serve::Stop::listen()?.told().await;
     }
     drop((leases, session));
     Hotset::drain(hotset).await;

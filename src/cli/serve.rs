@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use hotset::{Config, Hotset};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::line;
 use super::{CliError, Global, config};
@@ -22,7 +22,15 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     if config.catalog.roots.is_empty() {
         eprintln!("warning: no model folder is configured; set catalog.roots or give --models DIR");
     }
-    let hotset = start(config).await?;
+    // Before anything else: a signal that comes during the first scan is heard too.
+    let mut stop = Stop::listen()?;
+    let hotset = tokio::select! {
+        started = start(config) => started?,
+        why = stop.told() => {
+            eprintln!("{why}: ending before the first scan did");
+            return Ok(());
+        }
+    };
     let status = hotset.status().await;
     if global.json {
         super::output::json(&status)?;
@@ -33,21 +41,35 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         ))?;
         super::status::tiers(&status.tiers)?;
     }
-    let why = until_told_to_stop().await?;
+    let why = stop.told().await;
     eprintln!("{why}: draining");
     hotset.drain().await;
     Ok(())
 }
 
-/// Waits for SIGTERM or ctrl-c; gives its name.
-pub(crate) async fn until_told_to_stop() -> Result<&'static str, CliError> {
-    let listen = |kind| signal(kind).map_err(|source| CliError::Runtime { source });
-    let mut terminate = listen(SignalKind::terminate())?;
-    let mut interrupt = listen(SignalKind::interrupt())?;
-    Ok(tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "interrupted",
-    })
+/// The signals that end a command gracefully: SIGTERM and ctrl-c.
+pub(crate) struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    /// Listens from now on, instead of ending at once.
+    pub(crate) fn listen() -> Result<Self, CliError> {
+        let listen = |kind| signal(kind).map_err(|source| CliError::Runtime { source });
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one of them; gives its name.
+    pub(crate) async fn told(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "interrupted",
+        }
+    }
 }
 
 /// Where `hotset serve` keeps the catalogue where the configuration does not say: in the user's cache folder.

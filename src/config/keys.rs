@@ -18,6 +18,8 @@ pub(super) enum Known<'a> {
 
 /// Likeness from 0 to 1 above which a key is worth suggesting: two letters swapped or missing are, another word is not.
 const ALIKE: f64 = 0.8;
+/// The same for the name of a choice; all of them are listed beside it, so a bold guess does no harm.
+const ALIKE_NAME: f64 = 0.5;
 
 impl Keys {
     pub(super) fn new() -> Self {
@@ -147,6 +149,20 @@ fn collect(node: &Value, at: &str, seen: &mut impl FnMut(&str, &Value)) {
         }
         _ => {}
     }
+}
+
+/// Of a message that says which names there are, the name that is most like the wrong one.
+pub(super) fn nearest_name(message: &str) -> Option<&str> {
+    // As serde writes it: unknown variant `lur`, expected one of `lru`, `lfu`.
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let wrong = quoted
+        .next()
+        .filter(|_| message.starts_with("unknown variant"))?;
+    quoted
+        .map(|name| (strsim::normalized_damerau_levenshtein(name, wrong), name))
+        .filter(|(likeness, _)| *likeness >= ALIKE_NAME)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, name)| name)
 }
 
 /// A document that holds this one value.

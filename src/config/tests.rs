@@ -211,7 +211,7 @@ fn a_wrong_value_is_refused_with_its_place() {
         (
             "[policy]\neviction = 'lur'\n",
             "hotset.toml:2:1",
-            "expected `lru`",
+            "did you mean `lru`?",
         ),
         ("ram = 3\n", "hotset.toml:1:7", "a section, [ram]"),
         ("[gpu]\nbudget = 3\n", "hotset.toml:1:1", "[[gpu]]"),
@@ -239,6 +239,17 @@ fn a_wrong_value_is_refused_with_its_place() {
     );
     let error = Case::new("").set("ram", "16GiB").error();
     assert!(error.contains("it is a section"), "{error}");
+}
+
+#[test]
+fn the_shipped_file_names_every_eviction_policy() {
+    for policy in EvictionPolicyName::ALL {
+        let name = serde_json::to_string(&policy).unwrap();
+        assert!(
+            SHIPPED.contains(&name),
+            "config/hotset.toml does not name {name}"
+        );
+    }
 }
 
 #[test]

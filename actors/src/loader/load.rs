@@ -18,7 +18,7 @@ use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
-use crate::admission::Request;
+use crate::admission::{Request, Used};
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
@@ -179,6 +179,7 @@ impl Job {
         if !*shown {
             *shown = true;
             self.count_hits(&plan);
+            self.tell_keeper(&plan);
             outlet.send(LoadEvent::Planned(plan.clone())).await;
         }
 
@@ -214,6 +215,25 @@ impl Job {
             &self.house.counters.component_misses,
             plan.steps.len() as u64 - hits,
         );
+    }
+
+    /// Lets the policy of the tier know what is used; it decides the worse where the message is lost.
+    fn tell_keeper(&self, plan: &Plan) {
+        let used = Used {
+            session: self.session,
+            components: plan
+                .steps
+                .iter()
+                .map(|step| (step.component.clone(), step.there != There::Absent))
+                .collect(),
+        };
+        let _ = match plan.tier {
+            Tier::Ram => self.house.ram.cast(RamCacheMessage::Used(used)),
+            Tier::Vram(gpu) => match self.house.vram.get(&gpu) {
+                Some(slot) => slot.cast(VramManagerMessage::Used(used)),
+                None => Ok(()),
+            },
+        };
     }
 
     fn tell_predictor(&self, plan: &Plan) {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
+use super::gguf;
 use super::identify::{self, Clues, Identity};
 use super::model::FileRange;
 use super::outline::Outline;
@@ -180,6 +181,22 @@ impl<'s> Known<'s> {
             tensors.len(),
             data_len,
         )
+    }
+
+    /// The mark of a GGUF file's tensors.
+    pub(super) fn mark_of(&self, tensors: &[gguf::Tensor]) -> Mark {
+        let mut bytes = Vec::with_capacity(tensors.len() * 64);
+        for tensor in tensors {
+            for text in [&*tensor.name, tensor.dtype] {
+                bytes.extend((text.len() as u64).to_le_bytes());
+                bytes.extend(text.as_bytes());
+            }
+            bytes.extend((tensor.shape.len() as u64).to_le_bytes());
+            for number in tensor.shape.iter().chain([&tensor.start, &tensor.end]) {
+                bytes.extend(number.to_le_bytes());
+            }
+        }
+        self.mark(&bytes, u64::MAX)
     }
 
     pub(super) fn get(&self, mark: &Mark) -> Option<Arc<Contents>> {

@@ -33,6 +33,17 @@ pub struct ScanOptions {
     pub signatures: Arc<Signatures>,
 }
 
+impl ScanOptions {
+    /// The options of a configuration, with the signatures that it adds.
+    ///
+    /// # Errors
+    /// The first signature file that cannot be read or is wrong.
+    pub fn from_config(config: &CatalogConfig) -> Result<Self, SignatureError> {
+        Self::from(config).with_signatures(&config.signatures)
+    }
+}
+
+/// Without the configuration's own signatures, which have to be read: [`ScanOptions::from_config`] does that.
 impl From<&CatalogConfig> for ScanOptions {
     fn from(config: &CatalogConfig) -> Self {
         Self {

@@ -225,6 +225,40 @@ impl Catalogue {
     }
 }
 
+/// What differs between two catalogues, by path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Change {
+    /// An entry that was not there before.
+    Added(Arc<Model>),
+    /// An entry whose files, name or identification changed.
+    Changed(Arc<Model>),
+    /// An entry whose files are gone.
+    Removed(Arc<Model>),
+}
+
+impl Catalogue {
+    /// What changed since an earlier catalogue, by name; what was removed comes last. Costs a look-up for each entry.
+    #[must_use]
+    pub fn changes_since(&self, earlier: &Self) -> Vec<Change> {
+        if Arc::ptr_eq(&self.inner, &earlier.inner) {
+            return Vec::new();
+        }
+        let new = self
+            .models()
+            .filter_map(|model| match earlier.at_path(&model.path) {
+                None => Some(Change::Added(Arc::clone(model))),
+                Some(before) if Arc::ptr_eq(before, model) || before == model => None,
+                Some(_) => Some(Change::Changed(Arc::clone(model))),
+            });
+        let gone = earlier
+            .models()
+            .filter(|model| self.at_path(&model.path).is_none())
+            .map(|model| Change::Removed(Arc::clone(model)));
+        new.chain(gone).collect()
+    }
+}
+
 impl fmt::Debug for Catalogue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Catalogue")

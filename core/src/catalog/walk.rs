@@ -15,6 +15,7 @@ use parking::Sink;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 
 use super::model::{FileIdentity, SourceFile};
+use super::settle;
 use crate::units::Bytes;
 
 /// Something that kept a scan from seeing all there is.
@@ -243,6 +244,7 @@ impl Walk<'_> {
             Err(error) => return self.unreadable(path, error),
         };
         let mut files = Vec::new();
+        let mut unfinished: Vec<OsString> = Vec::new();
         let mut inner: Vec<(OsString, (u64, u64))> = Vec::new();
         for entry in dir {
             let entry = match entry {
@@ -259,6 +261,12 @@ impl Walk<'_> {
             }
             let kind = entry.file_type();
             let maybe_folder = !matches!(kind, FileType::RegularFile);
+            let path_name = Path::new(OsStr::from_bytes(name));
+            if !maybe_folder && settle::is_partial(path_name) {
+                // The file beside its download's control file may have its full length and none of its bytes.
+                unfinished.extend(path_name.file_stem().map(OsStr::to_os_string));
+                continue;
+            }
             if !maybe_folder && !is_relevant(name) {
                 continue;
             }
@@ -307,6 +315,7 @@ impl Walk<'_> {
             }
         }
         drop(folder);
+        files.retain(|file: &FoundFile| !unfinished.contains(&file.name));
         files.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let count = files.len() as u64;
         let so_far = self.files.fetch_add(count, Ordering::Relaxed) + count;

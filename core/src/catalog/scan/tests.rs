@@ -3,7 +3,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::super::test_utils::{put, safetensors};
-use super::super::{FindError, Format, Kind};
+use super::super::{Change, FindError, Format, Kind};
 use super::*;
 
 fn scan_of(root: &Path) -> ScanReport {
@@ -335,6 +335,16 @@ fn what_has_not_changed_is_not_read_again() {
     );
     let third = scan(&options, Some(&second.catalogue), &|_| {});
     assert_eq!((third.catalogue.generation(), third.inspected), (2, 1));
+    let changes = third.catalogue.changes_since(&first.catalogue);
+    assert!(matches!(&changes[..], [Change::Changed(model)] if model.name.as_str() == "a"));
+    assert!(matches!(
+        &third.catalogue.changes_since(&Catalogue::empty())[..],
+        [Change::Added(_), Change::Added(_)]
+    ));
+    assert!(matches!(
+        &Catalogue::empty().changes_since(&first.catalogue)[..],
+        [Change::Removed(_), Change::Removed(_)]
+    ));
     assert_eq!(model(&third, "a").bytes.get(), 50);
 }
 
@@ -457,4 +467,16 @@ fn a_hub_cache_gives_one_entry_for_each_revision() {
     assert_eq!(model.facts.repo.as_deref(), Some("org/name"));
     let cached = crate::catalog::hub::repositories(root.path()).unwrap();
     assert_eq!((cached.len(), cached[0].revisions.len()), (1, 2));
+}
+
+#[test]
+fn a_download_under_way_is_not_listed() {
+    let root = tempfile::tempdir().unwrap();
+    put(root.path(), "a.safetensors", weights());
+    put(root.path(), "a.safetensors.aria2", "");
+    put(root.path(), "b.safetensors.part", weights());
+    put(root.path(), "c.safetensors", weights());
+    assert_eq!(names(&scan_of(root.path())), ["c"]);
+    std::fs::remove_file(root.path().join("a.safetensors.aria2")).unwrap();
+    assert_eq!(names(&scan_of(root.path())), ["a", "c"]);
 }
