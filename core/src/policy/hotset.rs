@@ -3,7 +3,8 @@
 //! The value of keeping a component for a while is the rate of its next uses, times the seconds that a load would take;
 //! it costs its bytes. The rate comes from [`Predictor`] with a horizon of an hour: `-ln(1 - p) / horizon`, the rate of a
 //! Poisson process with that chance of a use. Victims by density, since a knapsack over the candidates measured worse.
-//! Until the predictor has learned enough, least recently used.
+//! Until the predictor has learned enough, least recently used; it learns from [`EvictionPolicy::observe`], so where that is
+//! not called it stays so.
 
 use std::collections::HashMap;
 use std::time::Duration;
