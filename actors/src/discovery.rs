@@ -16,11 +16,13 @@ use hotset_core::catalog::{Change, keep_leased};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::time::Instant;
 
+use self::identify::{Identified, Known};
 use self::keep::Keep;
 use self::watch::{Changes, Watch};
 use crate::house::House;
 use crate::system::ScanSummary;
 
+mod identify;
 mod keep;
 mod watch;
 
@@ -33,6 +35,8 @@ pub(crate) enum DiscoveryMessage {
     Published(RpcReplyPort<ScanSummary>),
     /// A scan has ended.
     Scanned(Finished),
+    /// Components were compared.
+    Identified(Known, Identified),
     /// The watcher has seen changes.
     Changed,
     /// Something may have come to rest.
@@ -99,6 +103,10 @@ pub(crate) struct State {
     running: Option<Vec<RpcReplyPort<ScanSummary>>>,
     next: Option<Next>,
     last: Option<ScanSummary>,
+    /// Away while a thread compares components.
+    known: Option<Known>,
+    /// The catalogue has changed since that began.
+    compare_again: bool,
 }
 
 /// Changed paths that are looked at one by one; beyond this a whole scan is cheaper.
@@ -131,6 +139,8 @@ impl Discovery {
             running: None,
             next: None,
             last: None,
+            known: Some(Known::default()),
+            compare_again: false,
             house,
         })
     }
@@ -175,13 +185,31 @@ impl Discovery {
             drop(myself.send_after(AFTER_PANIC, || DiscoveryMessage::Scan(None)));
             return;
         };
-        let summary = publish(&state.house, report, finished.took);
+        let (summary, changed) = publish(&state.house, report, finished.took);
+        if changed {
+            compare(&myself, state);
+        }
         for reply in waiting {
             let _ = reply.send(summary.clone());
         }
         state.last = Some(summary);
         if let Some(next) = state.next.take() {
             begin(&myself, state, next);
+        }
+    }
+
+    #[ractor::message(DiscoveryMessage::Identified(known, identified))]
+    fn identified(
+        &self,
+        myself: ActorRef<DiscoveryMessage>,
+        known: Known,
+        identified: Identified,
+        state: &mut State,
+    ) {
+        identify::publish(&state.house, &identified);
+        state.known = Some(known);
+        if std::mem::take(&mut state.compare_again) {
+            compare(&myself, state);
         }
     }
 
@@ -258,6 +286,17 @@ impl Discovery {
                 .collect(),
             last: state.last.clone(),
         });
+    }
+}
+
+/// Compares components in the background, now or once the comparison that runs has ended.
+fn compare(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
+    if state.house.config.catalog.digest_rate.is_zero() {
+        return;
+    }
+    match state.known.take() {
+        Some(known) => Discovery::identify(&state.house, &state.keep, known, myself.clone()),
+        None => state.compare_again = true,
     }
 }
 
@@ -348,17 +387,10 @@ fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
 /// The scan's options; signatures of the user's that are wrong are told and left out.
 fn options(house: &House) -> ScanOptions {
     let config = &house.config.catalog;
-    let options = ScanOptions::from(config);
-    if config.signatures.is_empty() {
-        return options;
-    }
-    match options.with_signatures(&config.signatures) {
-        Ok(options) => options,
-        Err(error) => {
-            tracing::error!(%error, "catalog.signatures is not used");
-            ScanOptions::from(config)
-        }
-    }
+    ScanOptions::from_config(config).unwrap_or_else(|error| {
+        tracing::error!(%error, "catalog.signatures is not used");
+        ScanOptions::from(config)
+    })
 }
 
 /// The models of which something is leased.
@@ -371,7 +403,8 @@ fn leased(house: &House) -> HashSet<ModelName> {
         .collect()
 }
 
-fn publish(house: &House, report: ScanReport, took: Duration) -> ScanSummary {
+/// Publishes what a scan found; gives the summary, and whether anything changed.
+fn publish(house: &House, report: ScanReport, took: Duration) -> (ScanSummary, bool) {
     for problem in &report.problems {
         tracing::warn!("{problem}");
     }
@@ -394,9 +427,10 @@ fn publish(house: &House, report: ScanReport, took: Duration) -> ScanSummary {
         ?took,
         "catalogue published"
     );
-    if !changes.is_empty() {
+    let changed = !changes.is_empty();
+    if changed {
         // Nobody listens: nobody misses it.
         let _ = house.catalogue_changes.send(changes);
     }
-    summary
+    (summary, changed)
 }

@@ -54,6 +54,9 @@ pub struct CatalogConfig {
     /// How often folders are looked at whose file system reports no changes (network mounts).
     #[serde(with = "humantime_serde")]
     pub poll: Duration,
+    /// How fast components that look alike are read in the background, each second, to find out whether they hold the same
+    /// bytes and can share memory. Zero: never.
+    pub digest_rate: Bytes,
     /// Where the catalogue is kept across restarts, so that they cost stat calls and no header reads. `None`: nowhere.
     pub database: Option<PathBuf>,
     /// Files of signatures that add to what hotset knows of model files (docs/identification.md).
@@ -69,6 +72,7 @@ impl Default for CatalogConfig {
             max_depth: 16,
             threads: 0,
             poll: Duration::from_secs(30),
+            digest_rate: Bytes::mib(200),
             database: None,
             signatures: Vec::new(),
         }

@@ -7,6 +7,7 @@
 
 mod image;
 mod pread;
+mod priority;
 
 use std::fmt;
 use std::io;
@@ -17,6 +18,7 @@ use futures::future::BoxFuture;
 
 pub use image::ImagePlan;
 pub use pread::PreadReader;
+pub use priority::idle_io_priority;
 
 use crate::catalog::safetensors::HeaderError;
 use crate::catalog::{Component, FileIdentity};

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use hotset::{ActorName, Bytes, ComponentSet};
+use hotset::core::catalog::Presence;
+use hotset::{ActorName, Bytes, Change, ComponentSet};
 
 use crate::library::{Library, Rig, assert_tensors, outcome, until};
 
@@ -68,4 +69,94 @@ async fn new_changed_moved_and_deleted_files_are_seen() {
     assert_eq!(rig.hotset.catalogue().len(), before);
     library.single("third", 4, 100);
     until("the successor to see it", async || has("third").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn equal_components_are_found_and_share_one_residency() {
+    let library = Library::new();
+    let tensors = library.single("one", 1, 300);
+    std::fs::copy(
+        library.path("one.safetensors"),
+        library.path("copy.safetensors"),
+    )
+    .unwrap();
+    library.single("other", 2, 300);
+    let database = tempfile::tempdir().unwrap();
+    let mut config = library.config(Bytes::mib(4));
+    config.catalog.database = Some(database.path().join("catalogue.db"));
+    let rig = Rig::start(config.clone()).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let held = outcome(session.load(ComponentSet::new(["one"])))
+        .await
+        .unwrap();
+    let content = |rig: &Rig, name: &str| {
+        let catalogue = rig.hotset.catalogue();
+        catalogue.find(name).unwrap().components[0].content_id
+    };
+    until("the copy to be known", async || {
+        content(&rig, "one") == content(&rig, "copy")
+    })
+    .await;
+    assert_ne!(content(&rig, "one"), content(&rig, "other"));
+    // What was leased before the digest was known is what the copy gets.
+    let leases = outcome(session.load(ComponentSet::new(["copy"])))
+        .await
+        .unwrap();
+    assert_tensors(&leases[0], &tensors).await;
+    assert_eq!(rig.reader.opened(), 1, "the copy was not read");
+    assert_eq!(rig.hotset.ledger().views()[0].residencies.len(), 1);
+    drop((held, leases));
+    rig.assert_empty().await;
+    let named = content(&rig, "one");
+    rig.hotset.scan().await.unwrap();
+    rig.hotset.drain().await;
+
+    // Known at once after a restart, and no header is read.
+    let rig = Rig::start(config).await;
+    assert_eq!(content(&rig, "copy"), named);
+    let scan = rig.hotset.status().await.catalogue.last_scan.unwrap();
+    assert_eq!((scan.models, scan.inspected), (3, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_are_told_and_a_removed_model_is_shown_while_it_is_leased() {
+    let library = Library::new();
+    library.single("stays", 1, 100);
+    library.single("goes", 2, 100);
+    let rig = Rig::start(library.config(Bytes::mib(4))).await;
+    let mut changes = rig.hotset.subscribe();
+    let session = rig.hotset.session("test").await.unwrap();
+    let leases = outcome(session.load(ComponentSet::new(["goes"])))
+        .await
+        .unwrap();
+    std::fs::remove_file(library.path("goes.safetensors")).unwrap();
+    library.single("new", 3, 100);
+    rig.hotset.scan().await.unwrap();
+    let told = crate::library::soon("the change", changes.recv())
+        .await
+        .unwrap();
+    let names: Vec<String> = told
+        .iter()
+        .map(|change| match change {
+            Change::Added(model) => format!("+{}", model.name),
+            Change::Changed(model) => format!("~{}", model.name),
+            Change::Removed(model) => format!("-{}", model.name),
+            _ => String::new(),
+        })
+        .collect();
+    assert_eq!(names, ["~goes", "+new"]);
+    let presence = || {
+        rig.hotset
+            .catalogue()
+            .find("goes")
+            .map(|model| model.presence)
+    };
+    assert_eq!(presence(), Ok(Presence::Gone));
+    let refused = outcome(session.load(ComponentSet::new(["goes"])))
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("removed"), "{refused}");
+    drop(leases);
+    rig.hotset.scan().await.unwrap();
+    assert!(presence().is_err());
 }

@@ -1,8 +1,9 @@
-//! The catalogue's database, opened when a scan first needs it, and used on the scans' threads alone.
+//! The catalogue's database, opened when a scan first needs it, and used on threads that may block.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use hotset_core::ContentId;
 use hotset_core::catalog::Catalogue;
 use hotset_core::catalog::store::Store;
 
@@ -40,6 +41,23 @@ impl Keep {
             && let Err(error) = store.save(catalogue)
         {
             tracing::warn!(%error, "the catalogue could not be saved; it will be at the next change");
+        }
+    }
+
+    /// The digest that was made for a file content id before.
+    pub(super) fn digest(&self, file: ContentId) -> Option<ContentId> {
+        let slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.as_ref()?.digest(file).ok().flatten()
+    }
+
+    /// Remembers the digest of a file content id.
+    pub(super) fn remember(&self, file: ContentId, digest: ContentId) {
+        let slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(error)) = slot
+            .as_ref()
+            .map(|store| store.remember_digest(file, digest))
+        {
+            tracing::warn!(%error, "a digest could not be kept; it is made again after a restart");
         }
     }
 }

@@ -175,9 +175,13 @@ pub fn sample(component: &Component) -> Result<[u8; 32], DigestError> {
 /// Components that may hold the same bytes: as many bytes, tensors and dtypes, and equal samples. Each group has at
 /// least two, none of which has a digest of its content yet in common with another.
 ///
-/// Reads a few blocks of the components that agree in size, and of no others. What cannot be read is left out.
+/// Reads a few blocks of the components that agree in size, and of no others; what was sampled once is remembered in
+/// `samples`. What cannot be read is left out.
 #[must_use]
-pub fn twins(catalogue: &Catalogue) -> Vec<Vec<Arc<Component>>> {
+pub fn twins(
+    catalogue: &Catalogue,
+    samples: &mut HashMap<ContentId, [u8; 32]>,
+) -> Vec<Vec<Arc<Component>>> {
     let mut alike: HashMap<_, Vec<&Arc<Component>>> = HashMap::new();
     for component in catalogue.models().flat_map(|model| &model.components) {
         let key = (component.bytes, component.tensors, component.dtype.clone());
@@ -188,12 +192,16 @@ pub fn twins(catalogue: &Catalogue) -> Vec<Vec<Arc<Component>>> {
         // Links to one file are known to be equal without a look.
         candidates.sort_by_key(|c| (c.content_id, c.id.clone()));
         candidates.dedup_by_key(|c| c.content_id);
-        if candidates.len() < 2 {
+        // Digests that differ are known to be different bytes.
+        let open = |c: &&Arc<Component>| matches!(c.content_id, ContentId::File(_));
+        if candidates.len() < 2 || !candidates.iter().any(open) {
             continue;
         }
         let mut sampled: HashMap<[u8; 32], Vec<Arc<Component>>> = HashMap::new();
         for component in candidates {
-            if let Ok(sample) = sample(component) {
+            let known = samples.get(&component.content_id).copied();
+            if let Some(sample) = known.or_else(|| sample(component).ok()) {
+                samples.insert(component.content_id, sample);
                 let group = sampled.entry(sample).or_default();
                 group.push(Arc::clone(component));
             }
@@ -323,7 +331,7 @@ mod tests {
         put(root.path(), "c.safetensors", &other);
         let options = ScanOptions::new(vec![root.path().to_path_buf()]);
         let catalogue = scan(&options, None, &|_| {}).catalogue;
-        let groups = twins(&catalogue);
+        let groups = twins(&catalogue, &mut HashMap::new());
         assert_eq!(groups.len(), 1);
         let names: Vec<&str> = groups[0].iter().map(|c| c.id.model.as_str()).collect();
         assert_eq!(names, ["a", "b"]);
