@@ -31,7 +31,7 @@ fn asked(number: u64) -> u64 {
 fn seen(n: u64) -> Seen {
     Seen {
         content: content(n),
-        kind: if n % 3 == 0 {
+        kind: if n.is_multiple_of(3) {
             Kind::Checkpoint
         } else {
             Kind::Lora

@@ -125,7 +125,7 @@ fn wrong_wishes_are_named() {
         (["--stress", "heat"], "relabel"),
         (["--warmup", "1"], "share"),
     ] {
-        let document = home.json(&[base.as_slice(), more.as_slice()].concat());
+        let run = home.run(&[base.as_slice(), more.as_slice()].concat());
         assert_refused(&run, 2, &[word]);
     }
 }
