@@ -1,8 +1,8 @@
 //! Reading a component's files into a slab.
 //!
 //! The slab is the byte image of the files, headers included, each file on a page border, so that direct reads need no
-//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a component, which checks that the files are still those of the catalogue and where
-//! each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
+//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a
+//! component, which checks that the files are still those of the catalogue and where each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
 //! been read: a file that changed in between gives [`ReadError::SourceChanged`], and its bytes are shown to nobody.
 
 mod image;
@@ -20,8 +20,7 @@ pub use image::ImagePlan;
 pub use pread::PreadReader;
 pub use priority::idle_io_priority;
 
-use crate::catalog::safetensors::HeaderError;
-use crate::catalog::{Component, FileIdentity};
+use crate::catalog::{Component, FileIdentity, HeaderError};
 use crate::memory::SlabWriter;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;

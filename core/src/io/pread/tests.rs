@@ -47,6 +47,57 @@ fn sharded(root: &Path) {
     put(root, "config.json", r#"{"model_type": "llama"}"#);
 }
 
+/// A GGUF file with a plain tensor and one in blocks, whose bytes are their numbers.
+fn gguf() -> Vec<u8> {
+    let text = |s: &str| [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat();
+    let mut file = b"GGUF".to_vec();
+    file.extend(3_u32.to_le_bytes());
+    file.extend(2_u64.to_le_bytes());
+    file.extend(1_u64.to_le_bytes());
+    file.extend(text("general.architecture"));
+    file.extend(8_u32.to_le_bytes());
+    file.extend(text("llama"));
+    for (name, kind, start) in [("norm", 0_u32, 0_u64), ("quantised", 2, 256)] {
+        file.extend(text(name));
+        file.extend(1_u32.to_le_bytes());
+        file.extend(64_u64.to_le_bytes());
+        file.extend(kind.to_le_bytes());
+        file.extend(start.to_le_bytes());
+    }
+    file.resize(file.len().next_multiple_of(32), 0);
+    file.extend([1; 256]);
+    file.extend([2; 36]);
+    file
+}
+
+#[tokio::test]
+async fn gguf_files_are_read_with_their_tensors_in_place() {
+    let folder = tempfile::tempdir().unwrap();
+    put(folder.path(), "tiny.Q4_0.gguf", gguf());
+    let component = scanned(folder.path());
+    let (slab, table) = read_all(&component, 100).await.unwrap();
+    assert_eq!(slab.filled()[..gguf().len()], gguf());
+    let seen: Vec<_> = table
+        .iter()
+        .map(|entry| {
+            let start = entry.offset as usize;
+            let bytes = &slab.filled()[start..start + entry.bytes as usize];
+            let even = bytes
+                .iter()
+                .all(|byte| *byte == bytes[0])
+                .then_some(bytes[0]);
+            (&*entry.name, entry.dtype.name(), entry.bytes, even)
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("norm", "F32", 256, Some(1)),
+            ("quantised", "Q4_0", 36, Some(2))
+        ]
+    );
+}
+
 #[tokio::test]
 async fn shards_lie_behind_each_other_on_page_borders_whatever_the_piece() {
     let folder = tempfile::tempdir().unwrap();
