@@ -15,13 +15,13 @@ use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
 use crate::house::{EvictionPolicyFactory, House};
 use crate::loading::{LoadError, SessionError};
-use crate::monitor::MonitorMessage;
+use crate::monitor::{MonitorMessage, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::{Record, Session, SessionsMessage};
@@ -42,7 +42,7 @@ pub struct Parts {
     pub devices: Vec<Arc<dyn Device>>,
     /// Another eviction policy than the configuration's.
     pub eviction: Option<EvictionPolicyFactory>,
-    /// Host memory of the machine, for budgets that are a share of it.
+    /// Host memory that this process may use in all, for budgets that are a share of it.
     pub host_memory: Bytes,
 }
 
@@ -154,6 +154,7 @@ impl System {
                 reason: error.to_string(),
             })?;
         house.supervisor.set(Some(supervisor.clone()));
+        crate::prewarm::start(&house);
         Ok(Self {
             house,
             supervisor,
@@ -165,6 +166,12 @@ impl System {
     #[must_use]
     pub fn arena(&self) -> &Arena {
         &self.house.arena
+    }
+
+    /// Whether others need host memory, and each change of that: who holds leases may want to let go of some.
+    #[must_use]
+    pub fn pressure(&self) -> watch::Receiver<Pressure> {
+        self.house.pressure.subscribe()
     }
 
     /// The catalogue as it is now; without a message, and never torn.
