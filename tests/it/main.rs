@@ -6,5 +6,6 @@ mod bad_input;
 mod faults;
 mod library;
 mod loading;
+mod memory_limit;
 mod virtual_time;
 mod watching;
