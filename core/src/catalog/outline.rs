@@ -1,13 +1,15 @@
 //! The outline of a file: its keys with all numbers made equal, so that twenty-four blocks are seen as one.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use super::signatures::{Dims, Pattern, normalise};
 
 /// The keys of a file in outline.
 #[derive(Debug, Default)]
 pub(super) struct Outline {
-    keys: HashMap<Box<str>, Vec<u64>, foldhash::fast::RandomState>,
+    /// In order, so that a pattern looks only at the keys that begin as it does.
+    keys: BTreeMap<Box<str>, Vec<u64>>,
     pub(super) tensors: usize,
     dtypes: Vec<&'static str>,
     scratch: String,
@@ -67,20 +69,17 @@ impl Outline {
         scratch: &mut String,
         test: impl Fn(&[u64]) -> bool,
     ) -> bool {
-        match pattern {
-            Pattern::Exact(key) => {
-                scratch.clear();
-                scratch.push_str(prefix);
-                scratch.push_str(key);
-                self.keys
-                    .get(scratch.as_str())
-                    .is_some_and(|shape| test(shape))
-            }
-            Pattern::Glob(_) => self.keys.iter().any(|(key, shape)| {
-                key.strip_prefix(prefix)
-                    .is_some_and(|rest| pattern.matches(rest) && test(shape))
-            }),
+        scratch.clear();
+        scratch.push_str(prefix);
+        scratch.push_str(pattern.start());
+        let start = scratch.as_str();
+        if matches!(pattern, Pattern::Exact(_)) {
+            return self.keys.get(start).is_some_and(|shape| test(shape));
         }
+        self.keys
+            .range::<str, _>((Bound::Included(start), Bound::Unbounded))
+            .take_while(|(key, _)| key.starts_with(start))
+            .any(|(key, shape)| pattern.matches(&key[prefix.len()..]) && test(shape))
     }
 
     /// Keys and shapes in outline.

@@ -117,6 +117,14 @@ impl Pattern {
         }
     }
 
+    /// What every text that matches begins with.
+    pub(super) fn start(&self) -> &str {
+        match self {
+            Self::Exact(text) => text,
+            Self::Glob(parts) => parts.first().map_or("", String::as_str),
+        }
+    }
+
     pub(super) fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => exact == text,

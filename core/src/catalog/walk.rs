@@ -58,6 +58,14 @@ pub enum ScanProblem {
         /// The limit.
         max_depth: usize,
     },
+    /// A file or folder that is still being written.
+    #[error("{} is not whole yet ({reason}); it is listed once it is", path.display())]
+    Incomplete {
+        /// The entry's file or folder.
+        path: PathBuf,
+        /// What is missing.
+        reason: Arc<str>,
+    },
     /// More files than a catalogue holds.
     #[error("more than {limit} files below {}: the rest was left out; scan fewer folders", path.display())]
     TooManyFiles {
