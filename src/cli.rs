@@ -4,6 +4,7 @@ mod bench;
 mod catalog;
 mod config;
 mod demo;
+mod kept;
 mod load;
 pub(crate) mod log;
 mod output;

@@ -6,11 +6,13 @@ use std::time::Instant;
 
 use clap::Args;
 use hotset::core::catalog::query::Query;
-use hotset::core::catalog::{ScanOptions, ScanReport, scan as scan_folders};
+use hotset::core::catalog::{ScanOptions, ScanReport};
+use hotset::core::config::CatalogConfig;
 use hotset::{Bytes, Catalogue, Component, ComponentSet, Model};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::kept::scan_from;
 use super::output::{self, line, table};
 use super::{CliError, Global, config, config_with_models};
 
@@ -42,7 +44,7 @@ pub(crate) struct ShowArgs {
 }
 
 /// Scans, with a spinner on a terminal.
-async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliError> {
+async fn scanned(config: &CatalogConfig, quiet: bool) -> Result<ScanReport, CliError> {
     let spinner = if quiet {
         ProgressBar::hidden()
     } else {
@@ -52,8 +54,10 @@ async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliErr
         spinner.set_style(style);
     }
     let shown = spinner.clone();
+    let options = ScanOptions::from_config(config)?;
+    let database = config.database.clone();
     let scanned = tokio::task::spawn_blocking(move || {
-        scan_folders(&options, None, &|progress| {
+        scan_from(&options, database, &|progress| {
             shown.set_message(format!("{progress}"));
             shown.tick();
         })
@@ -75,7 +79,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         ));
     }
     let began = Instant::now();
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let report = scanned(&config.catalog, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
         eprintln!("warning: {problem}");
@@ -103,7 +107,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
 /// `hotset ls [QUERY]`
 pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let report = scanned(&config.catalog, global.json).await?;
     let query = Query::parse(&args.query.join(" ")).map_err(|e| CliError::Usage(e.to_string()))?;
     let hits = report.catalogue.search(&query, usize::MAX);
     let found: Vec<&Arc<Model>> = hits.iter().map(|hit| &hit.model).collect();
@@ -154,7 +158,7 @@ pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(
 /// `hotset show MODEL`
 pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let report = scanned(&config.catalog, global.json).await?;
     let model = report.catalogue.find(&args.model)?;
     let sha256 = match args.sha256 {
         true => sha256_of(model).await?,
