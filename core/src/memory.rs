@@ -15,4 +15,4 @@ pub use ledger::{
     Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,
     ResidencyView, Shortfall, TierView, WakeWhen, Want,
 };
-pub use slab::{HostRange, Slab, SlabError, SlabWriter};
+pub use slab::{HostRange, MappedRange, MappingId, MappingObserver, Slab, SlabError, SlabWriter};

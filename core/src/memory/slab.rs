@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -51,6 +51,30 @@ pub enum SlabError {
     },
 }
 
+/// Tells one mapping from every other one of this process, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MappingId(u64);
+
+/// Where host memory lies in this process, until [`MappingObserver::unmapping`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedRange {
+    /// Which mapping.
+    pub mapping: MappingId,
+    /// The address of its first byte.
+    pub address: usize,
+    /// How long it is.
+    pub bytes: usize,
+}
+
+/// Somebody who has to know when host memory goes: a device that has it pinned.
+pub trait MappingObserver: Send + Sync + std::fmt::Debug {
+    /// The range is about to be unmapped. Nobody uses its bytes any more; when this returns, its addresses may be anything.
+    fn unmapping(&self, range: MappedRange);
+}
+
+/// Mappings made in this process so far. Only used to tell them apart.
+static MAPPINGS: AtomicU64 = AtomicU64::new(0);
+
 /// Host memory that holds one component's image. Bytes below the watermark never change again, so readers may follow
 /// the [`SlabWriter`] while it still writes above it.
 #[derive(Debug)]
@@ -60,6 +84,9 @@ pub struct Slab {
     /// The watermark: everything below is written and stays as it is. Stored with release, loaded with acquire.
     filled: AtomicUsize,
     memfd: OwnedFd,
+    id: MappingId,
+    /// One for each device that has the memory pinned.
+    observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
 }
 
 // SAFETY: the mapping is owned by the slab for its whole life and not tied to a thread. Shared access goes through
@@ -101,6 +128,8 @@ impl Slab {
             bytes: len,
             filled: AtomicUsize::new(0),
             memfd,
+            id: MappingId(MAPPINGS.fetch_add(1, Ordering::Relaxed)),
+            observers: Mutex::default(),
         };
         rustix::fs::fcntl_add_seals(&slab.memfd, SealFlags::SHRINK | SealFlags::GROW)
             .map_err(refused("seal"))?;
@@ -123,6 +152,16 @@ impl Slab {
         // SAFETY: the mapping is live as long as `self`, `filled` never exceeds its length, and the only writer has
         // finished with these bytes before it raised the watermark (release/acquire).
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), filled) }
+    }
+
+    /// Where it lies in this process.
+    #[must_use]
+    pub fn range(&self) -> MappedRange {
+        MappedRange {
+            mapping: self.id,
+            address: self.start.as_ptr() as usize,
+            bytes: self.bytes,
+        }
     }
 
     /// The memfd itself; writable, so for the owner only.
@@ -148,6 +187,11 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
+        let range = self.range();
+        let observers = self.observers.get_mut();
+        for observer in observers.unwrap_or_else(PoisonError::into_inner).drain(..) {
+            observer.unmapping(range);
+        }
         // SAFETY: this is the mapping made in `create`, and no borrow of it can outlive the slab.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
         if let Err(error) = unmapped {
@@ -266,6 +310,20 @@ impl HostRange {
     #[must_use]
     pub fn bytes(&self) -> Bytes {
         Bytes((self.end - self.start) as u64)
+    }
+
+    /// The mapping that they lie in.
+    #[must_use]
+    pub fn mapping(&self) -> MappedRange {
+        self.slab.range()
+    }
+
+    /// Tells `observer` before that mapping goes.
+    pub fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        let observers = self.slab.observers.lock();
+        observers
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(observer);
     }
 }
 
