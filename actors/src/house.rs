@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::Device;
+use hotset_core::device::{Device, Granules};
 use hotset_core::io::Reader;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
@@ -45,7 +45,7 @@ pub(crate) struct House {
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
-    pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,
+    pub(crate) granules: BTreeMap<GpuIndex, Granules>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
     /// Beside the ledger's the one lock that several actors take, for one push.
@@ -108,9 +108,9 @@ impl House {
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             reader,
-            granularity: devices
+            granules: devices
                 .iter()
-                .map(|(gpu, device)| (*gpu, device.describe().granularity))
+                .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
@@ -185,7 +185,7 @@ impl House {
     pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView]) -> Planner<'a> {
         Planner {
             tiers,
-            granularity: &self.granularity,
+            granules: &self.granules,
             ring: self.config.load.ring,
             now: self.ledger.now(),
         }

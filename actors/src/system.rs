@@ -134,7 +134,9 @@ impl System {
             let gpu = GpuIndex(i);
             let set = config.gpu.get(i as usize).cloned().unwrap_or_default();
             let free = device
-                .free()
+                .figures()
+                .await
+                .map(|figures| figures.free)
                 .map_err(|source| StartError::Device { gpu, source })?;
             let budget = set.budget.unwrap_or(free.saturating_sub(set.headroom));
             ledger.open_tier(Tier::Vram(gpu), budget.min(device.describe().memory));

@@ -38,11 +38,16 @@ pub enum Memory {
 pub struct Held {
     // The order of the fields is the order of their drops.
     memory: Memory,
-    charge: Charge,
+    charge: Arc<Charge>,
 }
 
 impl Held {
-    pub(super) const fn new(memory: Memory, charge: Charge) -> Self {
+    pub(super) fn new(memory: Memory, charge: Charge) -> Self {
+        let charge = Arc::new(charge);
+        // A device frees later than it is told to; the bytes come back when it has.
+        if let Memory::Device(allocation) = &memory {
+            allocation.keep_until_freed(Box::new(charge.clone()));
+        }
         Self { memory, charge }
     }
 

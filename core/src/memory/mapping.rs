@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -88,15 +89,22 @@ impl Pages {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MappingId(u64);
 
-/// Where a mapping lies in this process. It stays there until
-/// [`MappingObserver::unmapping`](super::MappingObserver::unmapping), however many slabs use it one after another.
+/// Somebody who has to know when host memory goes: a device that has it pinned.
+pub trait MappingObserver: Send + Sync + std::fmt::Debug {
+    /// The pages of the range are about to go, or to become others. Nobody uses its bytes now; who registered the range
+    /// must undo that before this returns. Called once, from the thread that is about to change them.
+    fn unmapping(&self, range: MappedRange);
+}
+
+/// Where the memory of a mapping lies in this process. It stays there until [`MappingObserver::unmapping`], however many
+/// slabs use it one after another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRange {
     /// Which mapping.
     pub mapping: MappingId,
     /// The address of its first byte.
     pub address: usize,
-    /// How long it is. Behind the slab's own bytes there may be no memory yet.
+    /// How long it is: the slab's bytes in whole pages.
     pub bytes: usize,
 }
 
@@ -114,6 +122,8 @@ pub(super) struct Mapping {
     present: AtomicUsize,
     /// A descriptor left this process's hands: from then on nobody can write through a new one.
     shared: AtomicBool,
+    /// One for each device that has the memory pinned.
+    observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
 }
 
 // SAFETY: the mapping is owned by this value for its whole life and is not tied to a thread; who may touch which bytes
@@ -154,6 +164,7 @@ impl Mapping {
             touched: AtomicUsize::new(0),
             present: AtomicUsize::new(0),
             shared: AtomicBool::new(false),
+            observers: Mutex::default(),
         };
         if pages == Pages::Transparent {
             mapping.advise(Advice::LinuxHugepage);
@@ -177,7 +188,28 @@ impl Mapping {
         MappedRange {
             mapping: self.id,
             address: self.start.as_ptr() as usize,
-            bytes: self.len,
+            bytes: match self.touched.load(Ordering::Relaxed) {
+                // Made without a slab: nobody has been told how long one will be.
+                0 => self.len,
+                touched => touched,
+            },
+        }
+    }
+
+    /// Tells `observer` before the pages go.
+    pub(super) fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        let observers = self.observers.lock();
+        observers
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(observer);
+    }
+
+    /// Tells all observers that the pages go. They are asked anew before anybody uses what comes.
+    fn tell(&mut self) {
+        let range = self.range();
+        let observers = self.observers.get_mut();
+        for observer in observers.unwrap_or_else(PoisonError::into_inner).drain(..) {
+            observer.unmapping(range);
         }
     }
 
@@ -229,6 +261,10 @@ impl Mapping {
     /// behind the new one's end is zeroed. `false` where that cannot be, and the mapping is of no use for this size.
     pub(super) fn fit(&mut self, bytes: usize) -> bool {
         let (kept, touched) = (self.wholly(bytes), self.touched.load(Ordering::Relaxed));
+        if kept != touched {
+            // A device that has pinned pages would go on with those that are punched out, and lacks those that come.
+            self.tell();
+        }
         if !self.suits(bytes) || (kept < touched && !self.punch(kept, touched)) {
             return false;
         }
@@ -369,6 +405,7 @@ fn map(memfd: &OwnedFd, len: usize, pages: Pages) -> Result<NonNull<u8>, Errno> 
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.tell();
         // SAFETY: this is the mapping made in `create`; the slab that used it is gone, and with it every borrow.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
         if let Err(error) = unmapped {

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::{HostRange, MappedRange, MappingObserver};
 use crate::units::{GIB, MIB};
 
 fn arena(limit: Bytes) -> Arena {
@@ -148,14 +149,29 @@ fn an_observer_hears_of_each_mapping_that_ends() {
     }
     let ended = Arc::new(Ended::default());
     let arena = arena(Bytes::gib(1));
-    arena.observe(ended.clone());
-    let slab = filled(&arena, MIB, 1);
+    let watched = || {
+        let slab = filled(&arena, MIB, 1);
+        HostRange::new(slab.clone(), 0, 1)
+            .unwrap()
+            .observe(ended.clone());
+        slab
+    };
+    let slab = watched();
     let range = slab.range();
     drop(slab);
     assert!(ended.0.lock().unwrap().is_empty());
     arena.release(Bytes::ZERO);
     assert_eq!(*ended.0.lock().unwrap(), [range]);
-    let last = filled(&arena, MIB, 1);
+    // What is punched out for a smaller slab is no longer what a device has pinned.
+    let shrunk = watched();
+    let range = shrunk.range();
+    drop(shrunk);
+    let smaller = filled(&arena, MIB - 8192, 1);
+    if smaller.range().mapping == range.mapping {
+        assert_eq!(ended.0.lock().unwrap().last(), Some(&range));
+    }
+    drop(smaller);
+    let last = watched();
     let range = last.range();
     drop(last);
     drop(arena);
