@@ -4,6 +4,7 @@
 
 mod commands;
 mod python;
+mod server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
