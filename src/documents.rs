@@ -35,8 +35,22 @@ pub fn model_in(catalogue: &Catalogue, found: &Model) -> Value {
     document["facts"] = json!(found.facts);
     document["base"] = json!(found.base);
     document["presence"] = json!(found.presence);
+    document["identities"] = identities(found);
     document["dependencies"] = dependencies(catalogue, found);
     document
+}
+
+/// Size and time of the last change of each weight file, as they were when it was scanned: whoever takes a path for the
+/// model's bytes sees whether they are still those.
+fn identities(model: &Model) -> Value {
+    let files = model.components.iter().flat_map(|c| &c.files);
+    let identities: serde_json::Map<String, Value> = files
+        .map(|file| {
+            let identity = json!([file.identity.size, file.identity.mtime_ns]);
+            (file.path.to_string_lossy().into_owned(), identity)
+        })
+        .collect();
+    identities.into()
 }
 
 /// The loading order of a model with what it depends on, and why, or the error where its names do not make a set.

@@ -4,6 +4,7 @@
 
 mod commands;
 mod python;
+mod python_client;
 mod server;
 
 use std::path::{Path, PathBuf};
