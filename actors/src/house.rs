@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::{Device, Granules};
+use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
 use hotset_core::memory::{Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
-use hotset_core::{GpuIndex, RequestId, SessionId};
+use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +32,36 @@ use crate::vram_manager::VramManagerMessage;
 /// Makes the eviction policy of a tier, at each start of its keeper.
 pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
 
+/// What happens to a GPU that its users have to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuEvent {
+    /// It is lost, and what was in its memory with it. These leases hold nothing any more.
+    Lost {
+        /// Which tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+    /// It works again, empty.
+    Back {
+        /// Which tier.
+        tier: Tier,
+    },
+    /// Other processes have taken so much of its memory that only leases are left to give some back. Whoever holds one of
+    /// these and can do without it should let go.
+    Wanted {
+        /// Which tier.
+        tier: Tier,
+        /// How much is missing.
+        missing: Bytes,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -41,9 +71,13 @@ pub(crate) struct House {
     pub(crate) catalogue: Arc<CatalogueCell>,
     /// Each change of the published catalogue.
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
+    /// What happens to GPUs.
+    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     pub(crate) reader: Arc<dyn Reader>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// What each device said at the start.
+    pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
     /// Beside the ledger's the one lock that several actors take, for one push.
@@ -81,7 +115,7 @@ impl fmt::Debug for House {
     }
 }
 
-/// Catalogue changes that a slow listener may be behind.
+/// Changes and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -93,6 +127,7 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
         let name = config.policy.eviction;
@@ -101,6 +136,7 @@ impl House {
             ledger,
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
+            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
             reader,
             granules: devices
                 .iter()
@@ -108,6 +144,7 @@ impl House {
                 .collect(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
+            first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
             counters: Counters::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),

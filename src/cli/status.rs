@@ -1,5 +1,6 @@
 //! `hotset status`: tiers, sessions, actors, health.
 
+use hotset::core::device::FigureSource;
 use hotset::{Bytes, Health, Hotset, Status, TierStatus};
 
 use super::catalog::bytes_or_dash;
@@ -30,6 +31,7 @@ fn print(status: &Status) -> Result<(), CliError> {
         status.catalogue.models, status.catalogue.with_error, status.reader, status.eviction
     ))?;
     tiers(&status.tiers)?;
+    devices(&status.tiers)?;
     if !status.sessions.is_empty() {
         let mut rows = table(&["session", "label", "leases", "age"], &["leases", "age"]);
         for session in &status.sessions {
@@ -55,6 +57,50 @@ fn print(status: &Status) -> Result<(), CliError> {
         ]);
     }
     line(rows.to_string())
+}
+
+/// The GPUs behind the tiers, and what they said last.
+fn devices(tiers: &[TierStatus]) -> Result<(), CliError> {
+    for tier in tiers {
+        let (Some(device), Some(figures)) = (&tier.device, &tier.figures) else {
+            continue;
+        };
+        let mut parts = vec![
+            format!("{} free of {}", figures.free, figures.total),
+            format!("others use {}", figures.foreign),
+        ];
+        parts.extend(figures.context.map(|bytes| format!("context {bytes}")));
+        parts.extend(figures.temperature_c.map(|degrees| format!("{degrees} °C")));
+        parts.extend(
+            figures
+                .pcie
+                .map(|(generation, lanes)| format!("PCIe {generation} x{lanes}")),
+        );
+        if !figures.throttling.is_empty() {
+            parts.push(format!("slowed down: {}", figures.throttling.join(", ")));
+        }
+        parts.extend(
+            figures
+                .ecc_uncorrected
+                .filter(|errors| *errors > 0)
+                .map(|errors| format!("{errors} uncorrected memory errors")),
+        );
+        if figures.mig == Some(true) {
+            parts.push("divided by MIG".into());
+        }
+        let source = match figures.source {
+            FigureSource::Sim => "the simulation",
+            FigureSource::Nvml => "NVML",
+            FigureSource::Driver => "the driver, since NVML is missing",
+        };
+        line(format!(
+            "{}: {}: {} (says {source})",
+            tier.tier,
+            device.name,
+            parts.join("; ")
+        ))?;
+    }
+    Ok(())
 }
 
 /// The tiers, and what is in each.

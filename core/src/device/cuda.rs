@@ -254,6 +254,10 @@ impl CudaDevice {
                         return Err(shared.lost_error(shared.lose(format!("Xid {xid}"))));
                     }
                     if steady || left == 0 || !reading.xids.is_empty() {
+                        // NVML hears nothing of a context that no longer works.
+                        let probe = engine.control.ask(|control| control.driver().memory());
+                        let probe = probe.await.map_err(|_| shared.ended())?;
+                        probe.map_err(|fault| shared.error(&fault))?;
                         let (allocated, slack) = shared.held();
                         // The less is allocated, the less may be promised.
                         let allocated =
