@@ -9,7 +9,7 @@ use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::cuda::{Cuda, CudaError};
 use hotset_core::device::sim::SimDevice;
 use hotset_core::device::{Device, DeviceError};
-use hotset_core::io::{PreadReader, Reader};
+use hotset_core::io::{DiskReader, Reader};
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
 use hotset_core::policy::pressure::HostMemory;
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
@@ -58,6 +58,9 @@ pub enum StartError {
         /// What is wrong with it.
         source: DeviceError,
     },
+    /// Files cannot be read.
+    #[error(transparent)]
+    Reader(#[from] hotset_core::io::StartReaderError),
     /// The first scan did not end.
     #[error("the first scan did not end: {0}")]
     Scan(#[from] SessionError),
@@ -133,8 +136,12 @@ impl HotsetBuilder {
             }
             None => configured(&self.config).await?,
         };
+        let reader: Arc<dyn Reader> = match self.reader {
+            Some(reader) => reader,
+            None => Arc::new(DiskReader::start(&self.config.load)?),
+        };
         let system = System::start(Parts {
-            reader: self.reader.unwrap_or_else(|| Arc::new(PreadReader)),
+            reader,
             devices,
             eviction: self.eviction,
             host_memory,
@@ -343,6 +350,12 @@ impl Hotset {
     #[must_use]
     pub fn config(&self) -> &Config {
         self.system.config()
+    }
+
+    /// The host memory that slabs lie in, for devices that register it.
+    #[must_use]
+    pub fn arena(&self) -> &hotset_core::memory::Arena {
+        self.system.arena()
     }
 
     /// The books of all tiers, for whoever checks them.

@@ -11,7 +11,7 @@ use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
 use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
-use hotset_core::memory::{Ledger, TierView};
+use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
@@ -74,6 +74,8 @@ pub(crate) struct House {
     /// What happens to GPUs.
     pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     pub(crate) reader: Arc<dyn Reader>,
+    /// Host memory, kept warm between components.
+    pub(crate) arena: Arena,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
     /// What each device said at the start.
@@ -85,6 +87,8 @@ pub(crate) struct House {
 
     // How many may do something at once, over all actors and their restarts.
     pub(crate) reads: Arc<Semaphore>,
+    /// Prefetches have places of their own, so that no demand waits for one.
+    pub(crate) prefetches: Arc<Semaphore>,
     pub(crate) loads: Arc<Semaphore>,
 
     // Ends.
@@ -115,6 +119,9 @@ impl fmt::Debug for House {
     }
 }
 
+/// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
+const PREFETCHES: usize = 2;
+
 /// Changes and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
@@ -133,7 +140,6 @@ impl House {
         let name = config.policy.eviction;
         Self {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
-            ledger,
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             gpu_events: broadcast::Sender::new(CHANGES_KEPT),
@@ -149,6 +155,12 @@ impl House {
             counters: Counters::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),
             reads: Arc::new(Semaphore::new(config.load.reads.max(1))),
+            prefetches: Arc::new(Semaphore::new(PREFETCHES)),
+            arena: Arena::new(ArenaOptions {
+                limit: ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget),
+                keep_warm: config.ram.keep_warm.unwrap_or(Bytes(u64::MAX)),
+                ..ArenaOptions::default()
+            }),
             loads: Arc::new(Semaphore::new(config.sessions.max_loads.max(1))),
             stop: CancellationToken::new(),
             draining: AtomicBool::new(false),
@@ -163,6 +175,7 @@ impl House {
             next_session: AtomicU64::new(1),
             next_request: AtomicU64::new(1),
             config,
+            ledger,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hotset_core::device::{DeviceDescription, Figures};
-use hotset_core::memory::TierView;
+use hotset_core::memory::{ArenaView, TierView};
 use hotset_core::{Bytes, ComponentId, SessionId, Tier};
 use serde::Serialize;
 
@@ -22,8 +22,10 @@ pub struct Status {
     pub uptime_s: f64,
     /// It takes no new work.
     pub draining: bool,
-    /// How files are read.
-    pub reader: &'static str,
+    /// How files are read, and what led to it.
+    pub reader: String,
+    /// Host memory that is in use, and that is kept warm.
+    pub arena: ArenaView,
     /// Which policy evicts.
     pub eviction: String,
     /// The catalogue.

@@ -10,7 +10,7 @@ use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::{Device, DeviceError, budget};
 use hotset_core::io::Reader;
-use hotset_core::memory::Ledger;
+use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
@@ -161,6 +161,12 @@ impl System {
             supervisor,
             ended: Some(ended),
         })
+    }
+
+    /// Host memory, for a device that has to register where it lies.
+    #[must_use]
+    pub fn arena(&self) -> &Arena {
+        &self.house.arena
     }
 
     /// The catalogue as it is now; without a message, and never torn.
@@ -369,7 +375,8 @@ impl System {
             health,
             uptime_s: now.as_secs_f64(),
             draining: house.draining.load(Ordering::Acquire),
-            reader: house.reader.name(),
+            reader: house.reader.describe(),
+            arena: house.arena.view(),
             eviction: (house.eviction)().name().to_owned(),
             catalogue: CatalogueStatus {
                 models: catalogue.len(),

@@ -444,8 +444,8 @@ impl Upload {
         let image_bytes = open.image_bytes().get();
         let half = Bytes((ring.get() / 2).max(1));
         let label = self.component.id.to_string();
-        let mut spare = Slab::create(&label, half)?;
-        let mut full = Slab::create(&label, half)?;
+        let mut spare = self.house.arena.slab(&label, half)?;
+        let mut full = self.house.arena.slab(&label, half)?;
         let layout = DeviceLayout::new(open.table(), self.house.config.load.piece.get().max(1));
         let allocation = self.allocate(layout.bytes).await?;
         let mut copies = Copies::new(self, &allocation);

@@ -85,8 +85,13 @@ impl Default for CatalogConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RamConfig {
-    /// The most host memory that slabs may take. `None`: half of the machine's memory.
+    /// The most host memory that slabs may take. `None`: half of what this process may use.
     pub budget: Option<Bytes>,
+    /// The most memory that is kept, beside what is resident, for components to come. It counts towards the budget.
+    /// `None`: as much as the budget leaves.
+    pub keep_warm: Option<Bytes>,
+    /// Memory that is made ready after the first scan, in the background.
+    pub prewarm: Bytes,
     /// Eviction starts when this share of the budget is used, in the background.
     pub high_watermark: f64,
     /// Background eviction stops when no more than this share is used.
@@ -97,6 +102,8 @@ impl Default for RamConfig {
     fn default() -> Self {
         Self {
             budget: None,
+            keep_warm: None,
+            prewarm: Bytes::ZERO,
             high_watermark: 0.95,
             low_watermark: 0.85,
         }
@@ -240,8 +247,16 @@ pub struct LoadConfig {
     /// How long a request may take where it says nothing itself.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// How files are read.
+    pub reader: ReaderKind,
     /// Length of one read.
     pub piece: Bytes,
+    /// Bytes that the disk is asked for at the same time, over all components.
+    pub in_flight: Bytes,
+    /// How fast prefetches read, each second. Zero: as the disk gives.
+    pub prefetch_rate: Bytes,
+    /// Whether bytes are checked against the digest of their content, where it is known, while they are read.
+    pub verify: bool,
     /// Host memory through which one component is streamed to a GPU when it is larger than the RAM tier can hold.
     pub ring: Bytes,
 }
@@ -252,10 +267,29 @@ impl Default for LoadConfig {
             concurrency: 4,
             reads: 4,
             deadline: Duration::from_secs(300),
+            reader: ReaderKind::Auto,
             piece: Bytes::mib(8),
+            in_flight: Bytes::mib(32),
+            prefetch_rate: Bytes::ZERO,
+            verify: false,
             ring: Bytes::mib(64),
         }
     }
+}
+
+/// The ways in which files are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReaderKind {
+    /// The first of the others that the kernel allows.
+    #[default]
+    Auto,
+    /// Past the page cache (`O_DIRECT`), through io_uring.
+    IoUring,
+    /// Past the page cache, by threads.
+    Pread,
+    /// Through the page cache.
+    Buffered,
 }
 
 /// Sessions and their bounds.

@@ -30,6 +30,11 @@ fn print(status: &Status) -> Result<(), CliError> {
         "catalogue: {} models ({} with errors); reader: {}; eviction: {}",
         status.catalogue.models, status.catalogue.with_error, status.reader, status.eviction
     ))?;
+    let arena = &status.arena;
+    line(format!(
+        "host memory: {} in use, {} warm, {} lingering; {} pages",
+        arena.live, arena.warm, arena.lingering, arena.pages
+    ))?;
     tiers(&status.tiers)?;
     devices(&status.tiers)?;
     if !status.sessions.is_empty() {

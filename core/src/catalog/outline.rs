@@ -3,13 +3,21 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
+use smallvec::SmallVec;
+
 use super::signatures::{Dims, Pattern, normalise};
+
+/// The shapes that are kept of one outlined key; more say nothing that these don't.
+const SHAPES_KEPT: usize = 6;
+
+/// The different shapes of the tensors behind one outlined key.
+type Shapes = SmallVec<[Box<[u64]>; 1]>;
 
 /// The keys of a file in outline.
 #[derive(Debug, Default)]
 pub(super) struct Outline {
-    /// In order, so that a pattern looks only at the keys that begin as it does.
-    keys: BTreeMap<Box<str>, Vec<u64>>,
+    /// In order, so that a pattern looks only at the keys that begin as it does. With the shapes that stand for them.
+    keys: BTreeMap<Box<str>, Shapes>,
     pub(super) tensors: usize,
     dtypes: Vec<&'static str>,
     scratch: String,
@@ -20,7 +28,7 @@ impl Outline {
     pub(super) fn add(
         &mut self,
         name: &str,
-        shape: impl Iterator<Item = u64>,
+        shape: impl Iterator<Item = u64> + Clone,
         dtype: &'static str,
     ) {
         self.tensors += 1;
@@ -28,9 +36,14 @@ impl Outline {
             self.dtypes.push(dtype);
         }
         normalise(name, &mut self.scratch);
-        if !self.keys.contains_key(self.scratch.as_str()) {
-            self.keys
-                .insert(self.scratch.as_str().into(), shape.collect());
+        let Some(known) = self.keys.get_mut(self.scratch.as_str()) else {
+            let shapes = SmallVec::from_iter([shape.collect()]);
+            self.keys.insert(self.scratch.as_str().into(), shapes);
+            return;
+        };
+        let again = known.iter().any(|k| shape.clone().eq(k.iter().copied()));
+        if !again && known.len() < SHAPES_KEPT {
+            known.push(shape.collect());
         }
     }
 
@@ -45,7 +58,7 @@ impl Outline {
         self.shape_where(prefix, pattern, scratch, |_| true)
     }
 
-    /// Whether such a key has this shape.
+    /// Whether a tensor with such a key has this shape.
     pub(super) fn has_shape(
         &self,
         prefix: &str,
@@ -74,16 +87,22 @@ impl Outline {
         scratch.push_str(pattern.start());
         let start = scratch.as_str();
         if matches!(pattern, Pattern::Exact(_)) {
-            return self.keys.get(start).is_some_and(|shape| test(shape));
+            let shapes = self.keys.get(start);
+            return shapes.is_some_and(|shapes| shapes.iter().any(|shape| test(shape)));
         }
         self.keys
             .range::<str, _>((Bound::Included(start), Bound::Unbounded))
             .take_while(|(key, _)| key.starts_with(start))
-            .any(|(key, shape)| pattern.matches(&key[prefix.len()..]) && test(shape))
+            .any(|(key, shapes)| {
+                pattern.matches(&key[prefix.len()..]) && shapes.iter().any(|shape| test(shape))
+            })
     }
 
-    /// Keys and shapes in outline.
+    /// Keys in outline, each with its first shape.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &[u64])> {
-        self.keys.iter().map(|(key, shape)| (&**key, &**shape))
+        self.keys.iter().map(|(key, shapes)| {
+            let shape: &[u64] = shapes.first().map_or(&[], |shape| shape);
+            (&**key, shape)
+        })
     }
 }

@@ -153,12 +153,14 @@ pub(super) fn is_relevant(name: &[u8]) -> bool {
             b"config.json" | b"model_index.json" | b"adapter_config.json" | b"modules.json"
         ) || name.windows(6).any(|w| w == b".index");
     }
+    if suffix.starts_with(b"onnx_data") || name.ends_with(b".onnx.data") {
+        return true;
+    }
     any(&[
         b"safetensors",
         b"sft",
         b"gguf",
         b"onnx",
-        b"onnx_data",
         b"ckpt",
         b"pt",
         b"pth",

@@ -42,6 +42,16 @@ impl Config {
         above_zero("load.reads", self.load.reads)?;
         some_time("load.deadline", self.load.deadline)?;
         pages("load.piece", self.load.piece, IMAGE_ALIGN)?;
+        check(
+            "load.in_flight",
+            self.load.in_flight >= self.load.piece,
+            || {
+                format!(
+                    "{} is less than one piece, {}; give at least that",
+                    self.load.in_flight, self.load.piece
+                )
+            },
+        )?;
         // Each half of the ring is read into by itself.
         pages("load.ring", self.load.ring, 2 * IMAGE_ALIGN)?;
         above_zero("sessions.max_sessions", self.sessions.max_sessions)?;
@@ -174,7 +184,7 @@ mod tests {
     #[test]
     fn each_wrong_value_is_named() {
         type Spoil = fn(&mut Config);
-        let cases: [(&str, Spoil); 17] = [
+        let cases: [(&str, Spoil); 18] = [
             ("ram.low_watermark", |c| c.ram.low_watermark = 0.99),
             ("ram.high_watermark", |c| c.ram.high_watermark = 1.5),
             ("ram.high_watermark", |c| c.ram.high_watermark = f64::NAN),
@@ -185,6 +195,7 @@ mod tests {
             }),
             ("load.concurrency", |c| c.load.concurrency = 0),
             ("load.piece", |c| c.load.piece = Bytes(5000)),
+            ("load.in_flight", |c| c.load.in_flight = Bytes::mib(1)),
             ("load.ring", |c| c.load.ring = Bytes(4096)),
             ("load.deadline", |c| c.load.deadline = Duration::ZERO),
             ("sessions.max_loads", |c| c.sessions.max_loads = 0),

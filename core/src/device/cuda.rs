@@ -230,9 +230,11 @@ impl CudaDevice {
             return Ok(known);
         }
         let (pins, from) = (pins.clone(), from.clone());
-        let asked = engine
-            .control
-            .ask(move |control| pins.register(&from, control));
+        let asked = engine.control.ask(move |control| {
+            let registered = pins.register(&from, control);
+            control.let_go(from);
+            registered
+        });
         let registered = asked.await.map_err(|_| engine.shared.ended())?;
         registered.map_err(|fault| engine.shared.error(&fault))
     }

@@ -18,6 +18,7 @@ use super::slab::Slab;
 use crate::catalog::Component;
 use crate::device::Allocation;
 use crate::ids::{ContentId, LeaseId, SessionId, Tier};
+use crate::io::Urgency;
 use crate::policy::Candidate;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
@@ -639,6 +640,13 @@ impl Ledger {
             bytes,
             evicting: AtomicBool::new(false),
         };
+        let urgency = || {
+            if prefetch {
+                Urgency::prefetch()
+            } else {
+                Urgency::default()
+            }
+        };
         let mut scratch = Bytes::ZERO;
         for want in wants {
             match want {
@@ -654,7 +662,7 @@ impl Ledger {
                         component: component.clone(),
                         bytes: *bytes,
                         state: State::Reserved {
-                            flight: Flight::new(),
+                            flight: Flight::new(urgency()),
                             charge: charge(*bytes),
                         },
                         pins: 0,
@@ -671,6 +679,11 @@ impl Ledger {
                         entry.uses += 1;
                         entry.last_used = now;
                         entry.prefetched = false;
+                        if let State::Reserved { flight, .. } | State::Loading { flight } =
+                            &entry.state
+                        {
+                            flight.urgency().raise(None);
+                        }
                     }
                     reservation.claims.push(Claim {
                         ledger: self.clone(),
@@ -774,6 +787,22 @@ impl Ledger {
             entry.load_time = Some(now.saturating_sub(entry.loading_since));
         }
         if let Some(tier) = books.tiers.get(&key.tier) {
+            tier.wake_if_wanted();
+        }
+    }
+
+    /// Charges `bytes` in the place of what was charged, free or not: it says what is, not what may be.
+    pub(super) fn resize(&self, key: &EntryKey, charge: &mut Charge, bytes: Bytes) {
+        let mut books = self.lock();
+        if let Some(tier) = books.tiers.get_mut(&charge.tier) {
+            tier.committed = tier
+                .committed
+                .saturating_sub(charge.bytes)
+                .saturating_add(bytes);
+            if let Some(entry) = tier.entries.get_mut(&key.number) {
+                entry.bytes = bytes;
+            }
+            charge.bytes = bytes;
             tier.wake_if_wanted();
         }
     }
