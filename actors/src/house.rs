@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::{Device, Granules};
+use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
-use hotset_core::{Bytes, GpuIndex, RequestId, SessionId, Tier};
+use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -46,6 +46,36 @@ pub struct Shortage {
     pub missing: Bytes,
 }
 
+/// What happens to a GPU that its users have to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuEvent {
+    /// It is lost, and what was in its memory with it. These leases hold nothing any more.
+    Lost {
+        /// Which tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+    /// It works again, empty.
+    Back {
+        /// Which tier.
+        tier: Tier,
+    },
+    /// Other processes have taken so much of its memory that only leases are left to give some back. Whoever holds one of
+    /// these and can do without it should let go.
+    Wanted {
+        /// Which tier.
+        tier: Tier,
+        /// How much is missing.
+        missing: Bytes,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -61,6 +91,8 @@ pub(crate) struct House {
     pub(crate) shortages: broadcast::Sender<Shortage>,
     /// What Monitor has measured last.
     pub(crate) measured: watch::Sender<MonitorView>,
+    /// What happens to GPUs.
+    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     pub(crate) reader: Arc<dyn Reader>,
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
@@ -71,6 +103,8 @@ pub(crate) struct House {
     pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// What each device said at the start.
+    pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
     /// Beside the ledger's the one lock that several actors take, for one push.
@@ -113,7 +147,7 @@ impl fmt::Debug for House {
 /// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
 const PREFETCHES: usize = 2;
 
-/// Changes, decisions and shortages that a slow listener may be behind.
+/// Changes, decisions, shortages and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -125,6 +159,7 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
         let name = config.policy.eviction;
@@ -137,6 +172,7 @@ impl House {
             decided: broadcast::Sender::new(CHANGES_KEPT),
             shortages: broadcast::Sender::new(CHANGES_KEPT),
             measured: watch::Sender::new(MonitorView::default()),
+            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
             reader,
             granules: devices
                 .iter()
@@ -144,6 +180,7 @@ impl House {
                 .collect(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
+            first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
             counters: Counters::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),

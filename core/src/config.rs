@@ -22,6 +22,8 @@ pub struct Config {
     pub ram: RamConfig,
     /// The VRAM tier: one entry for each GPU.
     pub gpu: Vec<GpuConfig>,
+    /// GPUs that are found, where none is configured.
+    pub cuda: CudaConfig,
     /// Loading.
     pub load: LoadConfig,
     /// Sessions and their bounds.
@@ -116,9 +118,13 @@ impl Default for RamConfig {
 pub struct GpuConfig {
     /// Which device stands behind it.
     pub device: DeviceKind,
-    /// The most VRAM that hotset may use. `None`: the device's memory less `headroom`.
+    /// Which CUDA GPU it is: its ordinal, its UUID, or the beginning of that. `None`: the one with this entry's index.
+    pub select: Option<String>,
+    /// The most VRAM that hotset may use. `None`: `share` of the device's memory.
     pub budget: Option<Bytes>,
-    /// VRAM left to others where no budget is set.
+    /// The share of the device's memory that hotset may use where no budget is set.
+    pub share: f64,
+    /// VRAM that stays free, whatever the budget says, for others and for what the driver takes by itself.
     pub headroom: Bytes,
     /// Background eviction starts when this share of the budget is used.
     pub high_watermark: f64,
@@ -132,7 +138,9 @@ impl Default for GpuConfig {
     fn default() -> Self {
         Self {
             device: DeviceKind::Sim,
+            select: None,
             budget: None,
+            share: 1.0,
             headroom: Bytes::mib(512),
             high_watermark: 1.0,
             low_watermark: 0.9,
@@ -148,6 +156,57 @@ pub enum DeviceKind {
     /// The simulated device: host memory with a GPU's capacity, granularity, bandwidth and latency.
     #[default]
     Sim,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// GPUs that are found, where none is configured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CudaConfig {
+    /// Whether to use the machine's NVIDIA GPUs where no GPU is configured.
+    pub detect: bool,
+    /// Only these of them: ordinals, UUIDs or beginnings of UUIDs, with commas between; empty: all.
+    pub include: String,
+    /// Not these of them, written alike.
+    pub exclude: String,
+    /// The share of each one's memory that hotset may use.
+    pub share: f64,
+    /// VRAM that stays free on each.
+    pub headroom: Bytes,
+}
+
+impl Default for CudaConfig {
+    fn default() -> Self {
+        let gpu = GpuConfig::default();
+        Self {
+            detect: true,
+            include: String::new(),
+            exclude: String::new(),
+            share: gpu.share,
+            headroom: gpu.headroom,
+        }
+    }
+}
+
+impl CudaConfig {
+    /// Whether a GPU is to be used, which `is_meant_by` a user's word or is not.
+    pub fn wants(&self, is_meant_by: impl Fn(&str) -> bool) -> bool {
+        let named = |list: &str| list.split(',').any(|word| is_meant_by(word.trim()));
+        (self.include.trim().is_empty() || named(&self.include)) && !named(&self.exclude)
+    }
+
+    /// The entry for a GPU that was found.
+    #[must_use]
+    pub fn found(&self, uuid: String) -> GpuConfig {
+        GpuConfig {
+            device: DeviceKind::Cuda,
+            select: Some(uuid),
+            share: self.share,
+            headroom: self.headroom,
+            ..GpuConfig::default()
+        }
+    }
 }
 
 /// A simulated device.
@@ -391,6 +450,9 @@ pub struct MonitorConfig {
     /// How often memory pressure is measured.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
+    /// How often each GPU is asked how it is, and how much others use of it.
+    #[serde(with = "humantime_serde")]
+    pub gpu_interval: Duration,
 }
 
 impl Default for MonitorConfig {
@@ -398,6 +460,7 @@ impl Default for MonitorConfig {
         Self {
             decisions: 10_000,
             interval: Duration::from_secs(1),
+            gpu_interval: Duration::from_millis(250),
         }
     }
 }

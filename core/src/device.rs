@@ -13,6 +13,7 @@
 //!
 //! The device's own errors are values that all waiters share, so they are `Clone`.
 
+pub mod budget;
 #[cfg(test)]
 mod contract;
 pub mod cuda;

@@ -84,6 +84,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
     expected.bridge.socket = Some("/run/hotset/hotset.sock".into());
     expected.bridge.quota = Some(Bytes::gib(16));
     expected.gpu[0].budget = Some(Bytes::gib(20));
+    expected.gpu[0].select = Some("GPU-8a3c".into());
     assert_eq!(loaded.config, expected);
 }
 

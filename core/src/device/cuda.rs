@@ -230,9 +230,11 @@ impl CudaDevice {
             return Ok(known);
         }
         let (pins, from) = (pins.clone(), from.clone());
-        let asked = engine
-            .control
-            .ask(move |control| pins.register(&from, control));
+        let asked = engine.control.ask(move |control| {
+            let registered = pins.register(&from, control);
+            control.let_go(from);
+            registered
+        });
         let registered = asked.await.map_err(|_| engine.shared.ended())?;
         registered.map_err(|fault| engine.shared.error(&fault))
     }
@@ -254,6 +256,10 @@ impl CudaDevice {
                         return Err(shared.lost_error(shared.lose(format!("Xid {xid}"))));
                     }
                     if steady || left == 0 || !reading.xids.is_empty() {
+                        // NVML hears nothing of a context that no longer works.
+                        let probe = engine.control.ask(|control| control.driver().memory());
+                        let probe = probe.await.map_err(|_| shared.ended())?;
+                        probe.map_err(|fault| shared.error(&fault))?;
                         let (allocated, slack) = shared.held();
                         // The less is allocated, the less may be promised.
                         let allocated =

@@ -119,6 +119,7 @@ pub(super) struct Control {
     heap: Heap,
     pins: Arc<Pins>,
     myself: Worker<Control>,
+    copier: Worker<Copier>,
 }
 
 impl Control {
@@ -132,6 +133,12 @@ impl Control {
 
     pub(super) fn worker(&self) -> Worker<Self> {
         self.myself.clone()
+    }
+
+    /// Lets go of host memory. Not here: where this was the last to hold it, it goes back to its arena, whose lock may be
+    /// held by one who waits for this thread to unregister other memory.
+    pub(super) fn let_go(&self, of: HostRange) {
+        self.copier.discard(of);
     }
 
     pub(super) const fn heap(&self) -> &Heap {
@@ -302,6 +309,7 @@ fn begin(
             heap,
             pins: pins.clone(),
             myself,
+            copier: copier.clone(),
         };
         Ok((control, (copier, context, granules)))
     });

@@ -73,6 +73,14 @@ impl<S: 'static> Worker<S> {
         receiver
     }
 
+    /// Drops a value on the thread, for one that must not do it itself; on a new thread where this one has ended.
+    pub(super) fn discard(&self, value: impl Send + 'static) {
+        let order = Order::Do(Box::new(move |_: &mut S| drop(value)));
+        if let Err(mpsc::SendError(order)) = self.orders.send(order) {
+            std::thread::spawn(move || drop(order));
+        }
+    }
+
     /// Ends the thread after what is queued already.
     pub(super) fn stop(&self) {
         let _ = self.orders.send(Order::Stop);
