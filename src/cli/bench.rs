@@ -13,6 +13,8 @@ use super::{CliError, Global};
 pub(crate) enum BenchCommand {
     /// Scan a made-up library of sparse files with true headers
     Scan(ScanArgs),
+    /// Lease and map what is resident: in process, over the bridge, from Python
+    Attach(super::attach::AttachArgs),
 }
 
 /// How to measure scanning.
@@ -31,7 +33,10 @@ pub(crate) struct ScanArgs {
 
 /// Runs a measurement.
 pub(crate) async fn run(command: &BenchCommand, global: &Global) -> Result<(), CliError> {
-    let BenchCommand::Scan(args) = command;
+    let args = match command {
+        BenchCommand::Attach(args) => return super::attach::run(args, global).await,
+        BenchCommand::Scan(args) => args,
+    };
     let mut options = bench::Options {
         files: args.files,
         threads: args.threads,
