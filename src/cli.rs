@@ -1,5 +1,6 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
+mod attach;
 mod bench;
 mod catalog;
 mod config;
