@@ -12,11 +12,11 @@ use hotset_core::device::{Device, DeviceError};
 use hotset_core::io::{DiskReader, Reader};
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
 use hotset_core::policy::pressure::HostMemory;
-use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
+use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::{
-    ActorName, EvictionPolicyFactory, GpuEvent, LoadError, ScanSummary, Session, SessionError,
-    Status, UsageReport,
+    ActorName, EvictionPolicyFactory, GpuEvent, LoadError, MonitorView, ScanSummary, Session,
+    SessionError, Shortage, Status, UsageReport,
 };
 
 /// Why hotset could not be started.
@@ -266,6 +266,24 @@ impl Hotset {
         self.system.subscribe_gpus()
     }
 
+    /// Hears of every decision from now on, in their order.
+    #[must_use]
+    pub fn subscribe_decisions(&self) -> tokio::sync::broadcast::Receiver<Decision> {
+        self.system.subscribe_decisions()
+    }
+
+    /// Hears of every set that has to wait because leases hold the memory.
+    #[must_use]
+    pub fn subscribe_shortages(&self) -> tokio::sync::broadcast::Receiver<Shortage> {
+        self.system.subscribe_shortages()
+    }
+
+    /// What is measured of host memory, as it is.
+    #[must_use]
+    pub fn subscribe_pressure(&self) -> tokio::sync::watch::Receiver<MonitorView> {
+        self.system.subscribe_pressure()
+    }
+
     /// Scans all folders and waits until the result is published. Files that did not change are not read again.
     ///
     /// # Errors
@@ -298,13 +316,21 @@ impl Hotset {
     /// The last decisions that concern a model or one of its components, newest first.
     #[must_use]
     pub fn why(&self, name: &str, limit: usize) -> Vec<Decision> {
-        let model = self
-            .catalogue()
-            .find(name)
-            .map(|model| model.name.clone())
-            .ok();
+        let catalogue = self.catalogue();
+        let model = |name: &str| catalogue.find(name).ok().map(|found| found.name.clone());
+        let whole = model(name);
+        let part = name
+            .rsplit_once('/')
+            .and_then(|(of, component)| Some((model(of)?, component)));
         self.system.decisions(limit, |id: &ComponentId| {
-            model.as_ref() == Some(&id.model) || id.to_string() == name || id.model.as_str() == name
+            let is_part = |(of, component): &(ModelName, &str)| {
+                id.model == *of && &*id.component == *component
+            };
+            // What is gone from the catalogue is known by its full name.
+            whole.as_ref() == Some(&id.model)
+                || part.as_ref().is_some_and(is_part)
+                || id.to_string() == name
+                || id.model.as_str() == name
         })
     }
 
@@ -368,6 +394,11 @@ impl Hotset {
     /// whether there was one to kill.
     pub fn kill(&self, actor: ActorName) -> bool {
         self.system.kill(actor)
+    }
+
+    /// Takes no new work from now on, and waits for loads under way as [`drain`](Self::drain) does; everything else goes on.
+    pub async fn quiesce(&self) {
+        self.system.quiesce().await;
     }
 
     /// Ends gracefully: no new work, loads under way may finish for `supervision.drain`, then everything stops. Leases

@@ -37,7 +37,10 @@
 //! | execute an optimised scan | [`Hotset::scan`] |
 //! | enhance metadata, build the model index | every scan does; [`Hotset::catalogue`] is the index |
 
+pub mod bridge;
+pub mod client;
 mod config;
+pub mod documents;
 mod embed;
 
 pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
@@ -46,7 +49,7 @@ pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
     EvictionPolicyFactory, GpuEvent, Health, LoadError, LoadEvent, LoadProgress, Loading,
     MonitorView, Phase, PredictorView, Pressure, ScanSummary, ServiceState, Session, SessionError,
-    SessionStatus, Status, TierStatus, UsageReport, UsageRow,
+    SessionStatus, Shortage, Status, TierStatus, UsageReport, UsageRow,
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;

@@ -15,7 +15,7 @@ use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use ractor::RpcReplyPort;
 
 use crate::counters::add;
-use crate::house::House;
+use crate::house::{House, Shortage};
 
 /// A set that wants memory in a tier.
 #[derive(Debug)]
@@ -214,7 +214,17 @@ impl Admission {
     /// Evicts for a set, if that suffices together with what is about to come back anyhow.
     fn make_room(&mut self, request: &Request, shortfall: &Shortfall) {
         let missing = shortfall.missing();
-        if missing.is_zero() || missing > shortfall.evictable {
+        if missing.is_zero() {
+            return;
+        }
+        if missing > shortfall.evictable {
+            // Whoever holds leases that may be taken back hears of it; nobody need listen.
+            let _ = self.house.shortages.send(Shortage {
+                tier: self.tier,
+                session: request.session,
+                request: request.request,
+                missing: missing.saturating_sub(shortfall.evictable),
+            });
             return;
         }
         let own: HashSet<ContentId> = request

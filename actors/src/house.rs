@@ -15,13 +15,13 @@ use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
-use crate::monitor::MonitorMessage;
+use crate::monitor::{MonitorMessage, MonitorView};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
@@ -62,6 +62,19 @@ pub enum GpuEvent {
     },
 }
 
+/// A set waits for memory that leases hold, and nothing that could be evicted would help it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// Where.
+    pub tier: Tier,
+    /// Whose set it is; session and request 0 where it is another process that has taken the memory.
+    pub session: SessionId,
+    /// Which load.
+    pub request: RequestId,
+    /// What is missing beyond all that could be evicted.
+    pub missing: Bytes,
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -73,6 +86,12 @@ pub(crate) struct House {
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
     /// What happens to GPUs.
     pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
+    /// Each decision, as it is recorded.
+    pub(crate) decided: broadcast::Sender<Decision>,
+    /// Each set that has to wait because others hold the memory.
+    pub(crate) shortages: broadcast::Sender<Shortage>,
+    /// What Monitor has measured last.
+    pub(crate) measured: watch::Sender<MonitorView>,
     pub(crate) reader: Arc<dyn Reader>,
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
@@ -122,7 +141,7 @@ impl fmt::Debug for House {
 /// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
 const PREFETCHES: usize = 2;
 
-/// Changes and events that a slow listener may be behind.
+/// Changes, decisions and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -143,6 +162,9 @@ impl House {
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             gpu_events: broadcast::Sender::new(CHANGES_KEPT),
+            decided: broadcast::Sender::new(CHANGES_KEPT),
+            shortages: broadcast::Sender::new(CHANGES_KEPT),
+            measured: watch::Sender::new(MonitorView::default()),
             reader,
             granules: devices
                 .iter()
@@ -196,10 +218,17 @@ impl House {
     pub(crate) fn decide(&self, act: Act) {
         tracing::info!(target: "hotset::decision", "{}", act.sentence());
         let at = self.ledger.now();
-        self.decisions
+        let mut log = self
+            .decisions
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(at, act);
+            .unwrap_or_else(PoisonError::into_inner);
+        log.push(at, act);
+        // Under the lock, so that listeners hear of decisions in their order.
+        if self.decided.receiver_count() > 0
+            && let Some(decision) = log.newest_first().next()
+        {
+            let _ = self.decided.send(decision.clone());
+        }
     }
 
     /// The decisions that `wanted` holds for, newest first, at most `limit`.

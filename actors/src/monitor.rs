@@ -81,6 +81,7 @@ impl Monitor {
                 Judgement::Pressure => Pressure::High,
             },
         };
+        state.house.measured.send_replace(state.view.clone());
         if state.view.pressure == Pressure::High {
             if before != Pressure::High {
                 tracing::warn!(?host, "others need host memory; dropping what nobody holds");

@@ -15,13 +15,13 @@ use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
-use crate::house::{EvictionPolicyFactory, GpuEvent, House};
+use crate::house::{EvictionPolicyFactory, GpuEvent, House, Shortage};
 use crate::loading::{LoadError, SessionError};
-use crate::monitor::MonitorMessage;
+use crate::monitor::{MonitorMessage, MonitorView};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::{Record, Session, SessionsMessage};
@@ -186,6 +186,24 @@ impl System {
     #[must_use]
     pub fn subscribe_gpus(&self) -> broadcast::Receiver<GpuEvent> {
         self.house.gpu_events.subscribe()
+    }
+
+    /// Hears of every decision from now on, in their order.
+    #[must_use]
+    pub fn subscribe_decisions(&self) -> broadcast::Receiver<Decision> {
+        self.house.decided.subscribe()
+    }
+
+    /// Hears of every set that has to wait because leases hold the memory, at each try.
+    #[must_use]
+    pub fn subscribe_shortages(&self) -> broadcast::Receiver<Shortage> {
+        self.house.shortages.subscribe()
+    }
+
+    /// What Monitor measures, as it does.
+    #[must_use]
+    pub fn subscribe_pressure(&self) -> watch::Receiver<MonitorView> {
+        self.house.measured.subscribe()
     }
 
     /// Scans all folders now, and waits until what was found is published.
@@ -406,10 +424,10 @@ impl System {
         }
     }
 
-    /// Ends gracefully: takes no new work, lets loads under way finish for as long as the configuration says, cancels the
-    /// rest, stops all actors and waits for their tasks. Leases stay valid until they are dropped.
-    pub async fn drain(mut self) {
-        let house = self.house.clone();
+    /// Takes no new work from now on, and lets loads under way finish for as long as the configuration says; what is left
+    /// then is cancelled. Everything else goes on: [`drain`](Self::drain) ends it.
+    pub async fn quiesce(&self) {
+        let house = &self.house;
         house.draining.store(true, Ordering::Release);
         tracing::info!("draining");
         let all = u32::try_from(house.config.sessions.max_loads.max(1)).unwrap_or(u32::MAX);
@@ -421,6 +439,13 @@ impl System {
             // Each ends as soon as it is polled.
             let _ = tokio::time::timeout(ANSWER_TIME, house.loads.acquire_many(all)).await;
         }
+    }
+
+    /// Ends gracefully: takes no new work, lets loads under way finish for as long as the configuration says, cancels the
+    /// rest, stops all actors and waits for their tasks. Leases stay valid until they are dropped.
+    pub async fn drain(mut self) {
+        self.quiesce().await;
+        let house = self.house.clone();
         house.stop.cancel();
         self.supervisor.stop(Some("drained".into()));
         if let Some(ended) = self.ended.take() {

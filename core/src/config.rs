@@ -36,6 +36,8 @@ pub struct Config {
     pub supervision: SupervisionConfig,
     /// Decisions and measurements.
     pub monitor: MonitorConfig,
+    /// The bridge to other processes.
+    pub bridge: BridgeConfig,
 }
 
 /// Where models are found.
@@ -459,6 +461,41 @@ impl Default for MonitorConfig {
             decisions: 10_000,
             interval: Duration::from_secs(1),
             gpu_interval: Duration::from_millis(250),
+        }
+    }
+}
+
+/// The bridge to other processes: a Unix socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BridgeConfig {
+    /// Whether `hotset serve` opens it, and commands look for it.
+    pub enabled: bool,
+    /// The socket. `None`: `$XDG_RUNTIME_DIR/hotset/hotset.sock`, or `~/.local/state/hotset/hotset.sock`.
+    pub socket: Option<PathBuf>,
+    /// Users beside the server's own that may connect, by number.
+    pub allow_uids: Vec<u32>,
+    /// Requests of one client that may be unanswered at a time.
+    pub max_requests: usize,
+    /// What may wait for a client that does not read, before its connection is ended.
+    pub max_behind: Bytes,
+    /// What one client may have leased. `None`: no bound.
+    pub quota: Option<Bytes>,
+    /// How long a client has to let go of leases that are taken back.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for BridgeConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: None,
+            allow_uids: Vec::new(),
+            max_requests: 64,
+            max_behind: Bytes::mib(8),
+            quota: None,
+            grace: Duration::from_secs(10),
         }
     }
 }

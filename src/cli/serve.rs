@@ -1,5 +1,8 @@
 //! `hotset serve`: runs the system until it is told to stop. Every command that needs a system starts it here.
 
+use std::sync::Arc;
+
+use hotset::bridge::Bridge;
 use hotset::{Config, Hotset};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -23,11 +26,15 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     // Before anything else: a signal that comes during the first scan is heard too.
     let mut stop = Stop::listen()?;
     let hotset = tokio::select! {
-        started = start(config) => started?,
+        started = start(config) => Arc::new(started?),
         why = stop.told() => {
             eprintln!("{why}: ending before the first scan did");
             return Ok(());
         }
+    };
+    let bridge = match hotset.config().bridge.enabled {
+        true => Some(Bridge::open(hotset.clone()).await?),
+        false => None,
     };
     let status = hotset.status().await;
     if global.json {
@@ -37,11 +44,42 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
             "serving {} models; ctrl-c drains and ends",
             status.catalogue.models
         ))?;
+        if let Some(bridge) = &bridge {
+            line(format!("bridge: {}", bridge.socket().display()))?;
+        }
         super::status::tiers(&status.tiers)?;
     }
-    let why = stop.told().await;
+    let why = tokio::select! {
+        why = stop.told() => why,
+        () = asked(bridge.as_ref()) => "a client asked for the end",
+    };
     eprintln!("{why}: draining");
-    hotset.drain().await;
+    hotset.quiesce().await;
+    if let Some(bridge) = bridge {
+        bridge.close().await;
+    }
+    if let Some(hotset) = Arc::into_inner(hotset) {
+        hotset.drain().await;
+    }
+    Ok(())
+}
+
+async fn asked(bridge: Option<&Bridge>) {
+    match bridge {
+        Some(bridge) => bridge.drain_requested().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// `hotset drain`
+pub(crate) async fn drain(global: &Global) -> Result<(), CliError> {
+    let client = super::server::required(global).await?;
+    client.drain().await?;
+    if global.json {
+        super::output::json(&serde_json::json!({ "draining": true }))?;
+    } else {
+        line("the server drains and ends")?;
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod bridge;
 mod faults;
 mod library;
 mod loading;

@@ -60,6 +60,8 @@ impl Config {
             self.sessions.max_loads_per_session,
         )?;
         above_zero("sessions.max_loads", self.sessions.max_loads)?;
+        above_zero("bridge.max_requests", self.bridge.max_requests)?;
+        some_bytes("bridge.max_behind", self.bridge.max_behind)?;
         some_time("predict.horizon", self.predict.horizon)?;
         check(
             "predict.threshold",

@@ -144,6 +144,12 @@ impl Lease {
         }
     }
 
+    /// The tensors, with offsets into the memory that they lie in. The same value as long as the residency lasts.
+    #[must_use]
+    pub const fn table(&self) -> &Arc<TensorTable> {
+        &self.table
+    }
+
     /// The tensor of this name.
     ///
     /// # Errors

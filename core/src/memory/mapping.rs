@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::slab::SlabError;
 use crate::units::{Bytes, MIB};
@@ -25,7 +25,7 @@ const PAGE: u64 = 4096;
 pub(super) const HUGE_FROM: u64 = 16 * MIB;
 
 /// The pages that host memory lies on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pages {
     /// 2 MiB pages that the administrator reserved (`vm.nr_hugepages`).
