@@ -10,8 +10,8 @@ use hotset_core::device::cuda::{Cuda, CudaError};
 use hotset_core::device::sim::SimDevice;
 use hotset_core::device::{Device, DeviceError};
 use hotset_core::io::{DiskReader, Reader};
+use hotset_core::machine::Machine;
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
-use hotset_core::policy::pressure::HostMemory;
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::{
@@ -122,7 +122,10 @@ impl HotsetBuilder {
     /// [`StartError`].
     pub async fn start(mut self) -> Result<Hotset, StartError> {
         let host_memory = match (self.config.ram.budget, host_memory()) {
-            (_, Ok(bytes)) => bytes,
+            (_, Ok(bytes)) => {
+                bound_budget(&mut self.config, bytes);
+                bytes
+            }
             // It is not needed.
             (Some(budget), Err(_)) => budget,
             (None, Err(reason)) => return Err(StartError::HostMemory { reason }),
@@ -219,11 +222,26 @@ async fn configured(config: &Config) -> Result<Vec<Arc<dyn Device>>, StartError>
     Ok(devices)
 }
 
+/// What this process may use of the machine's memory: all of it, or what its control groups allow.
 fn host_memory() -> Result<Bytes, String> {
-    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
-    HostMemory::parse(&text, None)
-        .map(|host| host.total)
-        .ok_or_else(|| "it has no MemTotal".into())
+    Machine::here()
+        .memory()
+        .map(|host| host.usable())
+        .ok_or_else(|| "it is missing, or has no MemTotal".into())
+}
+
+/// The most of what a control group allows that a budget may take: more would be reclaimed or killed for.
+const MOST_OF_ALLOWED: f64 = 0.9;
+
+/// Cuts the budget down to what the process may use at all.
+fn bound_budget(config: &mut Config, host_memory: Bytes) {
+    let most = host_memory.share(MOST_OF_ALLOWED);
+    if let Some(budget) = config.ram.budget
+        && budget > most
+    {
+        tracing::warn!(%budget, allowed = %host_memory, "ram.budget is more than this process may use; it is {most}");
+        config.ram.budget = Some(most);
+    }
 }
 
 /// A running hotset. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
@@ -382,6 +400,13 @@ impl Hotset {
     #[must_use]
     pub fn arena(&self) -> &hotset_core::memory::Arena {
         self.system.arena()
+    }
+
+    /// Whether others need host memory, and each change of that. Under pressure what nobody holds goes; who holds leases
+    /// that can be had again may want to drop them.
+    #[must_use]
+    pub fn pressure(&self) -> tokio::sync::watch::Receiver<hotset_actors::Pressure> {
+        self.system.pressure()
     }
 
     /// The books of all tiers, for whoever checks them.

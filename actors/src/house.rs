@@ -11,6 +11,7 @@ use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
 use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
+use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
@@ -21,7 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
-use crate::monitor::{MonitorMessage, MonitorView};
+use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
@@ -95,6 +96,11 @@ pub(crate) struct House {
     pub(crate) reader: Arc<dyn Reader>,
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
+    pub(crate) machine: Machine,
+    /// The RAM tier's budget as it was set; what lingers outside of the books is taken off while it does.
+    ram_budget: Bytes,
+    /// Whether others need host memory, for whoever wants to let go of something.
+    pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
     /// What each device said at the start.
@@ -157,6 +163,8 @@ impl House {
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
         let name = config.policy.eviction;
+        let machine = Machine::here();
+        let ram_budget = ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget);
         Self {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
             catalogue: Arc::new(CatalogueCell::default()),
@@ -179,10 +187,14 @@ impl House {
             reads: Arc::new(Semaphore::new(config.load.reads.max(1))),
             prefetches: Arc::new(Semaphore::new(PREFETCHES)),
             arena: Arena::new(ArenaOptions {
-                limit: ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget),
+                limit: ram_budget,
                 keep_warm: config.ram.keep_warm.unwrap_or(Bytes(u64::MAX)),
+                machine: Some(machine.clone()),
                 ..ArenaOptions::default()
             }),
+            machine,
+            ram_budget,
+            pressure: watch::Sender::new(Pressure::Unknown),
             loads: Arc::new(Semaphore::new(config.sessions.max_loads.max(1))),
             stop: CancellationToken::new(),
             draining: AtomicBool::new(false),
@@ -245,6 +257,16 @@ impl House {
             .take(limit)
             .cloned()
             .collect()
+    }
+
+    /// Takes memory that clients still have, though its lease has ended, off the budget, and gives back what they no longer
+    /// have.
+    pub(crate) fn settle_budget(&self) {
+        let budget = self.ram_budget.saturating_sub(self.arena.view().lingering);
+        let current = self.ledger.view(Tier::Ram).map(|ram| ram.budget);
+        if current.is_some_and(|current| current != budget) {
+            self.ledger.open_tier(Tier::Ram, budget);
+        }
     }
 
     /// A planner over these books.

@@ -18,6 +18,7 @@ mod loader;
 mod loading;
 mod monitor;
 mod predictor;
+mod prewarm;
 mod ram_cache;
 mod sessions;
 mod slot;

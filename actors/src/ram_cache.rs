@@ -18,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::admission::{Admission, Request, Used};
 use crate::counters::add;
 use crate::house::House;
+use crate::monitor::Pressure;
 
 /// What the RAM tier is asked.
 #[derive(Debug)]
@@ -123,6 +124,9 @@ impl RamCache {
             return;
         };
         let high = view.budget.share(house.config.ram.high_watermark);
+        if *house.pressure.borrow() == Pressure::High {
+            return;
+        }
         if state.admission.waiting() > 0 || view.committed.saturating_add(bytes) > high {
             return;
         }

@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
 use crate::house::{EvictionPolicyFactory, GpuEvent, House, Shortage};
 use crate::loading::{LoadError, SessionError};
-use crate::monitor::{MonitorMessage, MonitorView};
+use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::{Record, Session, SessionsMessage};
@@ -42,7 +42,7 @@ pub struct Parts {
     pub devices: Vec<Arc<dyn Device>>,
     /// Another eviction policy than the configuration's.
     pub eviction: Option<EvictionPolicyFactory>,
-    /// Host memory of the machine, for budgets that are a share of it.
+    /// Host memory that this process may use in all, for budgets that are a share of it.
     pub host_memory: Bytes,
 }
 
@@ -156,6 +156,7 @@ impl System {
                 reason: error.to_string(),
             })?;
         house.supervisor.set(Some(supervisor.clone()));
+        crate::prewarm::start(&house);
         Ok(Self {
             house,
             supervisor,
@@ -167,6 +168,12 @@ impl System {
     #[must_use]
     pub fn arena(&self) -> &Arena {
         &self.house.arena
+    }
+
+    /// Whether others need host memory, and each change of that: who holds leases may want to let go of some.
+    #[must_use]
+    pub fn pressure(&self) -> watch::Receiver<Pressure> {
+        self.house.pressure.subscribe()
     }
 
     /// The catalogue as it is now; without a message, and never torn.

@@ -1,17 +1,20 @@
 //! The story of one read: from a promise to a slab that is whole.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt;
-use hotset_core::Bytes;
 use hotset_core::catalog::Component;
+use hotset_core::decision::EvictCause;
 use hotset_core::io::{ReadError, Urgency, Verifier};
-use hotset_core::memory::{FlightFailure, FlightTicket, Image, Slab, SlabWriter};
+use hotset_core::memory::{FlightFailure, FlightTicket, Image, Slab, SlabError, SlabWriter};
 use hotset_core::tensor::TensorTable;
+use hotset_core::{Bytes, Tier};
 use tokio::sync::SemaphorePermit;
 use tokio::task::JoinHandle;
 
 use crate::house::House;
+use crate::ram_cache::RamCacheMessage;
 
 /// A whole slab and what is in it.
 type Read = (Arc<Slab>, Arc<TensorTable>);
@@ -60,7 +63,7 @@ async fn read(
     // The identity check in `open` makes this the size that was promised.
     debug_assert!(open.image_bytes() <= ticket.promised(), "{}", component.id);
     let image_bytes = open.image_bytes();
-    let mut writer = slab(house, component.id.to_string(), image_bytes).await?;
+    let mut writer = slab(house, component, image_bytes).await?;
     ticket.settle(writer.slab().held());
     let table = open.table().clone();
     ticket.show(Image {
@@ -102,13 +105,50 @@ async fn place<'a>(
     permit.map_err(|_| FlightFailure::Interrupted)
 }
 
-/// Memory for the image, where blocking is allowed: other warm memory may have to go first.
-async fn slab(house: &House, label: String, bytes: Bytes) -> Result<SlabWriter, FlightFailure> {
-    let arena = house.arena.clone();
-    let making = house
-        .tasks
-        .spawn_blocking(move || arena.slab(&label, bytes));
-    Ok(making.await.map_err(|_| FlightFailure::Interrupted)??)
+/// How often memory is asked for again where the machine has none, though the budget has.
+const TRIES: u32 = 6;
+/// Wait before it is asked again; doubled each time. What is evicted meanwhile takes as long to come back.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Memory for the image, where blocking is allowed: other warm memory may have to go first, or what nobody holds.
+async fn slab(
+    house: &House,
+    component: &Component,
+    bytes: Bytes,
+) -> Result<SlabWriter, FlightFailure> {
+    let mut pause = FIRST_PAUSE;
+    for left in (0..TRIES).rev() {
+        let (arena, label) = (house.arena.clone(), component.id.to_string());
+        let making = house
+            .tasks
+            .spawn_blocking(move || arena.slab(&label, bytes));
+        match making.await.map_err(|_| FlightFailure::Interrupted)? {
+            Err(SlabError::NoRoom { room, .. }) if left > 0 => {
+                relieve(house, bytes.saturating_sub(room));
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
+            made => return Ok(made?),
+        }
+    }
+    Err(FlightFailure::Interrupted)
+}
+
+/// Asks for memory that nobody holds to be given back to the machine.
+fn relieve(house: &House, missing: Bytes) {
+    let Some(ram) = house.ledger.view(Tier::Ram) else {
+        return;
+    };
+    let keep = ram
+        .committed
+        .saturating_sub(ram.evicting)
+        .saturating_sub(missing);
+    // Lost with a restart, it is asked for again at the next try.
+    let _ = house.ram.cast(RamCacheMessage::Relieve {
+        keep: keep.as_f64() / ram.budget.as_f64().max(1.0),
+        cause: EvictCause::Pressure,
+        reply: None,
+    });
 }
 
 /// Digests a slab in the background while it is filled, where that is wanted and there is a digest to compare with.

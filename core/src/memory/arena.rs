@@ -9,7 +9,7 @@
 //! A mapping is used again only when nobody else has it: not while any process has a descriptor of it or maps it. Until
 //! then it *lingers*, and counts as used.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::mapping::{HUGE_FROM, Mapping, Pages};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
+use crate::machine::Machine;
 use crate::units::{Bytes, KIB};
 
 /// Lengths are at least this far apart; less would not be worth a mapping of its own.
@@ -27,7 +28,7 @@ const STEPS: u64 = 8;
 const MAX_WARM: usize = 512;
 
 /// How an arena takes memory.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ArenaOptions {
     /// The most memory that the arena holds: slabs, what lingers, and what is kept warm. Where slabs alone need more, they
     /// get it, and nothing is kept warm.
@@ -36,6 +37,8 @@ pub struct ArenaOptions {
     pub keep_warm: Bytes,
     /// Whether to take reserved huge pages where there are some.
     pub hugetlb: bool,
+    /// What the machine has, asked before fresh memory is taken. `None`: take it unasked.
+    pub machine: Option<Machine>,
 }
 
 impl Default for ArenaOptions {
@@ -44,6 +47,7 @@ impl Default for ArenaOptions {
             limit: Bytes(u64::MAX),
             keep_warm: Bytes(u64::MAX),
             hugetlb: true,
+            machine: None,
         }
     }
 }
@@ -79,6 +83,7 @@ pub(super) struct Home(Arc<Shared>);
 struct Shared {
     pages: Pages,
     hugetlb: bool,
+    machine: Option<Machine>,
     state: Mutex<State>,
 }
 
@@ -91,6 +96,10 @@ struct State {
     warm: Vec<Kept>,
     /// Not ours alone yet.
     lingering: Vec<Kept>,
+    /// Others need memory: nothing is kept warm.
+    pressed: bool,
+    /// Slabs on fresh memory that may not be filled yet: what they still need is not free, though nobody has it.
+    filling: Vec<Weak<Slab>>,
     reused: u64,
     fresh: u64,
 }
@@ -157,6 +166,9 @@ impl State {
 
     /// What may be kept warm beside slabs and `more` bytes to come.
     fn warm_room(&self, more: Bytes) -> Bytes {
+        if self.pressed {
+            return Bytes::ZERO;
+        }
         self.limit
             .saturating_sub(self.live)
             .saturating_sub(held(&self.lingering))
@@ -218,12 +230,15 @@ impl Arena {
             shared: Arc::new(Shared {
                 pages: Pages::of_shared_memory(),
                 hugetlb: options.hugetlb,
+                machine: options.machine,
                 state: Mutex::new(State {
                     limit: options.limit,
                     keep_warm: options.keep_warm,
                     live: Bytes::ZERO,
                     warm: Vec::new(),
                     lingering: Vec::new(),
+                    pressed: false,
+                    filling: Vec::new(),
                     reused: 0,
                     fresh: 0,
                 }),
@@ -263,14 +278,57 @@ impl Arena {
         };
         // Without the lock, since to unmap gigabytes takes long.
         drop(gone);
+        let fresh = found.is_none();
         let mapping = match found {
             Some(mapping) => mapping,
             None => self.fresh(label, len, class)?,
         };
-        Ok(Slab::on(mapping, len, Some(Home(self.shared.clone()))))
+        let writer = Slab::on(mapping, len, Some(Home(self.shared.clone())));
+        if fresh {
+            let mut state = self.shared.lock();
+            state.filling.retain(|slab| slab.strong_count() > 0);
+            state.filling.push(Arc::downgrade(writer.slab()));
+        }
+        Ok(writer)
+    }
+
+    /// Makes sure that the machine has this much and its reserve; gives warm memory back where it has not.
+    fn ask_machine(&self, bytes: Bytes) -> Result<(), SlabError> {
+        let Some(machine) = &self.shared.machine else {
+            return Ok(());
+        };
+        let mut released = false;
+        loop {
+            let Some(host) = machine.memory() else {
+                return Ok(());
+            };
+            // What others here have begun to fill is as good as gone.
+            let filling: Vec<Arc<Slab>> = {
+                let state = self.shared.lock();
+                state.filling.iter().filter_map(Weak::upgrade).collect()
+            };
+            let promised: Bytes = filling.iter().map(|slab| slab.unfilled()).sum();
+            drop(filling);
+            let room = host
+                .room()
+                .saturating_sub(host.reserve())
+                .saturating_sub(promised);
+            if bytes <= room {
+                return Ok(());
+            }
+            if released || self.release(Bytes::ZERO).is_zero() {
+                return Err(SlabError::NoRoom {
+                    bytes,
+                    room,
+                    reserve: host.reserve(),
+                });
+            }
+            released = true;
+        }
     }
 
     fn fresh(&self, label: &str, bytes: usize, class: usize) -> Result<Mapping, SlabError> {
+        self.ask_machine(Bytes(bytes as u64))?;
         let mut mapping = self.map(label, class)?;
         mapping.fit(bytes);
         let mut state = self.shared.lock();
@@ -310,7 +368,7 @@ impl Arena {
                 .warm_room(Bytes::ZERO)
                 .saturating_sub(held(&state.warm))
         };
-        if bytes > room {
+        if bytes > room || self.ask_machine(bytes).is_err() {
             return Ok(false);
         }
         let class = usize::try_from(class_of(bytes.get())).unwrap_or(len);
@@ -346,6 +404,17 @@ impl Arena {
         };
         // Without the lock, since to unmap gigabytes takes long.
         drop(gone);
+    }
+
+    /// Others need memory, or no longer do. While they do, nothing is kept warm, and what is goes back to the system; gives
+    /// how much went. Blocks.
+    pub fn set_pressed(&self, pressed: bool) -> Bytes {
+        self.shared.lock().pressed = pressed;
+        if pressed {
+            self.release(Bytes::ZERO)
+        } else {
+            Bytes::ZERO
+        }
     }
 
     /// Gives warm memory back to the system until no more than `keep` is left of it; gives how much went. Blocks.

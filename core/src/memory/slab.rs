@@ -25,6 +25,18 @@ pub enum SlabError {
         /// What the system said.
         error: rustix::io::Errno,
     },
+    /// The machine has no room for it, whatever the budget says.
+    #[error(
+        "the machine has {room} for {bytes}, beside {reserve} that stay free; end what else uses memory, or lower ram.budget"
+    )]
+    NoRoom {
+        /// How much was wanted.
+        bytes: Bytes,
+        /// How much there is, less what is kept free.
+        room: Bytes,
+        /// What is kept free.
+        reserve: Bytes,
+    },
     /// The finished slab could not be made read-only.
     #[error("cannot seal a slab of {bytes}: {error}")]
     Seal {
@@ -109,6 +121,12 @@ impl Slab {
     #[must_use]
     pub fn held(&self) -> Bytes {
         self.mapping().held()
+    }
+
+    /// The memory that it still needs, as far as it is not there.
+    pub(super) fn unfilled(&self) -> Bytes {
+        let there = self.filled().len().max(self.mapping().present());
+        Bytes(self.bytes.saturating_sub(there) as u64)
     }
 
     /// The pages that it lies on.

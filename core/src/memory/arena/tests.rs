@@ -45,12 +45,17 @@ fn memory_of_a_slab_that_is_gone_serves_the_next_one() {
         (Bytes::ZERO, Bytes::mib(1))
     );
     let second = filled(&arena, MIB - 5000, 2);
-    assert_eq!(second.range(), range, "a device need not register it again");
+    assert_eq!(second.range().mapping, range.mapping);
+    assert_eq!(second.range().address, range.address);
     assert_eq!(second.held(), Bytes::mib(1) - Bytes::kib(4));
     assert_eq!(second.filled().len() as u64, MIB - 5000);
     let view = arena.view();
     assert_eq!((view.reused, view.fresh), (1, 1));
     assert_eq!((view.live, view.warm), (second.held(), Bytes::ZERO));
+    let range = second.range();
+    drop(second);
+    let second = filled(&arena, MIB - 5000, 2);
+    assert_eq!(second.range(), range, "a device need not register it again");
     let third = filled(&arena, MIB, 3);
     assert_ne!(third.range().mapping, range.mapping);
     assert!(second.filled().iter().all(|byte| *byte == 2));
@@ -184,4 +189,44 @@ fn a_slab_outlives_its_arena() {
     let slab = filled(&arena, MIB, 7);
     drop(arena);
     assert!(slab.filled().iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn nothing_is_kept_while_others_need_memory() {
+    let arena = arena(Bytes::gib(1));
+    let slab = filled(&arena, MIB, 1);
+    drop(filled(&arena, 2 * MIB, 1));
+    assert_eq!(arena.set_pressed(true), Bytes::mib(2));
+    drop(slab);
+    assert_eq!(arena.view().warm, Bytes::ZERO);
+    arena.set_pressed(false);
+    drop(filled(&arena, MIB, 1));
+    assert_eq!(arena.view().warm, Bytes::mib(1));
+}
+
+#[test]
+fn more_than_the_machine_has_is_refused_before_it_is_touched() {
+    let machine = Machine::here();
+    let Some(host) = machine.memory() else {
+        eprintln!("SKIPPED: no /proc/meminfo");
+        return;
+    };
+    let arena = Arena::new(ArenaOptions {
+        hugetlb: false,
+        machine: Some(machine),
+        ..ArenaOptions::default()
+    });
+    drop(arena.slab("fits", Bytes(1)).unwrap());
+    match arena.slab("far too large", host.total) {
+        Err(SlabError::NoRoom { bytes, room, .. }) => assert!(room < bytes),
+        other => panic!("{other:?}"),
+    }
+    // What is promised to a slab that is still empty counts as gone.
+    let half = Bytes(host.room().get() / 3 * 2);
+    let first = arena.slab("first", half).unwrap();
+    assert!(matches!(
+        arena.slab("second", half),
+        Err(SlabError::NoRoom { .. })
+    ));
+    drop(first);
 }
