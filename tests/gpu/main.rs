@@ -55,7 +55,11 @@ fn slab(bytes: &[u8]) -> Arc<Slab> {
 }
 
 async fn uploaded(device: &Arc<CudaDevice>, bytes: &[u8]) -> Allocation {
-    let to = device.clone().allocate(Bytes(bytes.len() as u64)).await.unwrap();
+    let to = device
+        .clone()
+        .allocate(Bytes(bytes.len() as u64))
+        .await
+        .unwrap();
     let from = HostRange::new(slab(bytes), 0, bytes.len() as u64).unwrap();
     device.upload(&to, 0, from).await.unwrap();
     to
@@ -71,7 +75,10 @@ fn bytes_come_back_as_they_went() {
         for bytes in [1, 5000, 300_000, (64 << 20) + 13] {
             let bytes = contents(7, bytes);
             let there = uploaded(&device, &bytes).await;
-            let back = device.download(&there, 0, bytes.len() as u64).await.unwrap();
+            let back = device
+                .download(&there, 0, bytes.len() as u64)
+                .await
+                .unwrap();
             assert!(back == bytes, "{} bytes differ", bytes.len());
         }
     });
@@ -89,7 +96,10 @@ fn all_memory_comes_back_and_too_much_is_refused() {
         held.push(device.clone().allocate(Bytes::mib(300)).await.unwrap());
         let during = device.figures().await.unwrap();
         let taken = before.free.saturating_sub(during.free);
-        assert!(taken >= Bytes::mib(300) && taken <= Bytes::mib(400), "{taken}");
+        assert!(
+            taken >= Bytes::mib(300) && taken <= Bytes::mib(400),
+            "{taken}"
+        );
         let too_much = device.clone().allocate(device.describe().memory).await;
         assert!(
             matches!(too_much, Err(DeviceError::OutOfMemory { .. })),
@@ -123,7 +133,10 @@ fn another_process_maps_it_read_only() {
         };
         let imported = Imported::open(&cuda, &cuda.gpus()[0], export).unwrap();
         assert!(imported.read().unwrap()[..bytes.len()] == bytes);
-        println!("a write through it: {:?}", imported.overwrite().unwrap_err());
+        println!(
+            "a write through it: {:?}",
+            imported.overwrite().unwrap_err()
+        );
         return;
     }
     with_gpu(async |cuda| {
@@ -144,7 +157,10 @@ fn another_process_maps_it_read_only() {
         assert!(stays, "the descriptor cannot be inherited");
         let status = command.status().unwrap();
         assert!(status.success(), "{status}");
-        let back = device.download(&there, 0, bytes.len() as u64).await.unwrap();
+        let back = device
+            .download(&there, 0, bytes.len() as u64)
+            .await
+            .unwrap();
         assert!(back == bytes, "another process wrote to it");
     });
 }
@@ -178,7 +194,10 @@ fn a_pipeline_is_loaded_shared_and_attached() {
         for _ in 0..rounds {
             assert_eq!(outcome(session.load(set())).await.unwrap().len(), 4);
         }
-        println!("attach of a resident pipeline of 4: {:?}", started.elapsed() / rounds);
+        println!(
+            "attach of a resident pipeline of 4: {:?}",
+            started.elapsed() / rounds
+        );
         assert_eq!(hotset.status().await.counters.uploads, 4);
         drop(leases);
         soon("the drain", hotset.drain()).await;
@@ -202,7 +221,9 @@ fn speed_of_uploads() {
                 let (device, to) = (&device, &to);
                 moving.push_back(Box::pin(device.upload(to, i * PIECE, part)));
                 if moving.len() == 4 {
-                    futures::future::try_join_all(moving.drain(..)).await.unwrap();
+                    futures::future::try_join_all(moving.drain(..))
+                        .await
+                        .unwrap();
                 }
             }
             futures::future::try_join_all(moving).await.unwrap();
