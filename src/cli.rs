@@ -50,12 +50,12 @@ pub(crate) struct Global {
     /// Folder with models, instead of the configuration's; may be repeated
     #[arg(long = "models", global = true, value_name = "DIR")]
     pub(crate) models: Vec<PathBuf>,
-    /// Run a system of this command's own, also where a server runs
-    #[arg(long, global = true)]
-    pub(crate) alone: bool,
     /// VRAM that stays free on each GPU, for others [default: the configuration's]
     #[arg(long, global = true, value_name = "SIZE")]
     pub(crate) vram_headroom: Option<Bytes>,
+    /// Run a system of this command's own, also where a server runs
+    #[arg(long, global = true)]
+    pub(crate) alone: bool,
     /// Print one JSON document instead of tables
     #[arg(long, global = true)]
     pub(crate) json: bool,

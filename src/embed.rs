@@ -277,6 +277,13 @@ impl Hotset {
         self.system.subscribe()
     }
 
+    /// Hears of what happens to GPUs from now on: which are lost with which leases, which are back, and where other
+    /// processes have taken memory that leases hold.
+    #[must_use]
+    pub fn subscribe_gpus(&self) -> tokio::sync::broadcast::Receiver<GpuEvent> {
+        self.system.subscribe_gpus()
+    }
+
     /// Hears of every decision from now on, in their order.
     #[must_use]
     pub fn subscribe_decisions(&self) -> tokio::sync::broadcast::Receiver<Decision> {
@@ -293,13 +300,6 @@ impl Hotset {
     #[must_use]
     pub fn subscribe_pressure(&self) -> tokio::sync::watch::Receiver<MonitorView> {
         self.system.subscribe_pressure()
-    }
-
-    /// Hears of what happens to GPUs from now on: which are lost with which leases, which are back, and where other
-    /// processes have taken memory that leases hold.
-    #[must_use]
-    pub fn subscribe_gpus(&self) -> tokio::sync::broadcast::Receiver<GpuEvent> {
-        self.system.subscribe_gpus()
     }
 
     /// Scans all folders and waits until the result is published. Files that did not change are not read again.

@@ -33,19 +33,6 @@ use crate::vram_manager::VramManagerMessage;
 /// Makes the eviction policy of a tier, at each start of its keeper.
 pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
 
-/// A set waits for memory that leases hold, and nothing that could be evicted would help it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shortage {
-    /// Where.
-    pub tier: Tier,
-    /// Whose set it is.
-    pub session: SessionId,
-    /// Which load.
-    pub request: RequestId,
-    /// What is missing beyond all that could be evicted.
-    pub missing: Bytes,
-}
-
 /// What happens to a GPU that its users have to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -76,6 +63,19 @@ pub enum GpuEvent {
     },
 }
 
+/// A set waits for memory that leases hold, and nothing that could be evicted would help it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// Where.
+    pub tier: Tier,
+    /// Whose set it is; session and request 0 where it is another process that has taken the memory.
+    pub session: SessionId,
+    /// Which load.
+    pub request: RequestId,
+    /// What is missing beyond all that could be evicted.
+    pub missing: Bytes,
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -85,14 +85,14 @@ pub(crate) struct House {
     pub(crate) catalogue: Arc<CatalogueCell>,
     /// Each change of the published catalogue.
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
+    /// What happens to GPUs.
+    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     /// Each decision, as it is recorded.
     pub(crate) decided: broadcast::Sender<Decision>,
     /// Each set that has to wait because others hold the memory.
     pub(crate) shortages: broadcast::Sender<Shortage>,
     /// What Monitor has measured last.
     pub(crate) measured: watch::Sender<MonitorView>,
-    /// What happens to GPUs.
-    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     pub(crate) reader: Arc<dyn Reader>,
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
@@ -147,7 +147,7 @@ impl fmt::Debug for House {
 /// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
 const PREFETCHES: usize = 2;
 
-/// Changes, decisions, shortages and events that a slow listener may be behind.
+/// Changes, decisions and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -169,10 +169,10 @@ impl House {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
+            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
             decided: broadcast::Sender::new(CHANGES_KEPT),
             shortages: broadcast::Sender::new(CHANGES_KEPT),
             measured: watch::Sender::new(MonitorView::default()),
-            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
             reader,
             granules: devices
                 .iter()

@@ -189,6 +189,12 @@ impl System {
         self.house.catalogue_changes.subscribe()
     }
 
+    /// Hears of what happens to GPUs from now on: losses, returns, and memory that others need.
+    #[must_use]
+    pub fn subscribe_gpus(&self) -> broadcast::Receiver<GpuEvent> {
+        self.house.gpu_events.subscribe()
+    }
+
     /// Hears of every decision from now on, in their order.
     #[must_use]
     pub fn subscribe_decisions(&self) -> broadcast::Receiver<Decision> {
@@ -205,12 +211,6 @@ impl System {
     #[must_use]
     pub fn subscribe_pressure(&self) -> watch::Receiver<MonitorView> {
         self.house.measured.subscribe()
-    }
-
-    /// Hears of what happens to GPUs from now on: losses, returns, and memory that others need.
-    #[must_use]
-    pub fn subscribe_gpus(&self) -> broadcast::Receiver<GpuEvent> {
-        self.house.gpu_events.subscribe()
     }
 
     /// Scans all folders now, and waits until what was found is published.

@@ -25,14 +25,14 @@ use hotset_core::memory::{
     ResidencyState, Slab, SlabWriter,
 };
 use hotset_core::tensor::TensorTable;
-use hotset_core::{Bytes, GpuIndex, Tier};
+use hotset_core::{Bytes, GpuIndex, RequestId, SessionId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::admission::{Admission, Request, Used};
 use crate::counters::add;
-use crate::house::{GpuEvent, House};
+use crate::house::{GpuEvent, House, Shortage};
 use crate::ram_cache::{RamCacheMessage, wake_on};
 
 /// Host memory through which components are streamed, one at a time.
@@ -289,6 +289,13 @@ impl State {
                 tier: self.tier,
                 missing,
                 leases,
+            });
+            // Clients that let go when they are asked hear of it like of any other shortage. Nobody's load is behind it.
+            let _ = self.house.shortages.send(Shortage {
+                tier: self.tier,
+                session: SessionId(0),
+                request: RequestId(0),
+                missing,
             });
         }
         self.wanted = missing;

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ids::GpuIndex;
 use crate::memory::HostRange;
@@ -150,7 +150,7 @@ impl Granules {
 }
 
 /// Who says what is free on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FigureSource {
     /// The simulation itself.
@@ -162,7 +162,7 @@ pub enum FigureSource {
 }
 
 /// What a process uses on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessUse {
     /// Its id, in the machine's own counting.
     pub pid: u32,
@@ -171,7 +171,7 @@ pub struct ProcessUse {
 }
 
 /// The state of a device, measured at one instant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Figures {
     /// Who says so.
     pub source: FigureSource,

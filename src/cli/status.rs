@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use hotset::client::Client;
+use hotset::core::device::{FigureSource, Figures};
 use hotset::core::memory::Pages;
 use hotset::{Bytes, ComponentId, Hotset};
 use serde::{Deserialize, Serialize};
@@ -119,6 +120,8 @@ struct TierView {
     committed: Bytes,
     leased: Bytes,
     out_of_service: Option<String>,
+    device: Option<DeviceView>,
+    figures: Option<Figures>,
     components: Vec<ResidencyView>,
     device: Option<DeviceView>,
     figures: Option<FiguresView>,
@@ -141,6 +144,11 @@ struct FiguresView {
     pcie: Option<(u32, u32)>,
     ecc_uncorrected: Option<u64>,
     mig: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct DeviceView {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -217,45 +225,44 @@ fn print(status: &View) -> Result<(), CliError> {
 /// The GPUs behind the tiers, and what they said last.
 fn devices(tiers: &[TierView]) -> Result<(), CliError> {
     for tier in tiers {
-        let (Some(device), Some(figures)) = (&tier.device, &tier.figures) else {
-            continue;
-        };
-        let mut parts = vec![
-            format!("{} free of {}", figures.free, figures.total),
-            format!("others use {}", figures.foreign),
-        ];
-        parts.extend(figures.context.map(|bytes| format!("context {bytes}")));
-        parts.extend(figures.temperature_c.map(|degrees| format!("{degrees} °C")));
-        parts.extend(
-            figures
-                .pcie
-                .map(|(generation, lanes)| format!("PCIe {generation} x{lanes}")),
-        );
-        if !figures.throttling.is_empty() {
-            parts.push(format!("slowed down: {}", figures.throttling.join(", ")));
+        if let (Some(device), Some(figures)) = (&tier.device, &tier.figures) {
+            line(format!(
+                "{}: {}: {}",
+                tier.tier,
+                device.name,
+                sentence(figures)
+            ))?;
         }
-        parts.extend(
-            figures
-                .ecc_uncorrected
-                .filter(|errors| *errors > 0)
-                .map(|errors| format!("{errors} uncorrected memory errors")),
-        );
-        if figures.mig == Some(true) {
-            parts.push("divided by MIG".into());
-        }
-        let source = match figures.source.as_str() {
-            "sim" => "the simulation",
-            "nvml" => "NVML",
-            _ => "the driver, since NVML is missing",
-        };
-        line(format!(
-            "{}: {}: {} (says {source})",
-            tier.tier,
-            device.name,
-            parts.join("; ")
-        ))?;
     }
     Ok(())
+}
+
+fn sentence(figures: &Figures) -> String {
+    let mut parts = vec![
+        format!("{} free of {}", figures.free, figures.total),
+        format!("others use {}", figures.foreign),
+    ];
+    parts.extend(figures.context.map(|bytes| format!("context {bytes}")));
+    parts.extend(figures.temperature_c.map(|degrees| format!("{degrees} °C")));
+    parts.extend(
+        figures
+            .pcie
+            .map(|(generation, lanes)| format!("PCIe {generation} x{lanes}")),
+    );
+    if !figures.throttling.is_empty() {
+        parts.push(format!("slowed down: {}", figures.throttling.join(", ")));
+    }
+    let errors = figures.ecc_uncorrected.filter(|errors| *errors > 0);
+    parts.extend(errors.map(|errors| format!("{errors} uncorrected memory errors")));
+    if figures.mig == Some(true) {
+        parts.push("divided by MIG".into());
+    }
+    let source = match figures.source {
+        FigureSource::Sim => "the simulation",
+        FigureSource::Nvml => "NVML",
+        FigureSource::Driver => "the driver, since NVML is missing",
+    };
+    format!("{} (says {source})", parts.join("; "))
 }
 
 /// The tiers of a status, and what is in each.
