@@ -204,6 +204,9 @@ impl Admission {
             session: used.session,
             components: &seen,
         };
+        if let Some(view) = self.house.ledger.view(self.tier) {
+            self.policy.on_capacity(view.budget);
+        }
         self.policy.observe(now, &observed);
         for (component, hit) in &used.components {
             self.policy

@@ -123,27 +123,6 @@ struct TierView {
     device: Option<DeviceView>,
     figures: Option<Figures>,
     components: Vec<ResidencyView>,
-    device: Option<DeviceView>,
-    figures: Option<FiguresView>,
-}
-
-#[derive(Deserialize)]
-struct DeviceView {
-    name: String,
-}
-
-#[derive(Deserialize)]
-struct FiguresView {
-    source: String,
-    total: Bytes,
-    free: Bytes,
-    context: Option<Bytes>,
-    foreign: Bytes,
-    temperature_c: Option<u32>,
-    throttling: Vec<String>,
-    pcie: Option<(u32, u32)>,
-    ecc_uncorrected: Option<u64>,
-    mig: Option<bool>,
 }
 
 #[derive(Deserialize)]
