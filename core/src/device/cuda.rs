@@ -1,7 +1,7 @@
 //! NVIDIA GPUs by the CUDA driver, loaded at run time: the same binary works where there is none.
 //!
 //! [`Cuda::detect`] finds the driver and its GPUs, [`Cuda::open`] makes a [`CudaDevice`] of one. All calls are made on
-//! threads of the device's own ([`engine`]); device memory is managed in [`heap`], pinned host memory in [`pins`].
+//! threads of the device's own (`engine`); device memory is managed in `heap`, pinned host memory in `pins`.
 
 mod driver;
 mod engine;

@@ -78,10 +78,9 @@ pub fn run(test: &str, isolated: Isolated, body: impl FnOnce(&Machine)) {
         .env(ROLE_VARIABLE, BODY)
         .output()
         .expect("this test's own binary");
-    if !said.status.success() {
-        println!("{}", String::from_utf8_lossy(&said.stdout));
-        eprintln!("{}", String::from_utf8_lossy(&said.stderr));
-    }
+    // Captured by the test harness, and shown where the test fails or somebody asks.
+    println!("{}", String::from_utf8_lossy(&said.stdout));
+    eprintln!("{}", String::from_utf8_lossy(&said.stderr));
     let misuse = machine.misuse();
     let lines: Vec<&str> = misuse.lines().collect();
     let expected = lines.len() == isolated.misuse.len()
