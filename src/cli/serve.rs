@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hotset::bridge::Bridge;
+use hotset::http::Http;
 use hotset::{Config, Hotset};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -37,6 +38,10 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         true => Some(Bridge::open(hotset.clone()).await?),
         false => None,
     };
+    let http = match hotset.config().http.enabled {
+        true => Http::open(hotset.clone()).await?,
+        false => None,
+    };
     let status = hotset.status().await;
     if global.json {
         super::output::json(&status)?;
@@ -48,6 +53,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         if let Some(bridge) = &bridge {
             line(format!("bridge: {}", bridge.socket().display()))?;
         }
+        if let Some(http) = &http {
+            line(format!("http: http://{}", http.address()))?;
+        }
         super::status::tiers(&status.tiers)?;
     }
     let why = tokio::select! {
@@ -56,6 +64,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     };
     eprintln!("{why}: draining");
     hotset.quiesce().await;
+    if let Some(http) = http {
+        http.close().await;
+    }
     if let Some(bridge) = bridge {
         bridge.close().await;
     }
