@@ -5,6 +5,7 @@ mod bench;
 mod catalog;
 mod config;
 mod demo;
+mod kept;
 mod load;
 pub(crate) mod log;
 mod output;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use hotset::{Config, LoadError, SessionError, StartError};
+use hotset::{Bytes, Config, LoadError, SessionError, StartError};
 
 /// hotset keeps the right model weights resident: disk, RAM and VRAM of a machine under one owner.
 #[derive(Debug, Parser)]
@@ -52,6 +53,9 @@ pub(crate) struct Global {
     /// Run a system of this command's own, also where a server runs
     #[arg(long, global = true)]
     pub(crate) alone: bool,
+    /// VRAM that stays free on each GPU, for others [default: the configuration's]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub(crate) vram_headroom: Option<Bytes>,
     /// Print one JSON document instead of tables
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -211,6 +215,12 @@ fn config(global: &Global) -> Result<Config, CliError> {
     .config;
     if !global.models.is_empty() {
         config.catalog.roots.clone_from(&global.models);
+    }
+    if let Some(headroom) = global.vram_headroom {
+        config.cuda.headroom = headroom;
+        for gpu in &mut config.gpu {
+            gpu.headroom = headroom;
+        }
     }
     Ok(config)
 }

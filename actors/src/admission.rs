@@ -146,6 +146,20 @@ impl Admission {
         }
     }
 
+    /// Evicts what nobody holds where more is committed than the budget allows, which may have become less. Gives what
+    /// remains too much, since it is held.
+    pub(crate) fn keep_within_budget(&mut self, cause: &EvictCause) -> Bytes {
+        let Some(view) = self.house.ledger.view(self.tier) else {
+            return Bytes::ZERO;
+        };
+        let used = view.committed.saturating_sub(view.evicting);
+        let surplus = used.saturating_sub(view.budget);
+        if surplus.is_zero() {
+            return surplus;
+        }
+        surplus.saturating_sub(self.evict_up_to(surplus, cause))
+    }
+
     /// Evicts what nobody holds until `surplus` bytes are coming back, or all of it; gives what is coming back.
     pub(crate) fn evict_up_to(&mut self, surplus: Bytes, cause: &EvictCause) -> Bytes {
         let candidates = self.candidates(&HashSet::new());

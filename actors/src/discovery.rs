@@ -12,7 +12,7 @@ use std::time::Duration;
 use hotset_core::ModelName;
 use hotset_core::catalog::scan::{ScanOptions, ScanReport, rescan, scan};
 use hotset_core::catalog::settle::{Ready, Settler};
-use hotset_core::catalog::{Change, keep_leased};
+use hotset_core::catalog::{Change, ScanProblem, keep_leased};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::time::Instant;
 
@@ -103,6 +103,8 @@ pub(crate) struct State {
     running: Option<Vec<RpcReplyPort<ScanSummary>>>,
     next: Option<Next>,
     last: Option<ScanSummary>,
+    /// Entries that are not whole, until the settler takes them.
+    unfinished: Vec<PathBuf>,
     /// Away while a thread compares components.
     known: Option<Known>,
     /// The catalogue has changed since that began.
@@ -111,6 +113,10 @@ pub(crate) struct State {
 
 /// Changed paths that are looked at one by one; beyond this a whole scan is cheaper.
 const PATHS_KEPT: usize = 10_000;
+/// What is not whole while it is being written is left out of the catalogue for so long after its last change.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How soon what is not whole is looked at again where no event comes first.
+const AGAIN: Duration = Duration::from_secs(2);
 /// How long a scan that panicked is left alone before the next.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
@@ -139,6 +145,7 @@ impl Discovery {
             running: None,
             next: None,
             last: None,
+            unfinished: Vec::new(),
             known: Some(Known::default()),
             compare_again: false,
             house,
@@ -185,6 +192,14 @@ impl Discovery {
             drop(myself.send_after(AFTER_PANIC, || DiscoveryMessage::Scan(None)));
             return;
         };
+        state
+            .unfinished
+            .extend(report.problems.iter().filter_map(|problem| match problem {
+                ScanProblem::Incomplete { path, .. } => Some(path.clone()),
+                _ => None,
+            }));
+        take_changes(state);
+        look_later(&myself, state);
         let (summary, changed) = publish(&state.house, report, finished.took);
         if changed {
             compare(&myself, state);
@@ -300,12 +315,18 @@ fn compare(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
     }
 }
 
-/// Moves what the watcher has gathered into the settler, if that is here.
+/// Moves what the watcher has gathered, and what is to be looked at again, into the settler, if that is here.
 fn take_changes(state: &mut State) {
-    let (Some(settler), Some(watch)) = (&mut state.settler, &state.watch) else {
+    let Some(settler) = &mut state.settler else {
         return;
     };
     let now = Instant::now().into_std();
+    for path in state.unfinished.drain(..) {
+        settler.postponed(path, now, AGAIN);
+    }
+    let Some(watch) = &state.watch else {
+        return;
+    };
     match watch.take() {
         Changes::Lost => settler.lost(now),
         Changes::Paths(paths) => {
@@ -356,8 +377,12 @@ fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
     let began = Instant::now();
     house.clone().tasks.spawn(async move {
         let work = tokio::task::spawn_blocking(move || {
-            let options = options(&house);
+            let mut options = options(&house);
             let mut previous = house.catalogue.load();
+            if house.config.catalog.watch {
+                // Without a watch nobody would look again, so what is not whole is listed with its error at once.
+                options.patience = Some(PATIENCE);
+            }
             if previous.generation() == 0
                 && let Some(kept) = keep.load()
             {

@@ -101,7 +101,7 @@ impl Mapped {
     }
 }
 
-/// The size of a slab, by the descriptor and not by what the client says of it.
+/// The memory behind a slab, by the descriptor and not by what the client says of it.
 fn slab_bytes(memory: &MappedMemory, descriptor: &OwnedFd) -> Result<u64, String> {
     let wanted = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
     let is_slab = fcntl_get_seals(descriptor).is_ok_and(|seals| seals.contains(wanted));
@@ -112,5 +112,9 @@ fn slab_bytes(memory: &MappedMemory, descriptor: &OwnedFd) -> Result<u64, String
         ));
     }
     let stat = fstat(descriptor).map_err(|error| format!("{}: {error}", memory.component))?;
-    u64::try_from(stat.st_size).map_err(|_| format!("{}: its size is negative", memory.component))
+    // Its length has room for larger slabs; what is taken is what has pages.
+    let blocks = u64::try_from(stat.st_blocks);
+    blocks
+        .map(|blocks| blocks.saturating_mul(512))
+        .map_err(|_| format!("{}: its size is negative", memory.component))
 }

@@ -8,12 +8,14 @@ use clap::Args;
 use hotset::bridge::wire::List;
 use hotset::client::Client;
 use hotset::core::catalog::query::Query;
-use hotset::core::catalog::{Facts, ScanOptions, ScanReport, scan as scan_folders};
+use hotset::core::catalog::{Facts, ScanOptions, ScanReport};
+use hotset::core::config::CatalogConfig;
 use hotset::{Bytes, ContentId, documents};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::kept::scan_from;
 use super::output::{self, line, table};
 use super::{CliError, Global, config, config_with_models, server};
 
@@ -45,7 +47,7 @@ pub(crate) struct ShowArgs {
 }
 
 /// Scans, with a spinner on a terminal.
-async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliError> {
+async fn scanned(config: &CatalogConfig, quiet: bool) -> Result<ScanReport, CliError> {
     let spinner = if quiet {
         ProgressBar::hidden()
     } else {
@@ -55,8 +57,10 @@ async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliErr
         spinner.set_style(style);
     }
     let shown = spinner.clone();
+    let options = ScanOptions::from_config(config)?;
+    let database = config.database.clone();
     let scanned = tokio::task::spawn_blocking(move || {
-        scan_folders(&options, None, &|progress| {
+        scan_from(&options, database, &|progress| {
             shown.set_message(format!("{progress}"));
             shown.tick();
         })
@@ -78,7 +82,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         ));
     }
     let began = Instant::now();
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let report = scanned(&config.catalog, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
         eprintln!("warning: {problem}");
@@ -116,8 +120,7 @@ pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
         Some(client) => listed_by(&client, &text).await?,
         None => {
             let config = config_with_models(global)?;
-            let options = ScanOptions::from_config(&config.catalog)?;
-            let report = scanned(options, global.json).await?;
+            let report = scanned(&config.catalog, global.json).await?;
             let hits = report.catalogue.search(&query, usize::MAX);
             let found = hits.iter().map(|hit| documents::model(&hit.model));
             (found.collect(), report.catalogue.len())
@@ -206,8 +209,7 @@ pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliErro
         Some(client) => client.show(&name_or_path(&args.model)).await?,
         None => {
             let config = config_with_models(global)?;
-            let options = ScanOptions::from_config(&config.catalog)?;
-            let report = scanned(options, global.json).await?;
+            let report = scanned(&config.catalog, global.json).await?;
             let model = report.catalogue.find(&args.model)?;
             documents::model_in(&report.catalogue, model)
         }

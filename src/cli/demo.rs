@@ -144,6 +144,7 @@ fn demo_config(root: PathBuf, scale: Scale) -> Config {
     config.ram.budget = Some(ram);
     let mut gpu = GpuConfig {
         budget: Some(vram),
+        headroom: Bytes::ZERO,
         ..GpuConfig::default()
     };
     gpu.sim.memory = vram;

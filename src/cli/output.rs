@@ -24,6 +24,13 @@ pub(crate) fn line(text: impl AsRef<str>) -> Result<(), CliError> {
     writeln!(out, "{}", text.as_ref()).map_err(CliError::Output)
 }
 
+/// Tells on stderr what a long command is at, where somebody sees it.
+pub(crate) fn note(global: &super::Global, text: String) {
+    if !global.json && std::io::stderr().is_terminal() {
+        eprintln!("{text}");
+    }
+}
+
 /// Writes the one JSON document of a command.
 pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();

@@ -1,6 +1,5 @@
 //! `hotset serve`: runs the system until it is told to stop. Every command that needs a system starts it here.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use hotset::bridge::Bridge;
@@ -20,7 +19,7 @@ pub(crate) async fn start(config: Config) -> Result<Hotset, CliError> {
 pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     let mut config = config(global)?;
     if config.catalog.database.is_none() {
-        config.catalog.database = default_database();
+        config.catalog.database = super::kept::database(&config.catalog.roots);
     }
     if config.catalog.roots.is_empty() {
         eprintln!("warning: no model folder is configured; set catalog.roots or give --models DIR");
@@ -118,13 +117,4 @@ impl Stop {
             _ = self.interrupt.recv() => "interrupted",
         }
     }
-}
-
-/// Where `hotset serve` keeps the catalogue where the configuration does not say: in the user's cache folder.
-fn default_database() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    set("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")))
-        .map(|cache| cache.join("hotset/catalogue.db"))
 }

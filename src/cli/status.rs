@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use hotset::client::Client;
+use hotset::core::memory::Pages;
 use hotset::{Bytes, ComponentId, Hotset};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -87,6 +88,7 @@ struct View {
     sessions: Vec<SessionView>,
     loads: usize,
     actors: Vec<ActorView>,
+    arena: ArenaView,
 }
 
 #[derive(Deserialize)]
@@ -94,6 +96,14 @@ struct HealthView {
     state: String,
     #[serde(default)]
     problems: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct ArenaView {
+    live: Bytes,
+    warm: Bytes,
+    lingering: Bytes,
+    pages: Pages,
 }
 
 #[derive(Deserialize)]
@@ -110,6 +120,27 @@ struct TierView {
     leased: Bytes,
     out_of_service: Option<String>,
     components: Vec<ResidencyView>,
+    device: Option<DeviceView>,
+    figures: Option<FiguresView>,
+}
+
+#[derive(Deserialize)]
+struct DeviceView {
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct FiguresView {
+    source: String,
+    total: Bytes,
+    free: Bytes,
+    context: Option<Bytes>,
+    foreign: Bytes,
+    temperature_c: Option<u32>,
+    throttling: Vec<String>,
+    pcie: Option<(u32, u32)>,
+    ecc_uncorrected: Option<u64>,
+    mig: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -149,7 +180,13 @@ fn print(status: &View) -> Result<(), CliError> {
         "catalogue: {} models ({} with errors); reader: {}; eviction: {}",
         status.catalogue.models, status.catalogue.with_error, status.reader, status.eviction
     ))?;
+    let arena = &status.arena;
+    line(format!(
+        "host memory: {} in use, {} warm, {} lingering; {} pages",
+        arena.live, arena.warm, arena.lingering, arena.pages
+    ))?;
     tier_table(&status.tiers)?;
+    devices(&status.tiers)?;
     if !status.sessions.is_empty() {
         let mut rows = table(&["session", "label", "leases", "age"], &["leases", "age"]);
         for session in &status.sessions {
@@ -175,6 +212,50 @@ fn print(status: &View) -> Result<(), CliError> {
         ]);
     }
     line(rows.to_string())
+}
+
+/// The GPUs behind the tiers, and what they said last.
+fn devices(tiers: &[TierView]) -> Result<(), CliError> {
+    for tier in tiers {
+        let (Some(device), Some(figures)) = (&tier.device, &tier.figures) else {
+            continue;
+        };
+        let mut parts = vec![
+            format!("{} free of {}", figures.free, figures.total),
+            format!("others use {}", figures.foreign),
+        ];
+        parts.extend(figures.context.map(|bytes| format!("context {bytes}")));
+        parts.extend(figures.temperature_c.map(|degrees| format!("{degrees} °C")));
+        parts.extend(
+            figures
+                .pcie
+                .map(|(generation, lanes)| format!("PCIe {generation} x{lanes}")),
+        );
+        if !figures.throttling.is_empty() {
+            parts.push(format!("slowed down: {}", figures.throttling.join(", ")));
+        }
+        parts.extend(
+            figures
+                .ecc_uncorrected
+                .filter(|errors| *errors > 0)
+                .map(|errors| format!("{errors} uncorrected memory errors")),
+        );
+        if figures.mig == Some(true) {
+            parts.push("divided by MIG".into());
+        }
+        let source = match figures.source.as_str() {
+            "sim" => "the simulation",
+            "nvml" => "NVML",
+            _ => "the driver, since NVML is missing",
+        };
+        line(format!(
+            "{}: {}: {} (says {source})",
+            tier.tier,
+            device.name,
+            parts.join("; ")
+        ))?;
+    }
+    Ok(())
 }
 
 /// The tiers of a status, and what is in each.

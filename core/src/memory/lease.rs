@@ -108,6 +108,12 @@ impl Lease {
         self.session
     }
 
+    /// Why its bytes are gone, where they are: the device that held them was lost.
+    #[must_use]
+    pub fn revoked(&self) -> Option<Arc<str>> {
+        self.claim.ledger().revoked(self.id)
+    }
+
     /// The component.
     #[must_use]
     pub const fn component(&self) -> &Arc<Component> {
