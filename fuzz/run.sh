@@ -8,7 +8,7 @@ if ! cargo +nightly fuzz --version >/dev/null 2>&1; then
     echo "cargo-fuzz on a nightly toolchain is needed: cargo install cargo-fuzz" >&2
     exit 1
 fi
-for target in safetensors gguf index; do
+for target in safetensors gguf index bridge; do
     mkdir -p "fuzz/target/corpus/$target"
     cargo +nightly fuzz run "$target" "fuzz/target/corpus/$target" "fuzz/corpus/$target" -- \
         -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=65536

@@ -9,7 +9,7 @@
 mod answers;
 pub(crate) mod channel;
 mod connection;
-mod events;
+pub(crate) mod events;
 pub mod frame;
 mod leases;
 mod mapped;
@@ -28,6 +28,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use answers::load_error;
 pub use channel::ChannelError;
 pub use frame::FrameError;
 pub use socket::default_socket;

@@ -133,6 +133,9 @@ pub(crate) enum CliError {
     /// The bridge could not be opened.
     #[error(transparent)]
     Bridge(#[from] hotset::bridge::BridgeError),
+    /// The HTTP face could not be opened.
+    #[error(transparent)]
+    Http(#[from] hotset::http::HttpError),
     /// The running server refused, or is gone.
     #[error(transparent)]
     Client(#[from] hotset::client::ClientError),

@@ -42,6 +42,7 @@ pub mod client;
 mod config;
 pub mod documents;
 mod embed;
+pub mod http;
 
 pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};

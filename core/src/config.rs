@@ -4,6 +4,7 @@ mod validate;
 
 pub use validate::InvalidConfig;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct Config {
     pub monitor: MonitorConfig,
     /// The bridge to other processes.
     pub bridge: BridgeConfig,
+    /// The HTTP face.
+    pub http: HttpConfig,
 }
 
 /// Where models are found.
@@ -496,6 +499,28 @@ impl Default for BridgeConfig {
             max_behind: Bytes::mib(8),
             quota: None,
             grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The HTTP face: model repository, health, metrics, events.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpConfig {
+    /// Whether `hotset serve` opens it.
+    pub enabled: bool,
+    /// Where it listens. `None`: on 127.0.0.1:7420, and nowhere where that is taken.
+    pub listen: Option<SocketAddr>,
+    /// What clients must send (`Authorization: Bearer ..`). Needed where `listen` is not of this machine alone.
+    pub token: Option<String>,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            listen: None,
+            token: None,
         }
     }
 }

@@ -16,11 +16,11 @@ use super::wire::{
 use crate::{Hotset, MonitorView, Pressure, Shortage};
 
 /// The topics that there are.
-pub(super) const TOPICS: [&str; 3] = ["catalogue", "decisions", "pressure"];
+pub(crate) const TOPICS: [&str; 3] = ["catalogue", "decisions", "pressure"];
 
 /// The subscriptions of one connection, each with the id of its request.
 #[derive(Debug)]
-pub(super) struct Events {
+pub(crate) struct Events {
     catalogue: Option<(u64, Receiver<Arc<[Change]>>)>,
     decisions: Option<(u64, Receiver<Decision>)>,
     pressure: Option<(u64, watch::Receiver<MonitorView>, Pressure)>,
@@ -29,7 +29,7 @@ pub(super) struct Events {
 
 /// Something to tell the client, or to act on.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(crate) enum Event {
     Message(u64, ServerMessage),
     Shortage(Shortage),
 }
@@ -42,7 +42,7 @@ async fn next_of<T: Clone>(feed: &mut Option<(u64, Receiver<T>)>) -> (u64, Resul
 }
 
 impl Events {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             catalogue: None,
             decisions: None,
@@ -52,13 +52,13 @@ impl Events {
     }
 
     /// Hears of shortages from now on: the connection has leases that may be taken back.
-    pub(super) fn watch_shortages(&mut self, hotset: &Hotset) {
+    pub(crate) fn watch_shortages(&mut self, hotset: &Hotset) {
         self.shortages
             .get_or_insert_with(|| hotset.subscribe_shortages());
     }
 
     /// Subscribes to topics, or to none where one does not exist.
-    pub(super) fn subscribe(
+    pub(crate) fn subscribe(
         &mut self,
         hotset: &Hotset,
         id: u64,
@@ -91,7 +91,7 @@ impl Events {
     }
 
     /// Ends subscriptions; all of them where none is named.
-    pub(super) fn unsubscribe(&mut self, topics: &[String]) {
+    pub(crate) fn unsubscribe(&mut self, topics: &[String]) {
         let ends = |topic: &str| topics.is_empty() || topics.iter().any(|t| t == topic);
         if ends("catalogue") {
             self.catalogue = None;
@@ -105,7 +105,7 @@ impl Events {
     }
 
     /// What is subscribed to.
-    pub(super) fn topics(&self) -> Vec<String> {
+    pub(crate) fn topics(&self) -> Vec<String> {
         let all = [
             self.catalogue.is_some(),
             self.decisions.is_some(),
@@ -120,7 +120,7 @@ impl Events {
     }
 
     /// The next event. Safe to drop at any time.
-    pub(super) async fn next(&mut self) -> Event {
+    pub(crate) async fn next(&mut self) -> Event {
         loop {
             tokio::select! {
                 (id, heard) = next_of(&mut self.catalogue) => {

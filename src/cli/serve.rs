@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hotset::bridge::Bridge;
+use hotset::http::Http;
 use hotset::{Config, Hotset};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -36,6 +37,10 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         true => Some(Bridge::open(hotset.clone()).await?),
         false => None,
     };
+    let http = match hotset.config().http.enabled {
+        true => Http::open(hotset.clone()).await?,
+        false => None,
+    };
     let status = hotset.status().await;
     if global.json {
         super::output::json(&status)?;
@@ -47,6 +52,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         if let Some(bridge) = &bridge {
             line(format!("bridge: {}", bridge.socket().display()))?;
         }
+        if let Some(http) = &http {
+            line(format!("http: http://{}", http.address()))?;
+        }
         super::status::tiers(&status.tiers)?;
     }
     let why = tokio::select! {
@@ -55,6 +63,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     };
     eprintln!("{why}: draining");
     hotset.quiesce().await;
+    if let Some(http) = http {
+        http.close().await;
+    }
     if let Some(bridge) = bridge {
         bridge.close().await;
     }

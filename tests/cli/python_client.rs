@@ -1,4 +1,4 @@
-//! The Python package: its own tests, in an environment where it is installed as users install it.
+//! The Python package and Triton's own client: their tests, in an environment where both are installed as users install them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,7 +22,7 @@ fn environment() -> Result<PathBuf, String> {
             false => Err(format!("{command:?}: {}", told(&output))),
         }
     };
-    let complete = folder.join("complete");
+    let complete = folder.join("complete-1");
     if !complete.exists() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
         run(Command::new(&python)
@@ -49,7 +49,7 @@ fn environment() -> Result<PathBuf, String> {
 }
 
 #[test]
-fn the_package_leases_maps_survives_and_reconnects() {
+fn python_and_triton_clients_are_served() {
     let python = match environment() {
         Ok(python) => python,
         Err(reason) if std::env::var_os(REQUIRED).is_some_and(|value| value == "1") => {
@@ -63,12 +63,14 @@ fn the_package_leases_maps_survives_and_reconnects() {
         }
     };
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/tests");
-    let output = Command::new(python)
-        .arg(tests.join("test_bridge.py"))
-        .env("HOTSET_BINARY", env!("CARGO_BIN_EXE_hotset"))
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .current_dir(&tests)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", told(&output));
+    for test in ["test_bridge.py", "test_http.py"] {
+        let output = Command::new(&python)
+            .arg(tests.join(test))
+            .env("HOTSET_BINARY", env!("CARGO_BIN_EXE_hotset"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .current_dir(&tests)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", told(&output));
+    }
 }

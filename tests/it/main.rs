@@ -7,5 +7,6 @@ mod bridge;
 mod faults;
 mod library;
 mod loading;
+mod protocol;
 mod virtual_time;
 mod watching;

@@ -62,6 +62,18 @@ impl Config {
         above_zero("sessions.max_loads", self.sessions.max_loads)?;
         above_zero("bridge.max_requests", self.bridge.max_requests)?;
         some_bytes("bridge.max_behind", self.bridge.max_behind)?;
+        let guarded = self
+            .http
+            .token
+            .as_ref()
+            .is_some_and(|token| !token.is_empty());
+        let open = self.http.listen.filter(|at| !at.ip().is_loopback());
+        check("http.token", guarded || open.is_none(), || {
+            format!(
+                "http.listen can be reached from other machines{}; set a token, or listen on 127.0.0.1",
+                open.map(|at| format!(" ({at})")).unwrap_or_default()
+            )
+        })?;
         some_time("predict.horizon", self.predict.horizon)?;
         check(
             "predict.threshold",
