@@ -98,8 +98,8 @@ pub(crate) struct State {
     watch: Option<Watch>,
     /// Away while a task looks at what has come to rest.
     settler: Option<Settler>,
-    /// A [`DiscoveryMessage::Look`] is on its way.
-    looking: bool,
+    /// When the next [`DiscoveryMessage::Look`] comes, where one is on its way.
+    looking: Option<Instant>,
     running: Option<Vec<RpcReplyPort<ScanSummary>>>,
     next: Option<Next>,
     last: Option<ScanSummary>,
@@ -141,7 +141,7 @@ impl Discovery {
             keep: Arc::new(Keep::new(config.database.clone())),
             settler: Some(Settler::new(config.settle)),
             watch,
-            looking: false,
+            looking: None,
             running: None,
             next: None,
             last: None,
@@ -237,7 +237,7 @@ impl Discovery {
 
     #[ractor::message(DiscoveryMessage::Look)]
     fn look(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
-        state.looking = false;
+        state.looking = None;
         let Some(mut settler) = state.settler.take() else {
             return;
         };
@@ -339,12 +339,14 @@ fn take_changes(state: &mut State) {
 
 /// Looks at the settler when something in it may have come to rest.
 fn look_later(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
-    if state.looking {
+    let Some(next) = state.settler.as_ref().and_then(Settler::next) else {
         return;
-    }
-    if let Some(next) = state.settler.as_ref().and_then(Settler::next) {
-        state.looking = true;
-        let wait = next.saturating_duration_since(Instant::now().into_std());
+    };
+    let next = Instant::from(next);
+    // One that comes later than something may rest is no reason to let that wait.
+    if state.looking.is_none_or(|looking| next < looking) {
+        state.looking = Some(next);
+        let wait = next.saturating_duration_since(Instant::now());
         drop(myself.send_after(wait, || DiscoveryMessage::Look));
     }
 }
