@@ -22,7 +22,7 @@ fn environment() -> Result<PathBuf, String> {
             false => Err(format!("{command:?}: {}", told(&output))),
         }
     };
-    let complete = folder.join("complete-1");
+    let complete = folder.join("complete-2");
     if !complete.exists() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
         run(Command::new(&python)
@@ -33,6 +33,7 @@ fn environment() -> Result<PathBuf, String> {
                 "ml_dtypes",
                 "safetensors",
                 "setuptools>=68",
+                "tritonclient[http]",
             ]))?;
         std::fs::write(&complete, "").map_err(|error| error.to_string())?;
     }

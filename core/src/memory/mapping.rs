@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -122,6 +122,8 @@ pub(super) struct Mapping {
     present: AtomicUsize,
     /// A descriptor left this process's hands: from then on nobody can write through a new one.
     shared: AtomicBool,
+    /// What was handed out last, to be handed out again: opening it by name costs ten times a duplicate.
+    handed_out: Mutex<Option<OwnedFd>>,
     /// One for each device that has the memory pinned.
     observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
 }
@@ -164,6 +166,7 @@ impl Mapping {
             touched: AtomicUsize::new(0),
             present: AtomicUsize::new(0),
             shared: AtomicBool::new(false),
+            handed_out: Mutex::default(),
             observers: Mutex::default(),
         };
         if pages == Pages::Transparent {
@@ -323,7 +326,18 @@ impl Mapping {
                     error,
                 })?;
         }
-        self.reopen().map_err(|error| SlabError::Reopen { error })
+        let mut kept = self.handed_out();
+        let descriptor = match &*kept {
+            Some(descriptor) => descriptor,
+            None => kept.insert(self.reopen().map_err(|error| SlabError::Reopen { error })?),
+        };
+        rustix::io::fcntl_dupfd_cloexec(descriptor, 0).map_err(|error| SlabError::Reopen { error })
+    }
+
+    fn handed_out(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.handed_out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn reopen(&self) -> Result<OwnedFd, Errno> {
@@ -340,6 +354,8 @@ impl Mapping {
         if !self.is_shared() {
             return true;
         }
+        // Our own one would count as a holder.
+        drop(self.handed_out().take());
         let Ok(probe) = self.reopen() else {
             return false;
         };
