@@ -87,8 +87,8 @@ impl Monitor {
     fn measured(&self, host: HostMemory, alarm: bool, state: &mut State) {
         let house = &state.house;
         let before = state.view.pressure;
-        let judgement = judge(&host, state.view.host.as_ref());
-        let pressure = if alarm || judgement == Judgement::Pressure {
+        let judgement = judge(&host, state.view.host.as_ref(), alarm);
+        let pressure = if judgement == Judgement::Pressure {
             Pressure::High
         } else {
             Pressure::None

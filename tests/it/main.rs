@@ -7,6 +7,7 @@ mod bridge;
 mod faults;
 mod library;
 mod loading;
+mod memory_limit;
 mod protocol;
 mod virtual_time;
 mod watching;

@@ -117,6 +117,10 @@ impl ImagePlan {
                 });
             }
         }
+        for (_, file) in &plan.files {
+            // Who reads the rest through the page cache wants it read ahead.
+            advise(file, rustix::fs::Advice::Normal);
+        }
         let table = TensorTable::new(entries).map_err(|tensor| ReadError::DuplicateTensor {
             component: component.id.to_string(),
             tensor,
@@ -158,7 +162,16 @@ fn open_checked(source: &SourceFile) -> Result<File, ReadError> {
             source: error,
         })?;
     check_identity(&file, source, "since it was scanned")?;
+    // The header alone is read through the page cache: reading ahead could be megabytes of every small file.
+    advise(&file, rustix::fs::Advice::Random);
     Ok(file)
+}
+
+/// Advice that a file system may ignore.
+fn advise(file: &File, advice: rustix::fs::Advice) {
+    if let Err(error) = rustix::fs::fadvise(file, 0, None, advice) {
+        tracing::debug!(%error, ?advice, "fadvise");
+    }
 }
 
 /// Whether an open file is still in the state in which it was scanned.

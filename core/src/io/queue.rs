@@ -349,6 +349,26 @@ impl Queue {
         }
     }
 
+    /// Wakes those who may have something to do now: nobody without need, since pieces come by the thousand. `by_ring`
+    /// where the ring's own thread asks, which looks for itself.
+    fn wake_for(&self, state: &State, by_ring: bool) {
+        let (mut ring, mut pool) = (false, false);
+        for task in state.streams.iter().flat_map(|stream| &stream.waiting) {
+            let for_ring = task.way == Way::Direct && self.has_ring() && !state.lost_ring;
+            ring |= for_ring;
+            pool |= !for_ring;
+        }
+        if pool {
+            self.work.notify_all();
+        }
+        if ring
+            && !by_ring
+            && let Some(wake) = &self.wake_ring
+        {
+            wake();
+        }
+    }
+
     pub(super) const fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -373,15 +393,13 @@ impl Queue {
 
     /// Queues a piece of an open component.
     pub(super) fn push(&self, task: Task) {
+        let mut state = self.lock();
+        if let Some(index) = state.index_of(task.stream)
+            && let Some(stream) = state.streams.get_mut(index)
         {
-            let mut state = self.lock();
-            if let Some(index) = state.index_of(task.stream)
-                && let Some(stream) = state.streams.get_mut(index)
-            {
-                stream.waiting.push_back(task);
-            }
+            stream.waiting.push_back(task);
+            self.wake_for(&state, false);
         }
-        self.wake();
     }
 
     /// Forgets a component; gives how many of its pieces nobody had begun. Those under way are still read.
@@ -435,8 +453,12 @@ impl Queue {
 
     /// A piece is read, or failed for good.
     pub(super) fn end(&self, task: Task, result: Result<(), ReadError>) {
-        self.lock().left(&task, Instant::now());
-        self.wake();
+        {
+            let mut state = self.lock();
+            state.left(&task, Instant::now());
+            let by_ring = task.way == Way::Direct && self.has_ring() && !state.lost_ring;
+            self.wake_for(&state, by_ring);
+        }
         answer(task, result);
     }
 
@@ -446,7 +468,7 @@ impl Queue {
             let mut state = self.lock();
             state.left(&task, Instant::now());
             task.way = way;
-            match state
+            let orphan = match state
                 .index_of(task.stream)
                 .and_then(|index| state.streams.get_mut(index))
             {
@@ -455,9 +477,10 @@ impl Queue {
                     None
                 }
                 None => Some(task),
-            }
+            };
+            self.wake_for(&state, false);
+            orphan
         };
-        self.wake();
         if let Some(task) = orphan {
             // Its component was closed, and counts the pieces that come back.
             let error = task.failed(std::io::ErrorKind::Interrupted.into());

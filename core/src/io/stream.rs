@@ -21,6 +21,10 @@ use crate::units::Bytes;
 /// copied.
 const CACHED_SHARE: f64 = 0.9;
 
+/// So many times of what can be in flight wait in the queue: the disk must not run dry while this task waits for a
+/// processor. A piece that waits costs nothing.
+const AHEAD: u64 = 8;
+
 /// See the module's page.
 pub(super) struct OpenStream {
     name: String,
@@ -87,9 +91,8 @@ impl OpenStream {
 
     /// Asks for pieces until enough of them wait to keep the disk busy, or memory or image end.
     fn top_up(&mut self, into: &mut SlabWriter, most: Bytes) -> Result<(), ReadError> {
-        // One piece more than can be in flight, so that the next one is there the moment another ends.
         let most = usize::try_from(most.get()).unwrap_or(usize::MAX).max(1);
-        let enough = self.queue.limits().in_flight.saturating_add(most as u64);
+        let enough = self.queue.limits().in_flight.saturating_mul(AHEAD);
         while self.out_bytes < enough
             && let Some(extent) = self.extents.get(self.extent)
         {

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::mapping::{HUGE_FROM, Mapping, Pages};
+use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
 use crate::machine::Machine;
@@ -340,7 +340,12 @@ impl Arena {
     /// A new mapping on the best pages that there are.
     fn map(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
         if (class as u64) < HUGE_FROM {
-            return Mapping::create(label, class, Pages::Small);
+            // Pages that are collapsed waste nothing, however small the slab is.
+            let pages = match self.shared.pages {
+                Pages::Collapsed if class as u64 >= HUGE_PAGE => Pages::Collapsed,
+                _ => Pages::Small,
+            };
+            return Mapping::create(label, class, pages);
         }
         if self.shared.hugetlb && reserved_huge_pages() > 0 {
             match Mapping::create(label, class, Pages::Hugetlb) {
@@ -377,14 +382,11 @@ impl Arena {
         let mut at = 0;
         while at < len && wanted() {
             let end = (at + STEP).min(len);
-            mapping
-                .populate(at, end)
-                .map_err(|error| SlabError::Allocate {
-                    bytes,
-                    step: "populate",
-                    error,
-                })?;
-            mapping.is_present(end);
+            mapping.populate(end).map_err(|error| SlabError::Allocate {
+                bytes,
+                step: "populate",
+                error,
+            })?;
             at = end;
         }
         if at < len {

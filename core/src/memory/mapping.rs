@@ -32,6 +32,9 @@ pub enum Pages {
     Hugetlb,
     /// 2 MiB pages where the kernel finds some, since it may give them to shared memory.
     Transparent,
+    /// 2 MiB pages that the kernel makes of small ones when asked to (`MADV_COLLAPSE`), whatever is configured for shared
+    /// memory; the rest behind the last whole one is on 4 KiB pages.
+    Collapsed,
     /// 4 KiB pages.
     Small,
 }
@@ -41,6 +44,7 @@ impl std::fmt::Display for Pages {
         f.pad(match self {
             Self::Hugetlb => "reserved 2 MiB",
             Self::Transparent => "2 MiB",
+            Self::Collapsed => "collapsed 2 MiB",
             Self::Small => "4 KiB",
         })
     }
@@ -51,7 +55,7 @@ impl Pages {
     pub(super) const fn granule(self) -> u64 {
         match self {
             Self::Hugetlb | Self::Transparent => HUGE_PAGE,
-            Self::Small => PAGE,
+            Self::Collapsed | Self::Small => PAGE,
         }
     }
 
@@ -61,10 +65,16 @@ impl Pages {
             std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{name}"))
                 .unwrap_or_default()
         };
-        Self::parse(
+        let allowed = Self::parse(
             &read("shmem_enabled"),
             &read("hugepages-2048kB/shmem_enabled"),
-        )
+        );
+        // Where pages are huge from the start there is nothing to collapse.
+        if allowed == Self::Small && can_collapse() {
+            Self::Collapsed
+        } else {
+            allowed
+        }
     }
 
     /// The two texts are the setting for all sizes and the one for 2 MiB, which may defer to the first. The chosen word
@@ -83,6 +93,24 @@ impl Pages {
             _ => Self::Small,
         }
     }
+}
+
+/// `madvise(2)`, Linux 6.1 and later.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// Bytes that are made present at once.
+const STRIDE: usize = 64 << 20;
+
+/// Whether the kernel makes huge pages of shared memory when asked to.
+fn can_collapse() -> bool {
+    let huge = HUGE_PAGE as usize;
+    Mapping::create("hotset-probe", huge, Pages::Small).is_ok_and(|probe| {
+        // SAFETY: a mapping of one huge page, on its border, that nobody else knows.
+        unsafe {
+            probe.start.as_ptr().write_volatile(0);
+            libc::madvise(probe.start.as_ptr().cast(), huge, MADV_COLLAPSE) == 0
+        }
+    })
 }
 
 /// Tells one mapping from every other one of this process, for good.
@@ -120,6 +148,7 @@ pub(super) struct Mapping {
     touched: AtomicUsize,
     /// Everything below this has memory behind it.
     present: AtomicUsize,
+    populating: Mutex<()>,
     /// A descriptor left this process's hands: from then on nobody can write through a new one.
     shared: AtomicBool,
     /// What was handed out last, to be handed out again: opening it by name costs ten times a duplicate.
@@ -165,6 +194,7 @@ impl Mapping {
             memfd,
             touched: AtomicUsize::new(0),
             present: AtomicUsize::new(0),
+            populating: Mutex::new(()),
             shared: AtomicBool::new(false),
             handed_out: Mutex::default(),
             observers: Mutex::default(),
@@ -237,7 +267,9 @@ impl Mapping {
         Bytes(match self.pages {
             // Reserved by the mapping, whether used or not.
             Pages::Hugetlb => self.len as u64,
-            Pages::Transparent | Pages::Small => self.touched.load(Ordering::Relaxed) as u64,
+            Pages::Transparent | Pages::Collapsed | Pages::Small => {
+                self.touched.load(Ordering::Relaxed) as u64
+            }
         })
     }
 
@@ -299,19 +331,70 @@ impl Mapping {
             .is_ok()
     }
 
-    /// Puts memory behind `from..to` now, so that who writes there later need not wait for it. Blocks.
-    pub(super) fn populate(&self, from: usize, to: usize) -> Result<(), Errno> {
-        let to = to.min(self.len);
-        if from >= to {
-            return Ok(());
+    /// Puts memory behind everything below `to` now, so that who writes there later need not wait for it. Blocks.
+    pub(super) fn populate(&self, to: usize) -> Result<(), Errno> {
+        let to = to.min(self.touched.load(Ordering::Relaxed));
+        // One thread at a time: it is faster than any disk, and the others want the same memory.
+        let _alone = self
+            .populating
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let huge = HUGE_PAGE as usize;
+        loop {
+            let from = self.present();
+            if from >= to {
+                return Ok(());
+            }
+            // A call costs as much for one page as for many, and who asks for some soon wants the rest.
+            let most = self.touched.load(Ordering::Relaxed);
+            let end = from.saturating_add(STRIDE).min(most);
+            if self.pages == Pages::Collapsed {
+                let first = from.next_multiple_of(huge);
+                self.collapse(first, end / huge * huge);
+            }
+            // SAFETY: the range is inside the mapping; the call makes pages present without changing what they hold.
+            unsafe {
+                rustix::mm::madvise(
+                    self.start.as_ptr().add(from).cast(),
+                    end - from,
+                    Advice::LinuxPopulateWrite,
+                )
+            }?;
+            self.is_present(end);
         }
-        // SAFETY: the range is inside the mapping; the call makes the pages present without changing what they hold.
-        unsafe {
-            rustix::mm::madvise(
-                self.start.as_ptr().add(from).cast(),
-                to - from,
-                Advice::LinuxPopulateWrite,
-            )
+    }
+
+    /// Asks for huge pages behind a range that nobody has written yet. Where there are none, small ones come as they are
+    /// needed.
+    fn collapse(&self, from: usize, to: usize) {
+        // The kernel collapses no hole, so there has to be something of each page.
+        for page in (from..to).step_by(HUGE_PAGE as usize) {
+            // SAFETY: a page inside the mapping; the call makes it present without changing what it holds.
+            let touched = unsafe {
+                rustix::mm::madvise(
+                    self.start.as_ptr().add(page).cast(),
+                    PAGE as usize,
+                    Advice::LinuxPopulateRead,
+                )
+            };
+            if let Err(error) = touched {
+                tracing::debug!(%error, "no page for a slab");
+                return;
+            }
+        }
+        if from < to {
+            // SAFETY: the range is inside the mapping; collapsing changes the pages, not what they hold.
+            let failed = unsafe {
+                libc::madvise(
+                    self.start.as_ptr().add(from).cast(),
+                    to - from,
+                    MADV_COLLAPSE,
+                )
+            };
+            if failed != 0 {
+                let error = std::io::Error::last_os_error();
+                tracing::debug!(%error, bytes = to - from, "no huge pages for a slab");
+            }
         }
     }
 
@@ -491,6 +574,21 @@ mod tests {
     fn mappings_begin_on_a_border_of_huge_pages() {
         let mapping = Mapping::create("test", 3 << 20, Pages::Small).unwrap();
         assert_eq!(mapping.range().address % HUGE_PAGE as usize, 0);
-        assert_eq!(mapping.populate(0, 1 << 20), Ok(()));
+    }
+
+    #[test]
+    fn memory_is_there_before_it_is_written_and_is_still_zero() {
+        for pages in [Pages::Small, Pages::Collapsed, Pages::Transparent] {
+            let len = 5 << 20;
+            let mut mapping = Mapping::create("test", len, pages).unwrap();
+            assert!(mapping.fit(len));
+            assert_eq!(mapping.present(), 0);
+            // Where the kernel has no huge pages, small ones do.
+            assert_eq!(mapping.populate(1 << 20), Ok(()));
+            assert_eq!(mapping.present(), len);
+            // SAFETY: the whole mapping, which nobody else uses.
+            let seen = unsafe { std::slice::from_raw_parts(mapping.start().as_ptr(), len) };
+            assert!(seen.iter().all(|byte| *byte == 0));
+        }
     }
 }

@@ -69,7 +69,7 @@ impl SlabPiece {
     /// Puts memory behind its bytes, so that writing them need not wait for it. Blocks. Writing does the same where this
     /// fails, only later.
     pub fn populate(&mut self) {
-        if let Err(error) = self.slab.mapping().populate(self.start, self.end) {
+        if let Err(error) = self.slab.mapping().populate(self.end) {
             tracing::debug!(%error, bytes = self.len(), "cannot populate a piece of a slab");
         }
     }

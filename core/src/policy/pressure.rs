@@ -61,6 +61,8 @@ pub enum Judgement {
 const LOW_SHARE: f64 = 0.03;
 /// The same for a control group that has just met its limit.
 const TIGHT_SHARE: f64 = 0.1;
+/// Below this share of what is usable, waiting for memory means that there is too little of it.
+const SCARCE_SHARE: f64 = 0.2;
 /// Percent of time stalled from which the machine counts as thrashing; systemd-oomd's default for `MemoryPressure` is in
 /// the same region for a far longer window.
 const STALLED: f64 = 10.0;
@@ -112,11 +114,13 @@ impl HostMemory {
     }
 }
 
-/// Judges the figures, beside those of the last time.
+/// Judges the figures, beside those of the last time. `alarm`: the kernel says that tasks wait for memory just now.
 #[must_use]
-pub fn judge(host: &HostMemory, before: Option<&HostMemory>) -> Judgement {
+pub fn judge(host: &HostMemory, before: Option<&HostMemory>, alarm: bool) -> Judgement {
     let low = host.available < host.total.share(LOW_SHARE);
-    let stalled = host.full_avg10.is_some_and(|percent| percent > STALLED);
+    let stalled = alarm || host.full_avg10.is_some_and(|percent| percent > STALLED);
+    // Tasks also wait for memory where there is plenty, while the kernel drops cached files for them.
+    let stalled = stalled && host.room() < host.usable().share(SCARCE_SHARE);
     let bounded = host.cgroup.is_some_and(|cgroup| {
         let before = before.and_then(|before| before.cgroup);
         let worse = before.is_some_and(|before| cgroup.events.is_worse_than(&before.events));
@@ -146,7 +150,7 @@ mod tests {
         let host = HostMemory::parse(MEMINFO, Some(pressure)).unwrap();
         assert_eq!(host.available, Bytes::kib(1_200_000));
         assert_eq!(host.full_avg10, Some(3.5));
-        assert_eq!(judge(&host, None), Judgement::Enough);
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
         assert_eq!(HostMemory::parse("MemTotal: x kB", None), None);
     }
 
@@ -154,10 +158,20 @@ mod tests {
     fn scarcity_and_stalls_are_pressure() {
         let mut host = HostMemory::parse(MEMINFO, None).unwrap();
         host.available = Bytes::kib(100_000);
-        assert_eq!(judge(&host, None), Judgement::Pressure);
+        assert_eq!(judge(&host, None, false), Judgement::Pressure);
         host.available = host.total;
         host.full_avg10 = Some(20.0);
-        assert_eq!(judge(&host, None), Judgement::Pressure);
+        assert_eq!(
+            judge(&host, None, true),
+            Judgement::Enough,
+            "there is plenty"
+        );
+        host.available = host.total.share(0.1);
+        host.full_avg10 = None;
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
+        assert_eq!(judge(&host, None, true), Judgement::Pressure);
+        host.full_avg10 = Some(20.0);
+        assert_eq!(judge(&host, None, false), Judgement::Pressure);
     }
 
     #[test]
@@ -177,18 +191,18 @@ mod tests {
             (host.usable(), host.room()),
             (Bytes::gib(2), Bytes::mib(100))
         );
-        assert_eq!(judge(&host, None), Judgement::Enough);
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
         let before = HostMemory {
             cgroup: Some(group(Bytes::gib(1), 6)),
             ..host
         };
         assert_eq!(
-            judge(&host, Some(&before)),
+            judge(&host, Some(&before), false),
             Judgement::Pressure,
             "it met its limit"
         );
-        assert_eq!(judge(&host, Some(&host)), Judgement::Enough);
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Enough);
         host.cgroup = Some(group(Bytes::mib(10), 7));
-        assert_eq!(judge(&host, Some(&host)), Judgement::Pressure);
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Pressure);
     }
 }

@@ -18,6 +18,8 @@ const DEPTH: usize = 4;
 /// A file counts as out of the page cache up to this share: its header is read by whoever opens it.
 const COLD: f64 = 0.02;
 const PAGE: usize = 4096;
+/// Bytes that are read into fresh memory at most.
+const FRESH: Bytes = Bytes::gib(1);
 
 /// Time and CPU time of a stretch of work.
 #[derive(Debug, Clone, Copy)]
@@ -151,12 +153,10 @@ impl Floor {
     /// Memory for all files, touched.
     pub(super) fn new(files: Vec<PathBuf>) -> Result<Self, CliError> {
         let arena = Arena::new(ArenaOptions::default());
-        let mut memory = arena.slab("floor", room(&files)?).map_err(no_memory)?;
-        for page in memory.spare().chunks_mut(PAGE) {
-            if let Some(byte) = page.first_mut() {
-                *byte = 1;
-            }
-        }
+        let room = room(&files)?;
+        // On the pages that the loader's memory is on: the disk is slower into scattered small ones.
+        arena.prewarm(room, &|| true).map_err(no_memory)?;
+        let memory = arena.slab("floor", room).map_err(no_memory)?;
         Ok(Self {
             files,
             memory,
@@ -193,10 +193,13 @@ impl Floor {
 }
 
 /// Direct reads into fresh memory on ordinary pages that another process could map.
-pub(super) fn fresh(files: &[PathBuf]) -> Result<Cost, CliError> {
+///
+/// Of no more than the first GiB, since it takes long; gives how much that was.
+pub(super) fn fresh(files: &[PathBuf]) -> Result<(Cost, Bytes), CliError> {
     drop_cached(files)?;
-    let mut memory = Slab::create("fresh", room(files)?).map_err(no_memory)?;
-    read_direct(files, memory.spare())
+    let room = room(files)?.min(FRESH);
+    let mut memory = Slab::create("fresh", room).map_err(no_memory)?;
+    Ok((read_direct(files, memory.spare())?, room))
 }
 
 fn no_memory(error: hotset::core::memory::SlabError) -> CliError {
@@ -234,11 +237,12 @@ fn read_direct(files: &[PathBuf], mut memory: &mut [u8]) -> Result<Cost, CliErro
     let mut parts = Vec::new();
     for (file, path, bytes) in &opened {
         let mut offset = 0;
-        while offset < *bytes {
+        while offset < *bytes && !memory.is_empty() {
             let len = usize::try_from(*bytes - offset)
                 .unwrap_or(PIECE)
                 .min(PIECE)
-                .next_multiple_of(PAGE);
+                .next_multiple_of(PAGE)
+                .min(memory.len());
             let (into, rest) = memory.split_at_mut(len);
             memory = rest;
             parts.push(Part {
