@@ -9,20 +9,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::Device;
+use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
-use hotset_core::{Bytes, GpuIndex, RequestId, SessionId, Tier};
+use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
-use crate::monitor::{MonitorMessage, Pressure};
+use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
@@ -33,6 +33,49 @@ use crate::vram_manager::VramManagerMessage;
 /// Makes the eviction policy of a tier, at each start of its keeper.
 pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
 
+/// What happens to a GPU that its users have to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuEvent {
+    /// It is lost, and what was in its memory with it. These leases hold nothing any more.
+    Lost {
+        /// Which tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+    /// It works again, empty.
+    Back {
+        /// Which tier.
+        tier: Tier,
+    },
+    /// Other processes have taken so much of its memory that only leases are left to give some back. Whoever holds one of
+    /// these and can do without it should let go.
+    Wanted {
+        /// Which tier.
+        tier: Tier,
+        /// How much is missing.
+        missing: Bytes,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+}
+
+/// A set waits for memory that leases hold, and nothing that could be evicted would help it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// Where.
+    pub tier: Tier,
+    /// Whose set it is; session and request 0 where it is another process that has taken the memory.
+    pub session: SessionId,
+    /// Which load.
+    pub request: RequestId,
+    /// What is missing beyond all that could be evicted.
+    pub missing: Bytes,
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -42,6 +85,14 @@ pub(crate) struct House {
     pub(crate) catalogue: Arc<CatalogueCell>,
     /// Each change of the published catalogue.
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
+    /// What happens to GPUs.
+    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
+    /// Each decision, as it is recorded.
+    pub(crate) decided: broadcast::Sender<Decision>,
+    /// Each set that has to wait because others hold the memory.
+    pub(crate) shortages: broadcast::Sender<Shortage>,
+    /// What Monitor has measured last.
+    pub(crate) measured: watch::Sender<MonitorView>,
     pub(crate) reader: Arc<dyn Reader>,
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
@@ -51,7 +102,9 @@ pub(crate) struct House {
     /// Whether others need host memory, for whoever wants to let go of something.
     pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
-    pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,
+    pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// What each device said at the start.
+    pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
     /// Beside the ledger's the one lock that several actors take, for one push.
@@ -94,7 +147,7 @@ impl fmt::Debug for House {
 /// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
 const PREFETCHES: usize = 2;
 
-/// Catalogue changes that a slow listener may be behind.
+/// Changes, decisions and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -106,6 +159,7 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
         let name = config.policy.eviction;
@@ -115,13 +169,18 @@ impl House {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
+            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
+            decided: broadcast::Sender::new(CHANGES_KEPT),
+            shortages: broadcast::Sender::new(CHANGES_KEPT),
+            measured: watch::Sender::new(MonitorView::default()),
             reader,
-            granularity: devices
+            granules: devices
                 .iter()
-                .map(|(gpu, device)| (*gpu, device.describe().granularity))
+                .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
+            first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
             counters: Counters::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),
@@ -171,10 +230,17 @@ impl House {
     pub(crate) fn decide(&self, act: Act) {
         tracing::info!(target: "hotset::decision", "{}", act.sentence());
         let at = self.ledger.now();
-        self.decisions
+        let mut log = self
+            .decisions
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(at, act);
+            .unwrap_or_else(PoisonError::into_inner);
+        log.push(at, act);
+        // Under the lock, so that listeners hear of decisions in their order.
+        if self.decided.receiver_count() > 0
+            && let Some(decision) = log.newest_first().next()
+        {
+            let _ = self.decided.send(decision.clone());
+        }
     }
 
     /// The decisions that `wanted` holds for, newest first, at most `limit`.
@@ -207,7 +273,7 @@ impl House {
     pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView]) -> Planner<'a> {
         Planner {
             tiers,
-            granularity: &self.granularity,
+            granules: &self.granules,
             ring: self.config.load.ring,
             now: self.ledger.now(),
         }

@@ -97,6 +97,7 @@ impl Monitor {
             host: Some(host),
             pressure,
         };
+        house.measured.send_replace(state.view.clone());
         house.settle_budget();
         if pressure != before {
             house.pressure.send_replace(pressure);

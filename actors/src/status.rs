@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hotset_core::device::DeviceDescription;
+use hotset_core::device::{DeviceDescription, Figures};
 use hotset_core::memory::{ArenaView, TierView};
 use hotset_core::{Bytes, ComponentId, SessionId, Tier};
 use serde::Serialize;
@@ -102,6 +102,8 @@ pub struct TierStatus {
     pub waiting: Option<usize>,
     /// Why it is out of service, where it is.
     pub out_of_service: Option<Arc<str>>,
+    /// What the device behind it said last.
+    pub figures: Option<Figures>,
     /// What is there or on its way, largest first.
     pub components: Vec<ComponentStatus>,
 }
@@ -208,6 +210,7 @@ impl TierStatus {
         view: TierView,
         device: Option<DeviceDescription>,
         waiting: Option<usize>,
+        figures: Option<Figures>,
         now: std::time::Duration,
     ) -> Self {
         Self {
@@ -224,6 +227,7 @@ impl TierStatus {
                 .sum(),
             waiting,
             out_of_service: view.out_of_service,
+            figures,
             components: view
                 .residencies
                 .iter()

@@ -22,6 +22,7 @@ pub mod memory;
 pub mod plan;
 pub mod policy;
 pub mod predict;
+mod random;
 pub mod replay;
 pub mod tensor;
 pub mod units;

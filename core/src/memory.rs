@@ -12,13 +12,13 @@ mod mapping;
 mod slab;
 mod writer;
 
-pub use arena::{Arena, ArenaOptions, ArenaView, MappingObserver};
+pub use arena::{Arena, ArenaOptions, ArenaView};
 pub use flight::{Flight, FlightFailure, FlightState, FlightTicket, Image};
 pub use lease::{Lease, LeaseError, Place, TensorView};
 pub use ledger::{
     Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,
     ResidencyView, Shortfall, TierView, WakeWhen, Want,
 };
-pub use mapping::{HUGE_PAGE, MappedRange, MappingId, Pages};
+pub use mapping::{HUGE_PAGE, MappedRange, MappingId, MappingObserver, Pages};
 pub use slab::{HostRange, Slab, SlabError};
 pub use writer::{SlabPiece, SlabWriter};

@@ -16,17 +16,19 @@ pub mod lru_2;
 mod memory;
 pub mod ollama;
 pub mod pressure;
+mod rates;
 pub mod s3_fifo;
+mod shadow;
 pub mod sieve;
 #[cfg(test)]
 pub(crate) mod test_utils;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::config::EvictionPolicyName;
 use crate::ids::ContentId;
-use crate::predict::Observed;
+use crate::predict::{Observed, PrefetchScore};
 use crate::units::Bytes;
 
 /// A resident component that nobody holds.
@@ -59,10 +61,24 @@ pub struct Victim {
     pub reason: String,
 }
 
+/// A component that is worth loading on an idle link, and what goes for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prefetch {
+    /// What to load.
+    pub content: ContentId,
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// What is to go, if anything.
+    pub victims: Vec<Victim>,
+}
+
 /// Chooses what to evict.
 pub trait EvictionPolicy: Send + 'static {
     /// Its name in the configuration, in decisions and in replays.
     fn name(&self) -> &'static str;
+
+    /// The most bytes that the tier may hold, at the start and whenever that changes.
+    fn on_capacity(&mut self, _capacity: Bytes) {}
 
     /// A component set was asked for; told before [`Self::on_request`] is for each of its components.
     fn observe(&mut self, _now: Duration, _request: &Observed<'_>) {}
@@ -75,6 +91,31 @@ pub trait EvictionPolicy: Send + 'static {
 
     /// Orders the candidates: who goes first stands first.
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim>;
+
+    /// The candidates that go so that `needed` bytes come back, which all of them together have; who goes first stands
+    /// first. What was prefetched and never used goes before everything else.
+    fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
+        first_of_ranked(self, now, candidates, needed)
+    }
+
+    /// What to load now that the link is idle: `residents` may go for it, `free` bytes are free. Asked again after each
+    /// load. `None`: nothing is worth it.
+    fn prefetch(
+        &mut self,
+        _now: Duration,
+        _residents: &[Candidate],
+        _free: Bytes,
+    ) -> Option<Prefetch> {
+        None
+    }
+
+    /// A prefetch was cancelled because a demand load wanted the link, which it kept for this long.
+    fn on_prefetch_cancelled(&mut self, _content: &ContentId, _delay_s: f64) {}
+
+    /// What came of the prefetches, where the policy makes any.
+    fn prefetch_score(&self) -> Option<PrefetchScore> {
+        None
+    }
 
     /// The most components that may be resident, for policies that bound the count beside the bytes.
     fn max_residents(&self) -> Option<usize> {
@@ -111,7 +152,7 @@ fn by_score(candidates: &[Candidate], score: impl Fn(&Candidate) -> (f64, String
 }
 
 /// A finite number that can be sorted by.
-#[derive(PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Score(f64);
 
 impl Eq for Score {}
@@ -150,6 +191,36 @@ fn unknown<'a>(candidates: &'a [Candidate], known: &HashSet<ContentId>) -> Vec<&
     new
 }
 
+/// The first of the ranked, those that were prefetched and never used before all others.
+fn first_of_ranked(
+    policy: &mut (impl EvictionPolicy + ?Sized),
+    now: Duration,
+    candidates: &[Candidate],
+    needed: Bytes,
+) -> Vec<Victim> {
+    let by_content: HashMap<&ContentId, &Candidate> =
+        candidates.iter().map(|c| (&c.content, c)).collect();
+    let mut ranked = policy.rank(now, candidates);
+    // Stable, so that within each half the policy's order stands.
+    ranked.sort_by_key(|victim| {
+        !by_content
+            .get(&victim.content)
+            .is_some_and(|c| c.prefetched)
+    });
+    let mut freed = Bytes::ZERO;
+    ranked
+        .into_iter()
+        .take_while(|victim| {
+            let wanted = freed < needed;
+            let bytes = by_content
+                .get(&victim.content)
+                .map_or(Bytes::ZERO, |c| c.bytes);
+            freed = freed.saturating_add(bytes);
+            wanted
+        })
+        .collect()
+}
+
 /// The policy of this name.
 #[must_use]
 pub fn by_name(name: EvictionPolicyName) -> Box<dyn EvictionPolicy> {
@@ -172,7 +243,7 @@ pub fn by_name(name: EvictionPolicyName) -> Box<dyn EvictionPolicy> {
 }
 
 /// The first of the ranked candidates whose bytes together reach `needed`; none where all of them would not do, since an
-/// eviction that does not help anybody only costs. What was prefetched and never used goes before everything else.
+/// eviction that does not help anybody only costs.
 #[must_use]
 pub fn select(
     policy: &mut dyn EvictionPolicy,
@@ -184,19 +255,7 @@ pub fn select(
     if total < needed || needed.is_zero() {
         return Vec::new();
     }
-    let find = |victim: &Victim| candidates.iter().find(|c| c.content == victim.content);
-    let mut ranked = policy.rank(now, candidates);
-    // Stable, so that within each half the policy's order stands.
-    ranked.sort_by_key(|victim| !find(victim).is_some_and(|c| c.prefetched));
-    let mut freed = Bytes::ZERO;
-    ranked
-        .into_iter()
-        .take_while(|victim| {
-            let wanted = freed < needed;
-            freed = freed.saturating_add(find(victim).map_or(Bytes::ZERO, |c| c.bytes));
-            wanted
-        })
-        .collect()
+    policy.choose(now, candidates, needed)
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@
 //! same model.
 
 mod features;
+mod ladder;
 mod learner;
+mod scoreboard;
 mod sessions;
 mod state;
 #[cfg(test)]
@@ -24,20 +26,20 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::Kind;
 use crate::config::PredictConfig;
 use crate::ids::{ContentId, SessionId};
+use crate::random::scramble;
 use crate::units::Bytes;
-use features::{Counts, Moment, Row, Tracked};
-use learner::Learner;
+use features::{Moment, Row, Tracked};
+use ladder::Ladder;
+pub use scoreboard::{Position, PrefetchScore, Scoreboard};
 use sessions::Sessions;
+use state::State;
 pub use state::UnsoundStateError;
-use state::{Pending, State};
 
 /// Examples taken at one request: one of its own components, one that was used lately, two of all that is remembered.
 /// What is in question when memory is short was mostly used lately; the rest keeps the model honest on what was not.
 const SAMPLES: u64 = 4;
 /// How many uses back "lately" reaches.
 const LATELY: usize = 64;
-/// Examples that may wait for their label. Where requests come too fast for it, fewer of them give examples.
-const MAX_PENDING: usize = 4_096;
 /// Components of one request that are looked at; a component set is far smaller.
 const MAX_COMPONENTS: usize = 64;
 
@@ -123,20 +125,15 @@ impl Predictor {
     pub fn new(config: &PredictConfig) -> Self {
         Self {
             state: State {
-                // Less than a second could not be told from "at once".
-                horizon_s: config.horizon.as_secs_f64().max(1.0),
-                learner: Learner::new(config.seed),
+                ladder: Ladder::new(config.seed),
                 config: config.clone(),
                 tracked: Vec::new(),
                 sessions: Sessions::default(),
-                pending: VecDeque::new(),
                 lately: VecDeque::new(),
-                load: Counts::default(),
+                pace: Pace::default(),
                 observed: 0,
-                start_s: None,
                 clock_s: 0.0,
                 offset_s: 0.0,
-                next_sample_s: 0.0,
             },
             index: HashMap::new(),
         }
@@ -150,18 +147,17 @@ impl Predictor {
         state.clock_s += away.as_secs_f64();
         state.offset_s = state.clock_s - now.as_secs_f64();
         if !away.is_zero() {
-            state.pending.clear();
+            state.ladder.forget_pending();
         }
     }
 
     /// Learns from a request.
     pub fn observe(&mut self, now: Duration, request: &Observed<'_>) {
         let now_s = self.advance(now);
-        self.learn_due(now_s);
+        self.learn_due();
         let state = &mut self.state;
-        state.start_s.get_or_insert(now_s);
+        state.pace.note(now_s, state.observed);
         state.observed += 1;
-        state.load.add(now_s);
 
         let components = &request.components[..request.components.len().min(MAX_COMPONENTS)];
         for seen in components {
@@ -191,7 +187,7 @@ impl Predictor {
             }
             self.state.lately.push_back(seen.content);
         }
-        self.note_session(now_s, request.session, components);
+        self.note_session(request.session, components);
         self.take_examples(now_s, components);
     }
 
@@ -200,7 +196,6 @@ impl Predictor {
     #[must_use]
     pub fn probability(&mut self, now: Duration, content: &ContentId) -> f64 {
         let now_s = self.advance(now);
-        self.learn_due(now_s);
         self.probability_at(now_s, content)
     }
 
@@ -212,7 +207,6 @@ impl Predictor {
         contents: impl IntoIterator<Item = &'a ContentId>,
     ) -> Vec<f64> {
         let now_s = self.advance(now);
-        self.learn_due(now_s);
         contents
             .into_iter()
             .map(|content| self.probability_at(now_s, content))
@@ -222,7 +216,43 @@ impl Predictor {
     /// Whether it has learned enough to be believed.
     #[must_use]
     pub fn is_trained(&self) -> bool {
-        self.state.learner.is_trained()
+        self.state.ladder.is_trained()
+    }
+
+    /// Expected uses of the component in each request, as seen over this many requests ahead. Tiny for one that was
+    /// never seen; `None` as long as no model can be believed.
+    #[must_use]
+    pub fn rate(&mut self, now: Duration, content: &ContentId, horizon: f64) -> Option<f64> {
+        let now_s = self.advance(now);
+        if !self.is_trained() {
+            return None;
+        }
+        let Some(tracked) = self.tracked(content) else {
+            return Some(f64::MIN_POSITIVE);
+        };
+        let row = self.row(tracked, &self.moment(now_s));
+        self.state.ladder.rate(&row, horizon)
+    }
+
+    /// Requests since the component was asked for; as many as there were where it is not remembered.
+    #[must_use]
+    pub fn requests_since(&self, content: &ContentId) -> u64 {
+        let last = self
+            .tracked(content)
+            .map_or(0, |tracked| tracked.last_request);
+        self.state.observed.saturating_sub(last)
+    }
+
+    /// The bytes of the component, where it is remembered.
+    #[must_use]
+    pub fn bytes_of(&self, content: &ContentId) -> Option<Bytes> {
+        self.tracked(content).map(|tracked| tracked.bytes)
+    }
+
+    /// Requests seen so far.
+    #[must_use]
+    pub fn observed(&self) -> u64 {
+        self.state.observed
     }
 
     /// The candidates that are worth a prefetch, the most seconds saved first; none before the model is believed.
@@ -234,7 +264,6 @@ impl Predictor {
         limit: usize,
     ) -> Vec<Proposal> {
         let now_s = self.advance(now);
-        self.learn_due(now_s);
         if !self.is_trained() {
             return Vec::new();
         }
@@ -267,21 +296,21 @@ impl Predictor {
     #[must_use]
     pub fn stats(&self) -> PredictorStats {
         let State {
-            learner,
+            ladder,
             tracked,
             sessions,
-            pending,
             observed,
             ..
         } = &self.state;
+        let learner = &ladder.learners[self.judged()];
         PredictorStats {
             observed: *observed,
             labelled: learner.labelled,
             positive: learner.positive,
             tracked: tracked.len(),
             sessions: sessions.len(),
-            pending: pending.len(),
-            trained: learner.is_trained(),
+            pending: ladder.pending.len(),
+            trained: ladder.is_trained(),
             log_loss_ewma: learner.log_loss,
             base_log_loss_ewma: learner.base_log_loss,
             calibration_error: learner.calibration_error(),
@@ -306,10 +335,8 @@ impl Predictor {
     fn moment(&self, now_s: f64) -> Moment {
         Moment {
             now_s,
-            horizon_s: self.state.horizon_s,
-            start_s: self.state.start_s.unwrap_or(now_s),
             request: self.state.observed,
-            load: self.state.load.at(now_s),
+            calm: self.state.pace.calm(),
         }
     }
 
@@ -323,30 +350,39 @@ impl Predictor {
             return 0.0;
         };
         let moment = self.moment(now_s);
-        if self.is_trained() {
-            self.state.learner.probability(&self.row(tracked, &moment))
-        } else {
-            features::chance_from_counts(tracked, &moment)
+        let horizon = self.horizon();
+        let row = self.row(tracked, &moment);
+        match self.state.ladder.rate(&row, horizon) {
+            Some(rate) => -(-rate * horizon).exp_m1(),
+            None => features::chance_from_counts(tracked, &moment, horizon),
         }
+    }
+
+    /// The configured horizon in requests, by their pace of late.
+    fn horizon(&self) -> f64 {
+        let gap_s = self.state.pace.slow_s.max(1e-3);
+        (self.state.config.horizon.as_secs_f64() / gap_s).clamp(1.0, 4_096.0)
+    }
+
+    /// The model whose horizon is nearest to the configured one: the one that the statistics are about.
+    fn judged(&self) -> usize {
+        let horizon = self.horizon();
+        let off = |rung: &usize| (ladder::HORIZONS[*rung] as f64 / horizon).ln().abs();
+        (0..ladder::HORIZONS.len())
+            .min_by(|a, b| off(a).total_cmp(&off(b)))
+            .unwrap_or(0)
     }
 
     /// Learns from the examples whose horizon has passed. As this runs before each request is counted, whatever has used
     /// an example's component since did so in time.
-    fn learn_due(&mut self, now_s: f64) {
-        while let Some(first) = self.state.pending.front() {
-            if first.taken_s + self.state.horizon_s >= now_s {
-                return;
-            }
-            let Some(due) = self.state.pending.pop_front() else {
-                return;
-            };
-            let outcome = self
-                .tracked(&due.content)
-                .is_some_and(|tracked| tracked.last_request > due.request);
-            if let Ok(row) = Row::try_from(due.row.as_slice()) {
-                self.state.learner.learn(&row, due.predicted, outcome);
-            }
-        }
+    fn learn_due(&mut self) {
+        let (tracked, index) = (&self.state.tracked, &self.index);
+        self.state
+            .ladder
+            .learn_due(self.state.observed, |content, request| {
+                let place = index.get(content).and_then(|place| tracked.get(*place));
+                place.is_some_and(|tracked| tracked.last_request > request)
+            });
     }
 
     /// Remembers the component, at the cost of the one unused for longest where there are too many.
@@ -375,36 +411,34 @@ impl Predictor {
     }
 
     /// Moves the session's weight from what it used before to what it uses now.
-    fn note_session(&mut self, now_s: f64, session: SessionId, components: &[Seen]) {
-        let horizon_s = self.state.horizon_s;
-        for left in self.state.sessions.note(now_s, session, components) {
-            let weight = (-(now_s - left.at_s).max(0.0) / horizon_s).exp2();
-            for content in &left.components {
+    fn note_session(&mut self, session: SessionId, components: &[Seen]) {
+        let now = self.state.observed;
+        let (activity, left) = self.state.sessions.note(now, session, components);
+        for last in left {
+            let weight = features::faded(now, last.at);
+            for content in &last.components {
                 if let Some(tracked) = self.tracked_mut(content) {
-                    let holders = tracked.holders_at(now_s, horizon_s);
-                    tracked.holders = (holders - weight).max(0.0);
-                    tracked.holders_at_s = now_s;
+                    tracked.hold(now, -weight, -weight * last.activity);
                 }
             }
         }
         for content in sessions::distinct(components) {
             if let Some(tracked) = self.tracked_mut(&content) {
-                tracked.holders = tracked.holders_at(now_s, horizon_s) + 1.0;
-                tracked.holders_at_s = now_s;
+                tracked.hold(now, 1.0, activity);
             }
         }
     }
 
-    /// Takes examples at random, spaced so that one horizon's examples fit in the queue.
+    /// Takes examples at random.
     fn take_examples(&mut self, now_s: f64, own: &[Seen]) {
-        if now_s < self.state.next_sample_s
-            || self.state.tracked.is_empty()
-            || self.state.pending.len() + SAMPLES as usize > MAX_PENDING
-        {
+        if self.state.tracked.is_empty() {
             return;
         }
         let moment = self.moment(now_s);
         for draw in 0..SAMPLES {
+            if !self.state.ladder.has_room() {
+                return;
+            }
             let number = scramble(self.state.config.seed, self.state.observed * SAMPLES + draw);
             let any_of = |len: usize| (number % len.max(1) as u64) as usize;
             let lately = &self.state.lately;
@@ -418,24 +452,35 @@ impl Predictor {
             let place = place.map_or(any_of(self.state.tracked.len()), |place| *place);
             let tracked = &self.state.tracked[place];
             let row = self.row(tracked, &moment);
-            let example = Pending {
-                content: tracked.content,
-                taken_s: now_s,
-                request: self.state.observed,
-                predicted: self.state.learner.probability(&row),
-                row: row.to_vec(),
-            };
-            self.state.pending.push_back(example);
+            let content = tracked.content;
+            self.state.ladder.take(content, moment.request, &row);
         }
-        let spacing = self.state.horizon_s * SAMPLES as f64 / MAX_PENDING as f64;
-        self.state.next_sample_s = now_s + spacing;
     }
 }
 
-/// The n-th number of a stream of random ones (SplitMix64, Steele et al. 2014): no state to save.
-fn scramble(seed: u64, n: u64) -> u64 {
-    let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// How fast requests come.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Pace {
+    last_s: f64,
+    /// Mean gap over about the last 16 requests.
+    fast_s: f64,
+    /// Mean gap over about the last 512.
+    slow_s: f64,
+}
+
+impl Pace {
+    fn note(&mut self, now_s: f64, before: u64) {
+        if before > 0 {
+            let gap = (now_s - self.last_s).max(0.0);
+            // Means at first, moving averages later.
+            let step = |of: f64| (1.0 / of).max(1.0 / before as f64);
+            self.fast_s += step(16.0) * (gap - self.fast_s);
+            self.slow_s += step(512.0) * (gap - self.slow_s);
+        }
+        self.last_s = now_s;
+    }
+
+    fn calm(&self) -> f64 {
+        (self.fast_s + 1e-3) / (self.slow_s + 1e-3)
+    }
 }

@@ -6,25 +6,35 @@
 //!
 //! Replays are deterministic: no clock is read but the one that a caller hands in to time decisions.
 
+#[cfg(feature = "bound")]
+mod bound;
+mod compare;
 mod cost;
+mod link;
 mod outcome;
 mod setup;
 #[cfg(test)]
 mod tests;
 mod tier;
 mod trace;
+mod variants;
 
 use std::time::Duration;
 
 use crate::policy::EvictionPolicy;
 use crate::predict::{Observed, Seen};
 use crate::units::Bytes;
+#[cfg(feature = "bound")]
+pub use bound::{Bound, BoundError, bound};
+pub use compare::{Comparison, Mean, Run, compare};
 pub use cost::{LoadCost, ParseLoadCostError};
+use link::Link;
 use outcome::Tally;
 pub use outcome::{Outcome, Seconds};
 pub use setup::{PolicyName, UnknownPolicyError};
 use tier::{SimulatedTier, Wanted};
 pub use trace::{Trace, TraceComponent, TraceError, TraceRequest};
+pub use variants::{Stress, UnknownStressError};
 
 /// Which requests count. The others only warm the tiers and the predictor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,17 +74,10 @@ pub fn replay(
         .vram
         .map(|capacity| SimulatedTier::new(capacity, policy()));
     let mut tally = Tally::new(ram.policy_name());
-    let first = match machine.measured {
-        Measured::AfterShare(share) => {
-            (trace.requests().len() as f64 * share.clamp(0.0, 1.0)) as usize
-        }
-        Measured::From(start) => trace.requests().partition_point(|r| r.at < start),
-    };
-    let load_s: Vec<f64> = trace
-        .components()
-        .iter()
-        .map(|c| c.load_s.unwrap_or_else(|| machine.load.seconds(c.bytes)))
-        .collect();
+    let first = first_measured(trace, machine.measured);
+    let load_s = load_seconds(trace, machine);
+    let mut link = Link::new(trace, &load_s);
+    let mut score_before = None;
     let mut seen = Vec::new();
     for (number, request) in trace.requests().iter().enumerate() {
         seen.clear();
@@ -100,6 +103,11 @@ pub fn replay(
             .collect()
         };
         let before = clock();
+        if number == first {
+            score_before = ram.prefetch_score();
+        }
+        // What the link did since the request before, and what is left of it for this one.
+        let held = link.until(request.at, &mut ram, &request.components);
         let mut paid = vec![0.0; seen.len()];
         match &mut vram {
             None => {
@@ -128,6 +136,7 @@ pub fn replay(
                 }
             }
         }
+        link.settle(held, &seen, &mut paid, &mut ram, request.at);
         let took = clock().saturating_sub(before);
         if number >= first {
             let uncached = request.components.iter().zip(&seen).map(|(place, seen)| {
@@ -139,5 +148,26 @@ pub fn replay(
             tally.count(uncached.zip(paid), took);
         }
     }
-    tally.outcome(machine.ram, machine.vram)
+    let score = ram.prefetch_score();
+    tally.outcome(
+        machine.ram,
+        machine.vram,
+        score.map(|s| s.since(score_before)),
+    )
+}
+
+/// The number of the first request that counts.
+fn first_measured(trace: &Trace, measured: Measured) -> usize {
+    match measured {
+        Measured::AfterShare(share) => {
+            (trace.requests().len() as f64 * share.clamp(0.0, 1.0)) as usize
+        }
+        Measured::From(start) => trace.requests().partition_point(|r| r.at < start),
+    }
+}
+
+/// What loading each component from disk takes, in seconds.
+fn load_seconds(trace: &Trace, machine: &Machine) -> Vec<f64> {
+    let seconds = |c: &TraceComponent| c.load_s.unwrap_or_else(|| machine.load.seconds(c.bytes));
+    trace.components().iter().map(seconds).collect()
 }

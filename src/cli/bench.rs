@@ -17,6 +17,8 @@ pub(crate) enum BenchCommand {
     Scan(ScanArgs),
     /// Load made-up weights from disk, with the disk's own speed beside it
     Load(load::LoadArgs),
+    /// Lease and map what is resident: in process, over the bridge, from Python
+    Attach(super::attach::AttachArgs),
 }
 
 /// How to measure scanning.
@@ -37,6 +39,7 @@ pub(crate) struct ScanArgs {
 pub(crate) async fn run(command: &BenchCommand, global: &Global) -> Result<(), CliError> {
     match command {
         BenchCommand::Scan(args) => scan(args, global).await,
+        BenchCommand::Attach(args) => super::attach::run(args, global).await,
         BenchCommand::Load(args) => load::run(args, global).await,
     }
 }

@@ -4,6 +4,8 @@
 
 mod commands;
 mod python;
+mod python_client;
+mod server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -63,14 +63,14 @@ impl Contents {
         self.parameters = self.parameters.saturating_add(elements);
         count(&mut self.dtypes, dtype, bytes);
         self.outline.add(name, shape, dtype);
-        let found = signatures
-            .components
-            .iter()
-            .enumerate()
-            .find_map(|(i, rule)| {
-                let prefix = rule.prefixes.iter().position(|p| name.starts_with(&**p))?;
-                Some((i, prefix))
-            });
+        let first = name.as_bytes().first();
+        // Most keys begin as no prefix does, and one byte shows it.
+        let begins = |prefix: &str| prefix.as_bytes().first() == first && name.starts_with(prefix);
+        let mut rules = signatures.components.iter().enumerate();
+        let found = rules.find_map(|(i, rule)| {
+            let prefix = rule.prefixes.iter().position(|prefix| begins(prefix))?;
+            Some((i, prefix))
+        });
         if let Some((rule, prefix)) = found {
             self.add_to_part(rule, prefix, dtype, range);
         }

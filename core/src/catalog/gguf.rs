@@ -123,6 +123,14 @@ pub enum GgufError {
     },
 }
 
+impl GgufError {
+    /// Whether the file may only be too short: cut off, or still being written.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        matches!(self, Self::Truncated { .. } | Self::BeyondFile { .. })
+    }
+}
+
 /// Reads and checks the header of an open file of `file_len` bytes. Blocks.
 ///
 /// # Errors

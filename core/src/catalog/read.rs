@@ -180,14 +180,14 @@ pub(super) fn read_part(
             return Err(
                 "this is a pickle file, which can run code when it is opened; hotset never opens it: \
                  convert it to safetensors in a place that you trust"
-                    .to_owned(),
+                    .into(),
             );
         }
         Container::Onnx => {
             return Err(
                 "ONNX files are listed only: their weights cannot be loaded apart from their graph; \
                  use the model's safetensors files"
-                    .to_owned(),
+                    .into(),
             );
         }
         Container::Gguf | Container::Safetensors => {}
@@ -275,7 +275,8 @@ impl Reading<'_, '_> {
         if again {
             return Err(format!(
                 "tensor `{name}` is in two shards, so it is unclear which one counts; fetch the model again"
-            ));
+            )
+            .into());
         }
         Ok(())
     }
@@ -295,7 +296,10 @@ impl Reading<'_, '_> {
         buffer: &mut Vec<u8>,
     ) -> Result<(), Reason> {
         let file_len = source.identity.size.get();
-        let wrong = |error: safetensors::HeaderError| located(&source.path, &error);
+        let wrong = |error: safetensors::HeaderError| Reason {
+            incomplete: error.is_incomplete(),
+            ..located(&source.path, &error)
+        };
         let header = safetensors::read_header_bytes(file, file_len, buffer).map_err(wrong)?;
         let data_start = 8 + header.len() as u64;
         self.read.data_starts.push(data_start);
@@ -344,7 +348,10 @@ impl Reading<'_, '_> {
         buffer: &mut Vec<u8>,
     ) -> Result<(), Reason> {
         let file_len = source.identity.size.get();
-        let wrong = |error: gguf::GgufError| located(&source.path, &error);
+        let wrong = |error: gguf::GgufError| Reason {
+            incomplete: error.is_incomplete(),
+            ..located(&source.path, &error)
+        };
         let pairs = gguf::read_pairs(file, file_len, buffer).map_err(wrong)?;
         self.read.data_starts.push(pairs.data_start());
         let mark = alone.then(|| {
@@ -380,11 +387,11 @@ fn part_files(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Vec<SourceFil
     let Some(index) = &part.index else {
         let expected = part.expected as usize;
         if expected > part.files.len() {
-            return Err(format!(
+            return Err(Reason::missing(format!(
                 "{} of {expected} shards of `{}` are there; fetch the missing ones",
                 part.files.len(),
                 part.stem
-            ));
+            )));
         }
         return Ok(part.files.clone());
     };
@@ -395,11 +402,11 @@ fn part_files(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Vec<SourceFil
             continue;
         }
         let metadata = std::fs::metadata(&path).map_err(|error| {
-            format!(
+            Reason::missing(format!(
                 "{} names the shard {}, which cannot be found ({error}); fetch it again",
                 index.path.display(),
                 path.display()
-            )
+            ))
         })?;
         let source = SourceFile {
             path: path.into(),
@@ -430,5 +437,5 @@ fn open(path: &Path) -> Result<(File, FileIdentity), Reason> {
 
 fn located(path: &Path, error: &dyn std::fmt::Display) -> Reason {
     let name = path.file_name().unwrap_or(path.as_os_str());
-    format!("{}: {error}", Path::new(name).display())
+    format!("{}: {error}", Path::new(name).display()).into()
 }

@@ -168,6 +168,19 @@ pub enum HeaderError {
     },
 }
 
+impl HeaderError {
+    /// Whether the file may only be too short: cut off, or still being written.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        match self {
+            Self::TooShort { .. } | Self::BeyondFile { .. } => true,
+            // Longer than the file, and not longer than any header.
+            Self::HeaderTooLong { header_bytes, .. } => *header_bytes <= MAX_HEADER_BYTES,
+            _ => false,
+        }
+    }
+}
+
 /// One tensor while the header is being read: nothing is copied.
 struct RawTensor<'a> {
     name: Cow<'a, str>,

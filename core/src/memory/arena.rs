@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::mapping::{HUGE_FROM, HUGE_PAGE, MappedRange, Mapping, Pages};
+use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
 use crate::machine::Machine;
@@ -50,13 +50,6 @@ impl Default for ArenaOptions {
             machine: None,
         }
     }
-}
-
-/// Hears where mappings are, for a device that has to register host memory before it can copy from it.
-pub trait MappingObserver: Send + Sync + std::fmt::Debug {
-    /// A mapping is about to end: who registered the range must undo that before this returns. Called once for each
-    /// mapping, from the thread that ends it, with no lock held.
-    fn unmapping(&self, range: MappedRange);
 }
 
 /// What an arena holds.
@@ -109,7 +102,6 @@ struct State {
     filling: Vec<Weak<Slab>>,
     reused: u64,
     fresh: u64,
-    observers: Vec<Arc<dyn MappingObserver>>,
 }
 
 #[derive(Debug)]
@@ -207,19 +199,6 @@ impl Shared {
         // Nothing under the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Unmaps, after all observers have heard of it. Without the lock, since gigabytes take long.
-    fn unmap(&self, gone: Vec<Mapping>) {
-        if gone.is_empty() {
-            return;
-        }
-        let observers = self.lock().observers.clone();
-        for mapping in gone {
-            for observer in &observers {
-                observer.unmapping(mapping.range());
-            }
-        }
-    }
 }
 
 impl Home {
@@ -239,7 +218,7 @@ impl Home {
             let room = state.warm_room(Bytes::ZERO);
             state.surplus(room)
         };
-        shared.unmap(gone);
+        drop(gone);
     }
 }
 
@@ -262,15 +241,9 @@ impl Arena {
                     filling: Vec::new(),
                     reused: 0,
                     fresh: 0,
-                    observers: Vec::new(),
                 }),
             }),
         }
-    }
-
-    /// Tells `observer` of every mapping that ends from now on.
-    pub fn observe(&self, observer: Arc<dyn MappingObserver>) {
-        self.shared.lock().observers.push(observer);
     }
 
     /// A slab of this many bytes with its one writer, on warm memory where there is some of its size. May unmap other
@@ -303,7 +276,8 @@ impl Arena {
             gone.extend(state.surplus(room));
             (found, gone)
         };
-        self.shared.unmap(gone);
+        // Without the lock, since to unmap gigabytes takes long.
+        drop(gone);
         let fresh = found.is_none();
         let mapping = match found {
             Some(mapping) => mapping,
@@ -430,7 +404,8 @@ impl Arena {
             let room = state.warm_room(Bytes::ZERO);
             state.surplus(room)
         };
-        self.shared.unmap(gone);
+        // Without the lock, since to unmap gigabytes takes long.
+        drop(gone);
     }
 
     /// Others need memory, or no longer do. While they do, nothing is kept warm, and what is goes back to the system; gives
@@ -452,7 +427,8 @@ impl Arena {
             state.surplus(keep)
         };
         let bytes = gone.iter().map(Mapping::held).sum();
-        self.shared.unmap(gone);
+        // Without the lock, since to unmap gigabytes takes long.
+        drop(gone);
         bytes
     }
 
@@ -468,17 +444,6 @@ impl Arena {
             reused: state.reused,
             fresh: state.fresh,
             pages: self.shared.pages,
-        }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for kept in state.warm.iter().chain(&state.lingering) {
-            for observer in &state.observers {
-                observer.unmapping(kept.mapping.range());
-            }
         }
     }
 }

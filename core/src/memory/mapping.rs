@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::slab::SlabError;
 use crate::units::{Bytes, MIB};
@@ -25,7 +25,7 @@ const PAGE: u64 = 4096;
 pub(super) const HUGE_FROM: u64 = 16 * MIB;
 
 /// The pages that host memory lies on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pages {
     /// 2 MiB pages that the administrator reserved (`vm.nr_hugepages`).
@@ -117,15 +117,22 @@ fn can_collapse() -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MappingId(u64);
 
-/// Where a mapping lies in this process. It stays there until
-/// [`MappingObserver::unmapping`](super::MappingObserver::unmapping), however many slabs use it one after another.
+/// Somebody who has to know when host memory goes: a device that has it pinned.
+pub trait MappingObserver: Send + Sync + std::fmt::Debug {
+    /// The pages of the range are about to go, or to become others. Nobody uses its bytes now; who registered the range
+    /// must undo that before this returns. Called once, from the thread that is about to change them.
+    fn unmapping(&self, range: MappedRange);
+}
+
+/// Where the memory of a mapping lies in this process. It stays there until [`MappingObserver::unmapping`], however many
+/// slabs use it one after another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRange {
     /// Which mapping.
     pub mapping: MappingId,
     /// The address of its first byte.
     pub address: usize,
-    /// How long it is. Behind the slab's own bytes there may be no memory yet.
+    /// How long it is: the slab's bytes in whole pages.
     pub bytes: usize,
 }
 
@@ -144,6 +151,10 @@ pub(super) struct Mapping {
     populating: Mutex<()>,
     /// A descriptor left this process's hands: from then on nobody can write through a new one.
     shared: AtomicBool,
+    /// What was handed out last, to be handed out again: opening it by name costs ten times a duplicate.
+    handed_out: Mutex<Option<OwnedFd>>,
+    /// One for each device that has the memory pinned.
+    observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
 }
 
 // SAFETY: the mapping is owned by this value for its whole life and is not tied to a thread; who may touch which bytes
@@ -185,6 +196,8 @@ impl Mapping {
             present: AtomicUsize::new(0),
             populating: Mutex::new(()),
             shared: AtomicBool::new(false),
+            handed_out: Mutex::default(),
+            observers: Mutex::default(),
         };
         if pages == Pages::Transparent {
             mapping.advise(Advice::LinuxHugepage);
@@ -208,7 +221,28 @@ impl Mapping {
         MappedRange {
             mapping: self.id,
             address: self.start.as_ptr() as usize,
-            bytes: self.len,
+            bytes: match self.touched.load(Ordering::Relaxed) {
+                // Made without a slab: nobody has been told how long one will be.
+                0 => self.len,
+                touched => touched,
+            },
+        }
+    }
+
+    /// Tells `observer` before the pages go.
+    pub(super) fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        let observers = self.observers.lock();
+        observers
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(observer);
+    }
+
+    /// Tells all observers that the pages go. They are asked anew before anybody uses what comes.
+    fn tell(&mut self) {
+        let range = self.range();
+        let observers = self.observers.get_mut();
+        for observer in observers.unwrap_or_else(PoisonError::into_inner).drain(..) {
+            observer.unmapping(range);
         }
     }
 
@@ -262,6 +296,10 @@ impl Mapping {
     /// behind the new one's end is zeroed. `false` where that cannot be, and the mapping is of no use for this size.
     pub(super) fn fit(&mut self, bytes: usize) -> bool {
         let (kept, touched) = (self.wholly(bytes), self.touched.load(Ordering::Relaxed));
+        if kept != touched {
+            // A device that has pinned pages would go on with those that are punched out, and lacks those that come.
+            self.tell();
+        }
         if !self.suits(bytes) || (kept < touched && !self.punch(kept, touched)) {
             return false;
         }
@@ -371,7 +409,18 @@ impl Mapping {
                     error,
                 })?;
         }
-        self.reopen().map_err(|error| SlabError::Reopen { error })
+        let mut kept = self.handed_out();
+        let descriptor = match &*kept {
+            Some(descriptor) => descriptor,
+            None => kept.insert(self.reopen().map_err(|error| SlabError::Reopen { error })?),
+        };
+        rustix::io::fcntl_dupfd_cloexec(descriptor, 0).map_err(|error| SlabError::Reopen { error })
+    }
+
+    fn handed_out(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.handed_out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn reopen(&self) -> Result<OwnedFd, Errno> {
@@ -388,6 +437,8 @@ impl Mapping {
         if !self.is_shared() {
             return true;
         }
+        // Our own one would count as a holder.
+        drop(self.handed_out().take());
         let Ok(probe) = self.reopen() else {
             return false;
         };
@@ -453,6 +504,7 @@ fn map(memfd: &OwnedFd, len: usize, pages: Pages) -> Result<NonNull<u8>, Errno> 
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.tell();
         // SAFETY: this is the mapping made in `create`; the slab that used it is gone, and with it every borrow.
         let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
         if let Err(error) = unmapped {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::arena::Home;
-use super::mapping::{MappedRange, Mapping, Pages};
+use super::mapping::{MappedRange, Mapping, MappingObserver, Pages};
 use super::writer::SlabWriter;
 use crate::units::Bytes;
 
@@ -136,7 +136,7 @@ impl Slab {
     }
 
     /// Where it lies in this process: its bytes are the first of this range, which outlives the slab. A device that
-    /// registers the range once finds later slabs registered already; see
+    /// registers the range once finds later slabs of its size registered already; see
     /// [`MappingObserver`](super::MappingObserver) for when it ends.
     #[must_use]
     pub fn range(&self) -> MappedRange {
@@ -207,6 +207,17 @@ impl HostRange {
     #[must_use]
     pub fn bytes(&self) -> Bytes {
         Bytes((self.end - self.start) as u64)
+    }
+
+    /// The mapping that they lie in.
+    #[must_use]
+    pub fn mapping(&self) -> MappedRange {
+        self.slab.range()
+    }
+
+    /// Tells `observer` before the pages of that mapping go.
+    pub fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        self.slab.mapping().observe(observer);
     }
 }
 

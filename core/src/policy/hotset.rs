@@ -1,47 +1,148 @@
-//! hotset's own retention: the least predicted use times restore time for its bytes goes first.
+//! hotset's own retention: the least predicted use times restore time for its bytes goes first, unless a simpler policy does
+//! better here and now.
 //!
-//! The value of keeping a component for a while is the rate of its next uses, times the seconds that a load would take;
-//! it costs its bytes. The rate comes from [`Predictor`] with a horizon of an hour: `-ln(1 - p) / horizon`, the rate of a
-//! Poisson process with that chance of a use. Victims by density, since a knapsack over the candidates measured worse.
-//! Until the predictor has learned enough, least recently used; it learns from [`EvictionPolicy::observe`], so where that is
-//! not called it stays so.
+//! The value of keeping a component is the rate of its next uses, times the seconds that a load would take; it costs its
+//! bytes. The rate comes from [`Predictor`], which looks as far ahead as LRU would keep things in this tier: what
+//! comes later than that could be loaded again meanwhile. Victims by density, since a knapsack over the candidates measured
+//! worse.
+//!
+//! A predictor can be wrong: the world changes, or there is nothing to learn. So three tiers run beside the real one as
+//! metadata alone, one under LRU, one under GDSF and one under the predictor, on the same requests; the real tier follows
+//! whichever has paid least of late. Until the predictor has learned enough it is out of the race, and LRU is what is
+//! followed at the start.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use super::lru::Lru;
-use super::{Candidate, EvictionPolicy, Victim, by_score};
+use super::memory::Memory;
+use super::rates::Rates;
+use super::shadow::{Asked, Held, Scoring, Shadow};
+use super::{Candidate, EvictionPolicy, Prefetch, Score, Victim, by_score};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
-use crate::predict::{Observed, Predictor, PredictorStats};
+use crate::predict::{Observed, Position, Predictor, PredictorStats, PrefetchScore, Scoreboard};
+use crate::units::Bytes;
 
-/// How far ahead a use counts. Measured: from half an hour to two hours within 1 to 4 %.
-const HORIZON: Duration = Duration::from_secs(3_600);
-/// The largest probability, so that rates stay finite.
-const MAX_PROBABILITY: f64 = 0.999_9;
+/// How long LRU keeps things before its shadow has told, in requests.
+const FIRST_AGE: f64 = 64.0;
+/// The horizon as a share of the requests for which LRU keeps what it evicts. Measured: from 0.5 to 2 within a percent; the
+/// shorter, the sooner a change is seen.
+const HORIZON_SHARE: f64 = 0.7;
+/// The least and the most requests that are looked ahead.
+const HORIZONS: (f64, f64) = (4.0, 2_048.0);
+/// Share of the latest eviction in the mean time that LRU keeps things.
+const AGE_STEP: f64 = 1.0 / 64.0;
+/// Share of a difference between two shadows that is remembered from one request to the next: half is forgotten after
+/// about 700.
+const MEMORY: f64 = 0.999;
+/// A challenger must be ahead of the leader by so many standard deviations of their differences, were these of random sign:
+/// few loads decide much, and following luck costs more than waiting.
+const AHEAD: f64 = 1.5;
+/// What went last and could be loaded again on a guess: mostly what a load that had to be made drove out.
+const MAX_GHOSTS: usize = 64;
+/// Expected seconds saved must be so many times the expected seconds lost by what goes.
+const MARGIN: f64 = 3.0;
+/// Expected uses within the horizon below which nothing is loaded on a guess.
+const MIN_USES: f64 = 0.7;
+/// Makes the number of a request a score below all that come from rates.
+const UNKNOWN: f64 = 1e-30;
 
-/// Retention by predicted use.
+/// Whose shadow is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leader {
+    /// Least recently used.
+    Lru,
+    /// Greedy-Dual-Size-Frequency.
+    Gdsf,
+    /// Predicted use.
+    Predictor,
+}
+
+impl Leader {
+    const ALL: [Self; 3] = [Self::Lru, Self::Gdsf, Self::Predictor];
+}
+
+/// By how much one shadow paid more than another of late.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lag {
+    seconds: f64,
+    squares: f64,
+}
+
+impl Lag {
+    fn note(&mut self, more_s: f64) {
+        self.seconds = self.seconds * MEMORY + more_s;
+        self.squares = self.squares * MEMORY * MEMORY + more_s * more_s;
+    }
+
+    /// Whether it is more than luck.
+    fn is_plain(&self) -> bool {
+        self.seconds > AHEAD * self.squares.sqrt()
+    }
+}
+
+/// Retention by predicted use, or by what does better.
 #[derive(Debug, Clone)]
 pub struct HotsetRetention {
     predictor: Predictor,
+    rates: Rates,
+    capacity: Bytes,
+    /// Restore seconds as last heard.
+    restore_s: Memory<f64>,
+    /// Seconds and GB of all restores heard of, for those not heard of yet.
+    restored: (f64, f64),
+
+    // The race.
+    lru: Shadow,
+    /// Requests for which LRU keeps what it evicts.
+    lru_age: f64,
+    gdsf: Shadow,
+    gdsf_clock: f64,
+    predicted: Shadow,
+    /// By how much each paid more than each.
+    lags: [[Lag; 3]; 3],
+    leader: Leader,
+
+    // Prefetch, where it is wanted.
+    prefetch: Option<Scoreboard>,
+    /// What went last, oldest first, with what loading it again takes.
+    ghosts: VecDeque<Asked>,
 }
 
 impl HotsetRetention {
     /// One that knows nothing yet.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self::with_horizon(seed, HORIZON)
+        let predictor = Predictor::new(&PredictConfig {
+            seed,
+            ..PredictConfig::default()
+        });
+        Self {
+            predictor,
+            rates: Rates::default(),
+            capacity: Bytes::ZERO,
+            restore_s: Memory::default(),
+            restored: (0.0, 0.0),
+            lru: Shadow::default(),
+            lru_age: FIRST_AGE,
+            gdsf: Shadow::default(),
+            gdsf_clock: 0.0,
+            predicted: Shadow::default(),
+            lags: Default::default(),
+            leader: Leader::Predictor,
+            prefetch: None,
+            ghosts: VecDeque::new(),
+        }
     }
 
-    /// One that looks this far ahead.
+    /// One that also names what is worth loading on an idle link.
     #[must_use]
-    pub fn with_horizon(seed: u64, horizon: Duration) -> Self {
+    pub fn with_prefetch(seed: u64) -> Self {
         Self {
-            predictor: Predictor::new(&PredictConfig {
-                horizon,
-                seed,
-                ..PredictConfig::default()
-            }),
+            prefetch: Some(Scoreboard::default()),
+            ..Self::new(seed)
         }
     }
 
@@ -50,92 +151,393 @@ impl HotsetRetention {
     pub fn stats(&self) -> PredictorStats {
         self.predictor.stats()
     }
+
+    /// Whose choices it follows.
+    #[must_use]
+    pub fn leader(&self) -> Leader {
+        if self.leader == Leader::Predictor && !self.predictor.is_trained() {
+            return Leader::Lru;
+        }
+        self.leader
+    }
+
+    fn horizon(&self) -> f64 {
+        (HORIZON_SHARE * self.lru_age).clamp(HORIZONS.0, HORIZONS.1)
+    }
+
+    fn asked(&self, content: ContentId, bytes: Bytes) -> Asked {
+        let (seconds, gb) = self.restored;
+        let assumed = bytes.as_f64() / 1e9 * if gb > 0.0 { seconds / gb } else { 1.0 };
+        Asked {
+            content,
+            bytes,
+            restore_s: self.restore_s.get(&content).copied().unwrap_or(assumed),
+        }
+    }
+
+    /// Runs the shadows.
+    fn race(&mut self, now: Duration, request: &Observed<'_>) {
+        let (number, capacity) = (self.predictor.observed(), self.capacity);
+        let mut set: Vec<Asked> = Vec::with_capacity(request.components.len());
+        for seen in request.components {
+            if set.iter().all(|asked| asked.content != seen.content) {
+                set.push(self.asked(seen.content, seen.bytes));
+            }
+        }
+        let mut lru = ByAge {
+            number,
+            age: &mut self.lru_age,
+        };
+        let lru_s = self.lru.request(number, capacity, &set, &mut lru);
+        let mut gdsf = ByWorth {
+            clock: &mut self.gdsf_clock,
+        };
+        let gdsf_s = self.gdsf.request(number, capacity, &set, &mut gdsf);
+        let mut predicted = ByRate {
+            now,
+            horizon: self.horizon(),
+            predictor: &mut self.predictor,
+            rates: &mut self.rates,
+        };
+        let predicted_s = self
+            .predicted
+            .request(number, capacity, &set, &mut predicted);
+        self.elect([lru_s, gdsf_s, predicted_s]);
+    }
+
+    fn elect(&mut self, paid_s: [f64; 3]) {
+        for (lags, paid) in self.lags.iter_mut().zip(paid_s) {
+            for (lag, other) in lags.iter_mut().zip(paid_s) {
+                lag.note(paid - other);
+            }
+        }
+        let lags = &self.lags[self.leader as usize];
+        let ahead = Leader::ALL
+            .into_iter()
+            .filter(|other| lags[*other as usize].is_plain())
+            .max_by(|a, b| {
+                let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
+                a.total_cmp(&b)
+            });
+        self.leader = ahead.unwrap_or(self.leader);
+    }
+
+    /// Hears what restoring costs.
+    fn note_costs(&mut self, candidates: &[Candidate]) {
+        for candidate in candidates {
+            let restore_s = candidate.restore_s;
+            if restore_s.is_finite() && self.restore_s.get(&candidate.content) != Some(&restore_s) {
+                self.restore_s.put(candidate.content, restore_s);
+                self.restored.0 += restore_s;
+                self.restored.1 += candidate.bytes.as_f64() / 1e9;
+            }
+        }
+    }
+
+    fn gdsf_score(&self, candidate: &Candidate) -> (f64, String) {
+        // What GDSF would not have kept goes first.
+        let score = self
+            .gdsf
+            .get(&candidate.content)
+            .map_or(0.0, |held| held.score);
+        (
+            score,
+            format!("least worth its bytes by GDSF: priority {score:.3}"),
+        )
+    }
+
+    fn worth(rate: f64, candidate: &Candidate) -> f64 {
+        let score = rate * candidate.restore_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
+        if score.is_finite() { score } else { 0.0 }
+    }
+
+    fn predicted_reason(rate: f64, horizon: f64, candidate: &Candidate) -> String {
+        format!(
+            "wanted within {horizon:.0} requests with {:.1} %, {:.2} s to restore",
+            -(-rate * horizon).exp_m1() * 100.0,
+            candidate.restore_s
+        )
+    }
+
+    /// As the default, but with a bound on how many rates are found anew: what has changed little is looked at again only
+    /// where it stands lowest.
+    fn choose_by_rates(
+        &mut self,
+        now: Duration,
+        candidates: &[Candidate],
+        needed: Bytes,
+    ) -> Vec<Victim> {
+        let horizon = self.horizon();
+        self.rates.grant();
+        let mut heap: BinaryHeap<_> = (0..)
+            .zip(candidates)
+            .map(|(place, candidate): (usize, _)| {
+                let content = &candidate.content;
+                let rate = self
+                    .rates
+                    .lately(&mut self.predictor, now, content, horizon);
+                let score = Score(Self::worth(rate, candidate));
+                Reverse((!candidate.prefetched, score, candidate.last_used, place))
+            })
+            .collect();
+        let mut freed = Bytes::ZERO;
+        let mut victims = Vec::new();
+        while freed < needed
+            && let Some(Reverse((kept, Score(score), last_used, place))) = heap.pop()
+        {
+            let candidate = &candidates[place];
+            let content = &candidate.content;
+            let (rate, changed) = self.rates.now(&mut self.predictor, now, content, horizon);
+            if changed {
+                let score = Score(Self::worth(rate, candidate));
+                heap.push(Reverse((kept, score, last_used, place)));
+                continue;
+            }
+            freed = freed.saturating_add(candidate.bytes);
+            victims.push(Victim {
+                content: *content,
+                score,
+                reason: Self::predicted_reason(rate, horizon, candidate),
+            });
+        }
+        victims
+    }
+}
+
+/// LRU: the number of the request that used it last.
+struct ByAge<'a> {
+    number: u64,
+    age: &'a mut f64,
+}
+
+impl Scoring for ByAge<'_> {
+    fn on_use(&mut self, _held: &Held) -> (f64, u64) {
+        (self.number as f64, u64::MAX)
+    }
+
+    fn on_evict(&mut self, held: &Held) {
+        *self.age += AGE_STEP * (self.number as f64 - held.score - *self.age);
+    }
+}
+
+/// GDSF: see [`super::gdsf`].
+struct ByWorth<'a> {
+    clock: &'a mut f64,
+}
+
+impl Scoring for ByWorth<'_> {
+    fn on_use(&mut self, held: &Held) -> (f64, u64) {
+        let worth = held.uses as f64 * held.asked.seconds_per_gb();
+        (*self.clock + worth, u64::MAX)
+    }
+
+    fn on_evict(&mut self, held: &Held) {
+        *self.clock = self.clock.max(held.score);
+    }
+}
+
+/// The predictor: expected seconds saved by each GB in each request.
+struct ByRate<'a> {
+    now: Duration,
+    horizon: f64,
+    predictor: &'a mut Predictor,
+    rates: &'a mut Rates,
+}
+
+impl ByRate<'_> {
+    fn score(&mut self, asked: &Asked) -> (f64, u64) {
+        if !self.predictor.is_trained() {
+            // Least recently used first, and before anything that is known.
+            let now = self.predictor.observed();
+            let last = now - self.predictor.requests_since(&asked.content).min(now);
+            return (last as f64 * UNKNOWN, now + 1);
+        }
+        let (rate, _) = self
+            .rates
+            .now(self.predictor, self.now, &asked.content, self.horizon);
+        let fresh_until = self.rates.fresh_until(&asked.content);
+        (rate * asked.seconds_per_gb(), fresh_until)
+    }
+}
+
+impl Scoring for ByRate<'_> {
+    fn on_use(&mut self, held: &Held) -> (f64, u64) {
+        self.score(&held.asked)
+    }
+
+    fn again(&mut self, held: &Held) -> (f64, u64) {
+        self.score(&held.asked)
+    }
 }
 
 impl EvictionPolicy for HotsetRetention {
     fn name(&self) -> &'static str {
-        "hotset"
+        match self.prefetch {
+            None => "hotset",
+            Some(_) => "hotset-prefetch",
+        }
+    }
+
+    fn on_capacity(&mut self, capacity: Bytes) {
+        self.capacity = capacity;
     }
 
     fn observe(&mut self, now: Duration, request: &Observed<'_>) {
         self.predictor.observe(now, request);
+        for seen in request.components {
+            self.rates.forget(&seen.content);
+        }
+        if !self.capacity.is_zero() {
+            self.race(now, request);
+        }
+        if let Some(board) = &mut self.prefetch {
+            let contents = request.components.iter().map(|seen| &seen.content);
+            board.asked(self.predictor.observed(), contents.clone());
+            self.ghosts
+                .retain(|ghost| contents.clone().all(|content| *content != ghost.content));
+        }
+    }
+
+    fn on_evict(&mut self, _now: Duration, content: &ContentId) {
+        let Some(board) = &mut self.prefetch else {
+            return;
+        };
+        board.gone(content);
+        let Some(bytes) = self.predictor.bytes_of(content) else {
+            return;
+        };
+        if self.ghosts.len() == MAX_GHOSTS {
+            self.ghosts.pop_front();
+        }
+        let ghost = self.asked(*content, bytes);
+        self.ghosts.push_back(ghost);
+    }
+
+    fn prefetch(
+        &mut self,
+        now: Duration,
+        residents: &[Candidate],
+        free: Bytes,
+    ) -> Option<Prefetch> {
+        let board = self.prefetch.as_ref()?;
+        if !self.predictor.is_trained() {
+            return None;
+        }
+        let horizon = self.horizon();
+        self.rates.grant();
+        // The most seconds saved first; the first that pays for its victims is it.
+        let mut wanted: Vec<(Score, Asked)> = self
+            .ghosts
+            .iter()
+            .filter(|ghost| !board.holds(&ghost.content))
+            .map(|ghost| {
+                let content = &ghost.content;
+                let rate = self
+                    .rates
+                    .lately(&mut self.predictor, now, content, horizon);
+                (Score(-rate * ghost.restore_s), *ghost)
+            })
+            .filter(|(Score(saved), ghost)| -saved * horizon >= MIN_USES * ghost.restore_s)
+            .collect();
+        wanted.sort_by(|(a, x), (b, y)| a.cmp(b).then(x.content.cmp(&y.content)));
+        for (Score(saved), ghost) in wanted {
+            let needed = ghost.bytes.saturating_sub(free);
+            let evictable: Bytes = residents.iter().map(|c| c.bytes).sum();
+            if needed > evictable {
+                continue;
+            }
+            let victims = if needed.is_zero() {
+                Vec::new()
+            } else {
+                self.choose_by_rates(now, residents, needed)
+            };
+            let mut lost = 0.0;
+            let mut costs = Vec::with_capacity(victims.len());
+            for victim in &victims {
+                let (rate, _) = self
+                    .rates
+                    .now(&mut self.predictor, now, &victim.content, horizon);
+                let held = residents.iter().find(|c| c.content == victim.content);
+                let restore_s = held.map_or(0.0, |c| c.restore_s);
+                lost += rate * restore_s;
+                costs.push((victim.content, restore_s));
+            }
+            if -saved <= MARGIN * lost {
+                continue;
+            }
+            let position = Position {
+                content: ghost.content,
+                bytes: ghost.bytes,
+                load_s: ghost.restore_s,
+                victims: costs,
+                until: self.predictor.observed() + (2.0 * horizon) as u64,
+            };
+            let real = self.prefetch.as_mut()?.open(position)?;
+            if !real {
+                continue;
+            }
+            self.ghosts.retain(|other| other.content != ghost.content);
+            return Some(Prefetch {
+                content: ghost.content,
+                bytes: ghost.bytes,
+                victims,
+            });
+        }
+        None
+    }
+
+    fn on_prefetch_cancelled(&mut self, content: &ContentId, delay_s: f64) {
+        if let Some(board) = &mut self.prefetch {
+            board.delayed(delay_s);
+            board.gone(content);
+        }
+    }
+
+    fn prefetch_score(&self) -> Option<PrefetchScore> {
+        self.prefetch.as_ref().map(Scoreboard::score)
     }
 
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        if !self.predictor.is_trained() {
-            return Lru.rank(now, candidates);
+        self.note_costs(candidates);
+        match self.leader() {
+            Leader::Lru => super::lru::Lru.rank(now, candidates),
+            Leader::Gdsf => by_score(candidates, |c| self.gdsf_score(c)),
+            Leader::Predictor => {
+                let horizon = self.horizon();
+                let mut all: Vec<(Score, f64, &Candidate)> = candidates
+                    .iter()
+                    .map(|c| {
+                        let (rate, _) =
+                            self.rates
+                                .now(&mut self.predictor, now, &c.content, horizon);
+                        (Score(Self::worth(rate, c)), rate, c)
+                    })
+                    .collect();
+                all.sort_by(|(a, _, x), (b, _, y)| {
+                    a.cmp(b)
+                        .then(x.last_used.cmp(&y.last_used))
+                        .then(y.bytes.cmp(&x.bytes))
+                        .then(x.content.cmp(&y.content))
+                });
+                all.into_iter()
+                    .map(|(Score(score), rate, c)| Victim {
+                        content: c.content,
+                        score,
+                        reason: Self::predicted_reason(rate, horizon, c),
+                    })
+                    .collect()
+            }
         }
-        let wanted = self
-            .predictor
-            .probabilities(now, candidates.iter().map(|c| &c.content));
-        let wanted: HashMap<ContentId, f64> =
-            candidates.iter().map(|c| c.content).zip(wanted).collect();
-        by_score(candidates, |c| {
-            let p = wanted.get(&c.content).copied().unwrap_or(0.0);
-            let rate = -(-p.min(MAX_PROBABILITY)).ln_1p();
-            let score = rate * c.restore_s / (c.bytes.as_f64().max(1.0) / 1e9);
-            (
-                score,
-                format!(
-                    "wanted within the hour with {:.1} %, {:.2} s to restore",
-                    p * 100.0,
-                    c.restore_s
-                ),
-            )
-        })
+    }
+
+    fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
+        self.note_costs(candidates);
+        if self.leader() == Leader::Predictor {
+            return self.choose_by_rates(now, candidates, needed);
+        }
+        super::first_of_ranked(self, now, candidates, needed)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::catalog::Kind;
-    use crate::ids::SessionId;
-    use crate::policy::test_utils::{candidate, check_policy, content, order_of};
-    use crate::predict::Seen;
-    use crate::units::Bytes;
-
-    #[test]
-    fn keeps_what_comes_again() {
-        let mut policy = HotsetRetention::new(1);
-        let gb = 1_000_000_000;
-        let ask = |policy: &mut HotsetRetention, at: u64, n: u8| {
-            let components = [Seen {
-                content: content(n),
-                kind: Kind::Checkpoint,
-                bytes: Bytes(gb),
-            }];
-            let session = SessionId(u64::from(n));
-            policy.observe(
-                Duration::from_secs(at),
-                &Observed {
-                    session,
-                    components: &components,
-                },
-            );
-        };
-        for i in 0..1000 {
-            ask(&mut policy, i * 1200, 1);
-            ask(&mut policy, i * 1200 + 500, 10 + (i % 40) as u8);
-        }
-        let at = 999 * 1200 + 600;
-        let last = 10 + 39;
-        // The regular one is idle for longer than the one that comes each half day.
-        let regular = candidate(1, gb, at - 600);
-        let rare = candidate(last, gb, at - 100);
-        let ranked = policy.rank(Duration::from_secs(at), &[regular.clone(), rare.clone()]);
-        assert_eq!(order_of(&ranked), [last, 1]);
-        // A thousand times the bytes for the same seconds are not worth it.
-        let large = Candidate {
-            bytes: Bytes(1000 * gb),
-            ..regular
-        };
-        let ranked = policy.rank(Duration::from_secs(at), &[large, rare]);
-        assert_eq!(order_of(&ranked), [1, last]);
-    }
-
-    #[test]
-    fn it_is_a_policy() {
-        check_policy(|| Box::new(HotsetRetention::new(0)));
-    }
-}
+mod tests;

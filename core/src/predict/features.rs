@@ -12,8 +12,13 @@ pub(super) const FEATURES: usize = 53;
 /// One example.
 pub(super) type Row = [f64; FEATURES];
 
-/// Half-lives of the decayed counts, in seconds: ten minutes to a week.
-pub(super) const HALF_LIVES_S: [f64; 5] = [600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0];
+/// Half-lives of the decayed counts, in requests.
+pub(super) const HALF_LIVES: [f64; 5] = [16.0, 64.0, 256.0, 1_024.0, 8_192.0];
+/// Half-life of what a session used last, in requests.
+pub(super) const STICKINESS: f64 = 64.0;
+/// The horizon to which features are scaled, in requests, and the time that stands for it, in seconds.
+const SCALE: f64 = 64.0;
+const SCALE_S: f64 = 3_600.0;
 /// Upper edges of the bins of idle time, in seconds; the last bin is open.
 const IDLE_EDGES_S: [f64; 9] = [
     60.0, 300.0, 900.0, 1_800.0, 3_600.0, 7_200.0, 14_400.0, 43_200.0, 172_800.0,
@@ -25,31 +30,36 @@ pub(super) const MAX_BASES: usize = 4;
 /// Share of the newest gap in the mean and variance of gaps.
 const GAP_STEP: f64 = 0.25;
 
-/// The sum of ones that halve each half-life, at the times of [`HALF_LIVES_S`].
+/// The sum of ones that halve each half-life, at the requests of [`HALF_LIVES`].
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(super) struct Counts {
-    at_s: f64,
-    values: [f64; HALF_LIVES_S.len()],
+    at: u64,
+    values: [f64; HALF_LIVES.len()],
 }
 
 impl Counts {
-    pub(super) fn add(&mut self, now_s: f64) {
-        self.values = self.at(now_s).map(|value| value + 1.0);
-        self.at_s = now_s;
+    pub(super) fn add(&mut self, request: u64) {
+        self.values = self.at(request).map(|value| value + 1.0);
+        self.at = request;
     }
 
-    pub(super) fn at(&self, now_s: f64) -> [f64; HALF_LIVES_S.len()] {
-        let passed = (now_s - self.at_s).max(0.0);
+    pub(super) fn at(&self, request: u64) -> [f64; HALF_LIVES.len()] {
+        let passed = request.saturating_sub(self.at) as f64;
         let mut values = self.values;
-        for (value, half_life) in values.iter_mut().zip(HALF_LIVES_S) {
+        for (value, half_life) in values.iter_mut().zip(HALF_LIVES) {
             *value *= (-passed / half_life).exp2();
         }
         values
     }
 
     pub(super) fn is_sound(&self) -> bool {
-        self.at_s.is_finite() && self.values.iter().all(|v| v.is_finite() && *v >= 0.0)
+        self.values.iter().all(|v| v.is_finite() && *v >= 0.0)
     }
+}
+
+/// What is left of a session's weight.
+pub(super) fn faded(request: u64, since: u64) -> f64 {
+    (-(request.saturating_sub(since) as f64) / STICKINESS).exp2()
 }
 
 /// How often an adapter was used with a base.
@@ -71,11 +81,14 @@ pub(super) struct Tracked {
     pub(super) last_request: u64,
     pub(super) uses: u64,
     pub(super) counts: Counts,
-    gap_mean_s: f64,
+    /// Mean of the gaps between uses, in requests, and their variance.
+    gap_mean: f64,
     gap_variance: f64,
-    /// Sessions whose last request has it, each halved for each horizon since.
+    /// Sessions whose last request has it, each halved for each [`STICKINESS`] since.
     pub(super) holders: f64,
-    pub(super) holders_at_s: f64,
+    /// The same, each weighted by how often it asked lately.
+    pub(super) active: f64,
+    pub(super) holders_at: u64,
     pub(super) bases: Vec<UsedWith>,
 }
 
@@ -90,10 +103,11 @@ impl Tracked {
             last_request: 0,
             uses: 0,
             counts: Counts::default(),
-            gap_mean_s: 0.0,
+            gap_mean: 0.0,
             gap_variance: 0.0,
             holders: 0.0,
-            holders_at_s: now_s,
+            active: 0.0,
+            holders_at: 0,
             bases: Vec::new(),
         }
     }
@@ -101,20 +115,20 @@ impl Tracked {
     /// Counts one use.
     pub(super) fn used(&mut self, now_s: f64, request: u64) {
         if self.uses > 0 {
-            let gap = (now_s - self.last_s).max(0.0);
+            let gap = request.saturating_sub(self.last_request) as f64;
             if self.uses == 1 {
-                self.gap_mean_s = gap;
+                self.gap_mean = gap;
             } else {
                 // Exponentially weighted mean and variance (West 1979, in the form with a constant step).
-                let off = gap - self.gap_mean_s;
-                self.gap_mean_s += GAP_STEP * off;
+                let off = gap - self.gap_mean;
+                self.gap_mean += GAP_STEP * off;
                 self.gap_variance = (1.0 - GAP_STEP) * (self.gap_variance + GAP_STEP * off * off);
             }
         }
         self.uses += 1;
         self.last_s = now_s;
         self.last_request = request;
-        self.counts.add(now_s);
+        self.counts.add(request);
     }
 
     /// Counts one use of an adapter with a base.
@@ -143,18 +157,29 @@ impl Tracked {
             .map(|used| used.base)
     }
 
-    pub(super) fn holders_at(&self, now_s: f64, horizon_s: f64) -> f64 {
-        self.holders * (-(now_s - self.holders_at_s).max(0.0) / horizon_s).exp2()
+    pub(super) fn holders_at(&self, request: u64) -> f64 {
+        self.holders * faded(request, self.holders_at)
+    }
+
+    pub(super) fn active_at(&self, request: u64) -> f64 {
+        self.active * faded(request, self.holders_at)
+    }
+
+    /// Moves the weight of a session by so much.
+    pub(super) fn hold(&mut self, request: u64, holders: f64, active: f64) {
+        self.holders = (self.holders_at(request) + holders).max(0.0);
+        self.active = (self.active_at(request) + active).max(0.0);
+        self.holders_at = request;
     }
 
     pub(super) fn is_sound(&self) -> bool {
         let numbers = [
             self.first_s,
             self.last_s,
-            self.gap_mean_s,
+            self.gap_mean,
             self.gap_variance,
             self.holders,
-            self.holders_at_s,
+            self.active,
         ];
         numbers.iter().all(|x| x.is_finite())
             && self.counts.is_sound()
@@ -167,29 +192,27 @@ impl Tracked {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
     pub(super) now_s: f64,
-    pub(super) horizon_s: f64,
-    /// When the first request came.
-    pub(super) start_s: f64,
     /// Requests so far.
     pub(super) request: u64,
-    /// Decayed count of all requests.
-    pub(super) load: [f64; HALF_LIVES_S.len()],
+    /// The mean gap between requests lately over that of a longer while.
+    pub(super) calm: f64,
 }
 
 /// The log odds of at least one use within the horizon, if uses came at random with the rate that a decayed count tells.
-fn poisson_log_odds(count: f64, half_life_s: f64, watched_s: f64, horizon_s: f64) -> f64 {
+fn poisson_log_odds(count: f64, half_life: f64, watched: f64, horizon: f64) -> f64 {
     // A count that has not had time to fill up is short by this factor.
-    let filled = (1.0 - (-watched_s / half_life_s).exp2()).max(0.05);
-    let rate = count * std::f64::consts::LN_2 / half_life_s / filled;
-    let p = (1.0 - (-rate * horizon_s).exp()).clamp(1e-3, 1.0 - 1e-3);
+    let filled = (1.0 - (-watched / half_life).exp2()).max(0.05);
+    let rate = count * std::f64::consts::LN_2 / half_life / filled;
+    let p = (1.0 - (-rate * horizon).exp()).clamp(1e-3, 1.0 - 1e-3);
     (p / (1.0 - p)).ln()
 }
 
-/// The chance of a use within the horizon from the decayed counts alone, for as long as the model can't be believed.
-pub(super) fn chance_from_counts(tracked: &Tracked, moment: &Moment) -> f64 {
-    let counts = tracked.counts.at(moment.now_s);
-    let watched = moment.now_s - moment.start_s;
-    let odds = poisson_log_odds(counts[2], HALF_LIVES_S[2], watched, moment.horizon_s).exp();
+/// The chance of a use within so many requests from the decayed counts alone, for as long as the models can't be
+/// believed.
+pub(super) fn chance_from_counts(tracked: &Tracked, moment: &Moment, horizon: f64) -> f64 {
+    let counts = tracked.counts.at(moment.request);
+    let watched = moment.request as f64;
+    let odds = poisson_log_odds(counts[2], HALF_LIVES[2], watched, horizon).exp();
     odds / (1.0 + odds)
 }
 
@@ -238,77 +261,73 @@ fn write(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Writer {
         row: [0.0; FEATURES],
         next: 0,
     };
-    let &Moment {
-        now_s, horizon_s, ..
-    } = moment;
-    let watched = (now_s - moment.start_s).max(0.0);
+    let &Moment { now_s, request, .. } = moment;
+    let watched = request as f64;
     let idle = (now_s - tracked.last_s).max(0.0);
-    let log_idle = ((idle + 1.0) / horizon_s).ln() / 4.0;
-    let counts = tracked.counts.at(now_s);
+    let since = request.saturating_sub(tracked.last_request);
+    let log_since = ((since as f64 + 1.0) / SCALE).ln() / 4.0;
+    let counts = tracked.counts.at(request);
 
     // Intercept (1).
     out.push(1.0);
     // Recency in seconds (1 + 10) and in requests (1 + 8).
-    out.push(log_idle);
+    out.push(((idle + 1.0) / SCALE_S).ln() / 4.0);
     let bin = IDLE_EDGES_S.partition_point(|edge| *edge <= idle);
     out.one_hot(bin, IDLE_EDGES_S.len() + 1);
-    let since = moment.request.saturating_sub(tracked.last_request);
-    out.push((since as f64 + 1.0).ln() / 8.0);
+    out.push(log_since);
     out.one_hot(
         SINCE_EDGES.partition_point(|edge| *edge < since),
         SINCE_EDGES.len() + 1,
     );
-    // Frequency: log odds at each half-life (5), share of all requests at three (3).
-    let mut odds = [0.0; HALF_LIVES_S.len()];
+    // Frequency: log odds at each half-life (5), and uses missed since the last at three of their rates (3).
+    let mut odds = [0.0; HALF_LIVES.len()];
     for i in 0..odds.len() {
-        odds[i] = poisson_log_odds(counts[i], HALF_LIVES_S[i], watched, horizon_s) / 4.0;
+        odds[i] = poisson_log_odds(counts[i], HALF_LIVES[i], watched, SCALE) / 4.0;
         out.push(odds[i]);
     }
-    for i in [1, 2, 3] {
-        out.push((counts[i] / moment.load[i].max(1e-9) + 1e-3).ln() / 7.0);
+    for i in [2, 3, 4] {
+        let rate = counts[i] * std::f64::consts::LN_2 / HALF_LIVES[i].min(watched.max(1.0));
+        out.push((rate * since as f64).ln_1p() / 2.0);
     }
-    // Regularity: mean gap, its variation, how late the next use is (5).
+    // Regularity: the mean gap, its variation, how late the next use is (4).
     let known = tracked.uses >= 2;
-    let mean = tracked.gap_mean_s.max(1.0);
+    let mean = tracked.gap_mean.max(1.0);
     let variation = (tracked.gap_variance.sqrt() / mean).min(4.0);
-    let late = idle / mean;
+    let if_known = |value: f64| if known { value } else { 0.0 };
     out.push(f64::from(u8::from(known)));
-    out.push(if known {
-        (mean / horizon_s).ln() / 4.0
-    } else {
-        0.0
-    });
-    out.push(if known { variation / 2.0 } else { 0.0 });
-    out.push(if known { late.min(4.0) / 2.0 } else { 0.0 });
-    // Due within the horizon, for what comes like clockwork.
-    let due = known && variation < 0.3 && mean - idle > -0.2 * mean && mean - idle < horizon_s;
-    out.push(f64::from(u8::from(due)));
-    // Sessions (2): those whose last request has it.
-    let holders = tracked.holders_at(now_s, horizon_s);
+    out.push(if_known((mean / SCALE).ln() / 4.0));
+    out.push(if_known(variation / 2.0));
+    out.push(if_known((since as f64 / mean).ln_1p()));
+    // Sessions (3): those whose last request has it, and how active these are.
+    let holders = tracked.holders_at(request);
+    let active = tracked.active_at(request);
     out.push(holders.ln_1p());
     out.push((holders - 0.5).clamp(0.0, 1.0));
+    out.push(active.ln_1p() / 2.0);
     // The component's own age (2), and number of uses (1).
     let age = (now_s - tracked.first_s).max(0.0);
-    out.push(((age + 1.0) / horizon_s).ln() / 4.0);
-    out.push(f64::from(u8::from(age < horizon_s)));
+    out.push(((age + 1.0) / SCALE_S).ln() / 4.0);
+    out.push(f64::from(u8::from(age < SCALE_S)));
     out.push((tracked.uses as f64).ln_1p() / 5.0);
-    // How busy it is now, against its own day (1).
-    let busy = |i: usize| moment.load[i] / HALF_LIVES_S[i];
-    out.push(((busy(0) + 1e-6) / (busy(3) + 1e-6)).ln() / 4.0);
+    // How calm it is now, against a longer while (1).
+    out.push(moment.calm.max(1e-6).ln() / 4.0);
     // Kind (4), and kind with the strongest of the above (4).
     let group = group(tracked.kind);
     out.one_hot(group, 4);
     let adapter = f64::from(u8::from(group == 1));
-    out.push(adapter * log_idle);
+    out.push(adapter * log_since);
     out.push(adapter * odds[1]);
     out.push(adapter * odds[2]);
     out.push(adapter * holders.ln_1p());
     // An adapter's usual base (4): how idle it is, how likely, and how much of its use goes with the adapter.
-    let theirs = base.map(|base| (base.counts.at(now_s), (now_s - base.last_s).max(0.0)));
+    let theirs = base.map(|base| {
+        let since = request.saturating_sub(base.last_request);
+        (base.counts.at(request), since as f64)
+    });
     out.push(f64::from(u8::from(theirs.is_some())));
-    out.push(theirs.map_or(0.0, |(_, idle)| ((idle + 1.0) / horizon_s).ln() / 4.0));
+    out.push(theirs.map_or(0.0, |(_, since)| ((since + 1.0) / SCALE).ln() / 4.0));
     out.push(theirs.map_or(0.0, |(of, _)| {
-        poisson_log_odds(of[1], HALF_LIVES_S[1], watched, horizon_s) / 4.0
+        poisson_log_odds(of[1], HALF_LIVES[1], watched, SCALE) / 4.0
     }));
     out.push(theirs.map_or(0.0, |(of, _)| (counts[3] / of[3].max(1e-9)).min(1.0)));
     // Size (1).
@@ -323,10 +342,8 @@ mod tests {
     fn moment(now_s: f64) -> Moment {
         Moment {
             now_s,
-            horizon_s: 3600.0,
-            start_s: 0.0,
             request: 10,
-            load: [1.0; HALF_LIVES_S.len()],
+            calm: 1.0,
         }
     }
 
@@ -344,11 +361,11 @@ mod tests {
     #[test]
     fn counts_halve() {
         let mut counts = Counts::default();
-        counts.add(0.0);
-        counts.add(600.0);
-        let values = counts.at(1200.0);
+        counts.add(0);
+        counts.add(16);
+        let values = counts.at(32);
         assert!((values[0] - 0.75).abs() < 1e-12);
-        assert!((values[1] - (2_f64.powf(-1.0 / 3.0) + 2_f64.powf(-1.0 / 6.0))).abs() < 1e-12);
+        assert!((values[1] - (2_f64.powf(-0.5) + 2_f64.powf(-0.25))).abs() < 1e-12);
     }
 
     #[test]

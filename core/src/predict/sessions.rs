@@ -11,10 +11,15 @@ use crate::ids::{ContentId, SessionId};
 /// Sessions remembered; past it the one silent for longest is forgotten.
 const MAX_SESSIONS: usize = 4_096;
 
+/// Half-life of a session's activity, in requests.
+const ACTIVITY: f64 = 256.0;
+
 /// A session's last request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct LastRequest {
-    pub(super) at_s: f64,
+    pub(super) at: u64,
+    /// Its requests, each halved for each [`ACTIVITY`] since.
+    pub(super) activity: f64,
     pub(super) components: Vec<ContentId>,
 }
 
@@ -36,21 +41,24 @@ impl Sessions {
         self.last.len() <= MAX_SESSIONS
             && self.by_age.len() == self.last.len()
             && self.last.iter().all(|(session, (number, last))| {
-                self.by_age.get(number) == Some(session) && last.at_s.is_finite()
+                self.by_age.get(number) == Some(session) && last.activity.is_finite()
             })
     }
 
     /// Notes a session's request, and returns the earlier ones that no longer stand: its own last, and that of a session
-    /// which is forgotten for it.
+    /// which is forgotten for it. Also how active the session is.
     pub(super) fn note(
         &mut self,
-        now_s: f64,
+        now: u64,
         session: SessionId,
         components: &[Seen],
-    ) -> Vec<LastRequest> {
+    ) -> (f64, Vec<LastRequest>) {
         let mut left = Vec::new();
+        let mut activity = 1.0;
         if let Some((number, last)) = self.last.remove(&session) {
             self.by_age.remove(&number);
+            let passed = now.saturating_sub(last.at) as f64;
+            activity += last.activity * (-passed / ACTIVITY).exp2();
             left.push(last);
         }
         if self.last.len() >= MAX_SESSIONS
@@ -61,11 +69,12 @@ impl Sessions {
         self.requests += 1;
         self.by_age.insert(self.requests, session);
         let last = LastRequest {
-            at_s: now_s,
+            at: now,
+            activity,
             components: distinct(components).into_iter().collect(),
         };
         self.last.insert(session, (self.requests, last));
-        left
+        (activity, left)
     }
 }
 

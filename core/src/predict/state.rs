@@ -4,10 +4,10 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::features::{Counts, FEATURES, Tracked};
-use super::learner::Learner;
+use super::features::Tracked;
+use super::ladder::Ladder;
 use super::sessions::Sessions;
-use super::{LATELY, MAX_PENDING, Predictor};
+use super::{LATELY, Pace, Predictor};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
 
@@ -19,35 +19,21 @@ pub struct UnsoundStateError {
     pub what: &'static str,
 }
 
-/// An example that waits for its label.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Pending {
-    pub(super) content: ContentId,
-    pub(super) taken_s: f64,
-    pub(super) request: u64,
-    pub(super) predicted: f64,
-    pub(super) row: Vec<f64>,
-}
-
 /// Everything that is saved.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct State {
     pub(super) config: PredictConfig,
-    pub(super) horizon_s: f64,
-    pub(super) learner: Learner,
+    pub(super) ladder: Ladder,
     pub(super) tracked: Vec<Tracked>,
     pub(super) sessions: Sessions,
-    pub(super) pending: VecDeque<Pending>,
     /// The latest uses, oldest first.
     pub(super) lately: VecDeque<ContentId>,
-    pub(super) load: Counts,
+    pub(super) pace: Pace,
     pub(super) observed: u64,
-    pub(super) start_s: Option<f64>,
     /// The latest time seen, on the predictor's own clock, which never goes back.
     pub(super) clock_s: f64,
     /// What is added to a caller's `now`.
     pub(super) offset_s: f64,
-    pub(super) next_sample_s: f64,
 }
 
 impl From<Predictor> for State {
@@ -61,8 +47,8 @@ impl TryFrom<State> for Predictor {
 
     fn try_from(state: State) -> Result<Self, UnsoundStateError> {
         let unsound = |what| Err(UnsoundStateError { what });
-        if !state.learner.is_sound() {
-            return unsound("its model has another shape or is not finite");
+        if !state.ladder.is_sound() {
+            return unsound("a model or an example has another shape or is not finite");
         }
         let index: HashMap<_, _> = state
             .tracked
@@ -74,30 +60,20 @@ impl TryFrom<State> for Predictor {
             return unsound("a component is there twice or has impossible figures");
         }
         if index.len() > state.config.max_tracked.max(1)
-            || state.pending.len() > MAX_PENDING
             || state.lately.len() > LATELY
             || !state.sessions.is_sound()
         {
             return unsound("it holds more than it may");
         }
-        let pending_is_sound = |p: &Pending| {
-            p.row.len() == FEATURES
-                && p.row.iter().all(|x| x.is_finite())
-                && p.predicted.is_finite()
-                && p.taken_s.is_finite()
-        };
+        let pace = &state.pace;
         let times = [
-            state.horizon_s,
             state.clock_s,
             state.offset_s,
-            state.next_sample_s,
-            state.start_s.unwrap_or(0.0),
+            pace.last_s,
+            pace.fast_s,
+            pace.slow_s,
         ];
-        if !state.pending.iter().all(pending_is_sound)
-            || !times.iter().all(|t| t.is_finite())
-            || state.horizon_s <= 0.0
-            || !state.load.is_sound()
-        {
+        if !times.iter().all(|t| t.is_finite()) {
             return unsound("a figure is not finite");
         }
         Ok(Self { state, index })

@@ -158,7 +158,8 @@ fn a_new_process_starts_its_clock_anew() {
     let after = later.probability(Duration::from_secs(3), &content(0));
     assert!((before - after).abs() < 1e-9, "{before} {after}");
     later.resume(Duration::from_secs(3), Duration::from_secs(86_400));
-    assert!(later.probability(Duration::from_secs(3), &content(0)) < before);
+    // Time passes by requests: what was wanted is still expected after a day without any.
+    assert!(later.probability(Duration::from_secs(3), &content(0)) > 0.5 * before);
     assert_eq!(later.stats().pending, 0);
 }
 
@@ -167,7 +168,10 @@ fn nonsense_is_not_restored() {
     let saved = serde_json::to_string(&periodic(7200)).unwrap();
     assert!(serde_json::from_str::<Predictor>(&saved).is_ok());
     let mut value: serde_json::Value = serde_json::from_str(&saved).unwrap();
-    value["learner"]["weights"].as_array_mut().unwrap().pop();
+    value["ladder"]["learners"][0]["weights"]
+        .as_array_mut()
+        .unwrap()
+        .pop();
     let error = serde_json::from_value::<Predictor>(value).unwrap_err();
     assert!(error.to_string().contains("learns anew"), "{error}");
 }
@@ -210,7 +214,7 @@ proptest! {
             }
             let stats = predictor.stats();
             prop_assert!(stats.tracked <= max_tracked.max(1));
-            prop_assert!(stats.pending <= MAX_PENDING);
+            prop_assert!(stats.pending <= ladder::MAX_PENDING);
             prop_assert!(stats.log_loss_ewma.is_finite() && stats.base_log_loss_ewma.is_finite());
         }
         let saved = serde_json::to_string(&predictor).unwrap();

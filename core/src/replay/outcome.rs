@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::predict::PrefetchScore;
 use crate::units::Bytes;
 
 /// Seconds over many requests.
@@ -62,6 +63,9 @@ pub struct Outcome {
     pub cold_start_s: Seconds,
     /// The same over the requests that waited.
     pub cold_start_of_cold_s: Seconds,
+    /// What came of prefetches, where the policy makes any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefetch: Option<PrefetchScore>,
     /// Time for learning, lookup and eviction in each request.
     pub ns_per_request: f64,
 }
@@ -112,7 +116,12 @@ impl Tally {
         self.took += took;
     }
 
-    pub(super) fn outcome(self, ram: Bytes, vram: Option<Bytes>) -> Outcome {
+    pub(super) fn outcome(
+        self,
+        ram: Bytes,
+        vram: Option<Bytes>,
+        prefetch: Option<PrefetchScore>,
+    ) -> Outcome {
         let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
         let requests = self.waits.len() as f64;
         let cold: Vec<f64> = self.waits.iter().copied().filter(|w| *w > 0.0).collect();
@@ -125,6 +134,7 @@ impl Tally {
             object_miss_ratio: ratio(self.loaded.0 as f64, self.asked.0 as f64),
             byte_miss_ratio: ratio(self.loaded.1, self.asked.1),
             zero_wait_share: ratio(requests - cold.len() as f64, requests),
+            prefetch,
             ns_per_request: ratio(self.took.as_nanos() as f64, requests),
             cold_start_s: Seconds::of(self.waits),
             cold_start_of_cold_s: Seconds::of(cold),

@@ -9,6 +9,7 @@ use serde::de::IntoDeserializer;
 use super::Trace;
 use crate::config::EvictionPolicyName;
 use crate::policy::belady_size::BeladySize;
+use crate::policy::hotset::HotsetRetention;
 use crate::policy::{EvictionPolicy, by_name};
 
 /// A policy that can be replayed.
@@ -16,6 +17,8 @@ use crate::policy::{EvictionPolicy, by_name};
 pub enum PolicyName {
     /// One of the service's.
     Service(EvictionPolicyName),
+    /// hotset with prefetch on the idle link.
+    HotsetPrefetch,
     /// Belady by size and cost, which sees the future.
     BeladySize,
 }
@@ -24,7 +27,7 @@ impl PolicyName {
     /// All of them, the clairvoyant last.
     pub fn all() -> impl Iterator<Item = Self> {
         let service = EvictionPolicyName::ALL.into_iter().map(Self::Service);
-        service.chain([Self::BeladySize])
+        service.chain([Self::HotsetPrefetch, Self::BeladySize])
     }
 
     /// A fresh policy for a replay of this trace.
@@ -32,6 +35,7 @@ impl PolicyName {
     pub fn make(self, trace: &Trace) -> Box<dyn EvictionPolicy> {
         match self {
             Self::Service(name) => by_name(name),
+            Self::HotsetPrefetch => Box::new(HotsetRetention::with_prefetch(0)),
             Self::BeladySize => Box::new(BeladySize::new(trace.uses())),
         }
     }
@@ -41,6 +45,7 @@ impl fmt::Display for PolicyName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Service(name) => by_name(*name).name(),
+            Self::HotsetPrefetch => "hotset-prefetch",
             Self::BeladySize => "belady-size",
         })
     }
@@ -60,8 +65,10 @@ impl FromStr for PolicyName {
     type Err = UnknownPolicyError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "belady-size" {
-            return Ok(Self::BeladySize);
+        for name in [Self::HotsetPrefetch, Self::BeladySize] {
+            if name.to_string() == text {
+                return Ok(name);
+            }
         }
         let name: Result<_, serde::de::value::Error> =
             EvictionPolicyName::deserialize(text.into_deserializer());

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::ids::ContentId;
-use crate::policy::{Candidate, EvictionPolicy};
-use crate::predict::Observed;
+use crate::policy::{Candidate, EvictionPolicy, select};
+use crate::predict::{Observed, PrefetchScore};
 use crate::units::Bytes;
 
 /// A component that a request needs.
@@ -31,7 +31,8 @@ pub(super) struct SimulatedTier {
 }
 
 impl SimulatedTier {
-    pub(super) fn new(capacity: Bytes, policy: Box<dyn EvictionPolicy>) -> Self {
+    pub(super) fn new(capacity: Bytes, mut policy: Box<dyn EvictionPolicy>) -> Self {
+        policy.on_capacity(capacity);
         Self {
             capacity,
             used: Bytes::ZERO,
@@ -84,6 +85,7 @@ impl SimulatedTier {
             if let Some(resident) = self.residents.get_mut(&wanted.content) {
                 resident.candidate.last_used = now;
                 resident.candidate.uses += 1;
+                resident.candidate.prefetched = false;
             }
             self.policy
                 .on_request(now, &wanted.content, wanted.bytes, true);
@@ -97,6 +99,47 @@ impl SimulatedTier {
             }
         }
         misses
+    }
+
+    /// What the policy would load now that the link is idle; room has been made for it.
+    pub(super) fn prefetch(&mut self, now: Duration) -> Option<(ContentId, Bytes)> {
+        let free = self.capacity.saturating_sub(self.used);
+        let residents: Vec<Candidate> = self
+            .residents
+            .values()
+            .map(|r| r.candidate.clone())
+            .collect();
+        let prefetch = self.policy.prefetch(now, &residents, free)?;
+        for victim in &prefetch.victims {
+            self.evict(now, &victim.content);
+        }
+        let fits = self.used.saturating_add(prefetch.bytes) <= self.capacity;
+        (fits && !self.has(&prefetch.content)).then_some((prefetch.content, prefetch.bytes))
+    }
+
+    /// A prefetch has landed.
+    pub(super) fn land(&mut self, now: Duration, wanted: &Wanted) {
+        self.admit(now, wanted);
+        if let Some(resident) = self.residents.get_mut(&wanted.content) {
+            resident.candidate.prefetched = true;
+            resident.candidate.uses = 0;
+        }
+    }
+
+    /// A prefetch was cancelled.
+    pub(super) fn cancelled(&mut self, content: &ContentId, delay_s: f64) {
+        self.policy.on_prefetch_cancelled(content, delay_s);
+    }
+
+    pub(super) fn prefetch_score(&self) -> Option<PrefetchScore> {
+        self.policy.prefetch_score()
+    }
+
+    fn evict(&mut self, now: Duration, content: &ContentId) {
+        if let Some(gone) = self.residents.remove(content) {
+            self.used = self.used.saturating_sub(gone.candidate.bytes);
+            self.policy.on_evict(now, content);
+        }
     }
 
     fn admit(&mut self, now: Duration, wanted: &Wanted) {
@@ -120,8 +163,9 @@ impl SimulatedTier {
     /// Evicts what the policy names until there is room; nothing where that would not do.
     fn make_room(&mut self, now: Duration, bytes: Bytes, pinned: &[Wanted]) -> bool {
         let max_residents = self.policy.max_residents().unwrap_or(usize::MAX);
+        let capacity = self.capacity;
         let fits = |used: Bytes, count: usize| {
-            used.saturating_add(bytes) <= self.capacity && count < max_residents
+            used.saturating_add(bytes) <= capacity && count < max_residents
         };
         if fits(self.used, self.residents.len()) {
             return true;
@@ -139,16 +183,20 @@ impl SimulatedTier {
         ) {
             return false;
         }
-        for victim in self.policy.rank(now, &candidates) {
-            if self.used.saturating_add(bytes) <= self.capacity
-                && self.residents.len() < max_residents
-            {
+        let needed = self
+            .used
+            .saturating_add(bytes)
+            .saturating_sub(self.capacity);
+        let victims = if self.residents.len() >= max_residents {
+            self.policy.rank(now, &candidates)
+        } else {
+            select(self.policy.as_mut(), now, &candidates, needed)
+        };
+        for victim in victims {
+            if fits(self.used, self.residents.len()) {
                 break;
             }
-            if let Some(gone) = self.residents.remove(&victim.content) {
-                self.used = self.used.saturating_sub(gone.candidate.bytes);
-                self.policy.on_evict(now, &victim.content);
-            }
+            self.evict(now, &victim.content);
         }
         true
     }

@@ -91,8 +91,8 @@ pub struct TraceRequest {
 /// Requests in the order of time, and their components.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Trace {
-    components: Vec<TraceComponent>,
-    requests: Vec<TraceRequest>,
+    pub(super) components: Vec<TraceComponent>,
+    pub(super) requests: Vec<TraceRequest>,
 }
 
 impl Trace {
@@ -282,7 +282,7 @@ fn parse_requests(
 }
 
 /// Ids of up to 31 bytes as they are, with their length at the end; longer ones by their digest.
-fn content_of(id: &str) -> ContentId {
+pub(super) fn content_of(id: &str) -> ContentId {
     let mut digest = [0; 32];
     if id.len() < digest.len() {
         digest[..id.len()].copy_from_slice(id.as_bytes());

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::{HostRange, MappedRange, MappingObserver};
 use crate::units::{GIB, MIB};
 
 fn arena(limit: Bytes) -> Arena {
@@ -44,12 +45,17 @@ fn memory_of_a_slab_that_is_gone_serves_the_next_one() {
         (Bytes::ZERO, Bytes::mib(1))
     );
     let second = filled(&arena, MIB - 5000, 2);
-    assert_eq!(second.range(), range, "a device need not register it again");
+    assert_eq!(second.range().mapping, range.mapping);
+    assert_eq!(second.range().address, range.address);
     assert_eq!(second.held(), Bytes::mib(1) - Bytes::kib(4));
     assert_eq!(second.filled().len() as u64, MIB - 5000);
     let view = arena.view();
     assert_eq!((view.reused, view.fresh), (1, 1));
     assert_eq!((view.live, view.warm), (second.held(), Bytes::ZERO));
+    let range = second.range();
+    drop(second);
+    let second = filled(&arena, MIB - 5000, 2);
+    assert_eq!(second.range(), range, "a device need not register it again");
     let third = filled(&arena, MIB, 3);
     assert_ne!(third.range().mapping, range.mapping);
     assert!(second.filled().iter().all(|byte| *byte == 2));
@@ -148,14 +154,29 @@ fn an_observer_hears_of_each_mapping_that_ends() {
     }
     let ended = Arc::new(Ended::default());
     let arena = arena(Bytes::gib(1));
-    arena.observe(ended.clone());
-    let slab = filled(&arena, MIB, 1);
+    let watched = || {
+        let slab = filled(&arena, MIB, 1);
+        HostRange::new(slab.clone(), 0, 1)
+            .unwrap()
+            .observe(ended.clone());
+        slab
+    };
+    let slab = watched();
     let range = slab.range();
     drop(slab);
     assert!(ended.0.lock().unwrap().is_empty());
     arena.release(Bytes::ZERO);
     assert_eq!(*ended.0.lock().unwrap(), [range]);
-    let last = filled(&arena, MIB, 1);
+    // What is punched out for a smaller slab is no longer what a device has pinned.
+    let shrunk = watched();
+    let range = shrunk.range();
+    drop(shrunk);
+    let smaller = filled(&arena, MIB - 8192, 1);
+    if smaller.range().mapping == range.mapping {
+        assert_eq!(ended.0.lock().unwrap().last(), Some(&range));
+    }
+    drop(smaller);
+    let last = watched();
     let range = last.range();
     drop(last);
     drop(arena);

@@ -1,0 +1,148 @@
+use super::*;
+use crate::catalog::Kind;
+use crate::ids::SessionId;
+use crate::policy::select;
+use crate::policy::test_utils::{candidate, check_policy, content, order_of};
+use crate::predict::Seen;
+use crate::units::Bytes;
+
+#[test]
+fn keeps_what_comes_again() {
+    let mut policy = HotsetRetention::new(1);
+    let gb = 1_000_000_000;
+    let ask = |policy: &mut HotsetRetention, at: u64, n: u8| {
+        let components = [Seen {
+            content: content(n),
+            kind: Kind::Checkpoint,
+            bytes: Bytes(gb),
+        }];
+        let session = SessionId(u64::from(n));
+        policy.observe(
+            Duration::from_secs(at),
+            &Observed {
+                session,
+                components: &components,
+            },
+        );
+    };
+    for i in 0..1000 {
+        ask(&mut policy, i * 1200, 1);
+        ask(&mut policy, i * 1200 + 500, 10 + (i % 40) as u8);
+    }
+    let at = 999 * 1200 + 600;
+    let last = 10 + 39;
+    // The regular one is idle for longer than the one that comes each half day.
+    let regular = candidate(1, gb, at - 600);
+    let rare = candidate(last, gb, at - 100);
+    let ranked = policy.rank(Duration::from_secs(at), &[regular.clone(), rare.clone()]);
+    assert_eq!(order_of(&ranked), [last, 1]);
+    // A thousand times the bytes for the same seconds are not worth it.
+    let large = Candidate {
+        bytes: Bytes(1000 * gb),
+        ..regular
+    };
+    let ranked = policy.rank(Duration::from_secs(at), &[large, rare]);
+    assert_eq!(order_of(&ranked), [1, last]);
+}
+
+#[test]
+fn it_is_a_policy() {
+    check_policy(|| Box::new(HotsetRetention::new(0)));
+}
+
+/// What a tier with this policy would load, in seconds, over the last half of a stream.
+fn seconds_paid(policy: &mut HotsetRetention, stream: &[u8], capacity: u64) -> (u64, Vec<Leader>) {
+    policy.on_capacity(Bytes(capacity));
+    let mut resident: Vec<Candidate> = Vec::new();
+    let mut leaders = Vec::new();
+    let mut paid = 0;
+    for (at, n) in (0..).zip(stream) {
+        let now = Duration::from_secs(at * 40);
+        let components = [Seen {
+            content: content(*n),
+            kind: Kind::Checkpoint,
+            bytes: Bytes(1),
+        }];
+        policy.observe(
+            now,
+            &Observed {
+                session: SessionId(0),
+                components: &components,
+            },
+        );
+        leaders.push(policy.leader());
+        if let Some(held) = resident.iter_mut().find(|c| c.content == content(*n)) {
+            held.last_used = now;
+            continue;
+        }
+        paid += u64::from(at as usize >= stream.len() / 2);
+        if resident.len() as u64 == capacity {
+            for victim in select(policy, now, &resident, Bytes(1)) {
+                resident.retain(|c| c.content != victim.content);
+            }
+        }
+        resident.push(candidate(*n, 1, at * 40));
+    }
+    (paid, leaders)
+}
+
+#[test]
+fn it_learns_to_keep_part_of_a_loop() {
+    // LRU and GDSF miss always; whoever keeps anything at all does better.
+    let stream: Vec<u8> = (0..8_000).map(|i| (i % 20) as u8).collect();
+    let (paid, leaders) = seconds_paid(&mut HotsetRetention::new(1), &stream, 10);
+    assert!(paid < 3_000, "{paid} of 4000");
+    assert_eq!(leaders[0], Leader::Lru, "at first it knows nothing");
+    assert_eq!(leaders.last(), Some(&Leader::Predictor));
+}
+
+#[test]
+fn it_follows_what_pays_least() {
+    let mut policy = HotsetRetention::new(1);
+    let leader_after = |policy: &mut HotsetRetention, paid: [f64; 3], times: usize| {
+        (0..times).for_each(|_| policy.elect(paid));
+        policy.leader
+    };
+    assert_eq!(policy.leader, Leader::Predictor);
+    // One load decides nothing, nor do a few that go either way.
+    assert_eq!(
+        leader_after(&mut policy, [0.0, 5.0, 5.0], 1),
+        Leader::Predictor
+    );
+    assert_eq!(
+        leader_after(&mut policy, [5.0, 5.0, 0.0], 1),
+        Leader::Predictor
+    );
+    assert_eq!(leader_after(&mut policy, [1.0, 2.0, 2.0], 40), Leader::Lru);
+    assert_eq!(
+        leader_after(&mut policy, [2.0, 1.0, 2.0], 200),
+        Leader::Gdsf
+    );
+    assert_eq!(
+        leader_after(&mut policy, [2.0, 2.0, 2.0], 4_000),
+        Leader::Gdsf
+    );
+    assert_eq!(
+        leader_after(&mut policy, [2.0, 2.0, 1.0], 200),
+        Leader::Predictor
+    );
+}
+
+#[test]
+fn few_rates_give_the_same_choice_as_all() {
+    let stream: Vec<u8> = crate::policy::test_utils::zipf_like(3, 4_000);
+    let mut policy = HotsetRetention::new(1);
+    seconds_paid(&mut policy, &stream, 30);
+    let now = Duration::from_secs(4_000 * 40);
+    let candidates: Vec<Candidate> = (0..60).map(|n| candidate(n, 1, u64::from(n))).collect();
+    let chosen = select(&mut policy, now, &candidates, Bytes(5));
+    let ranked = policy.rank(now, &candidates);
+    assert_eq!(order_of(&chosen), order_of(&ranked)[..5]);
+    // A guess that was never used goes before everything.
+    let mut guessed = candidates.clone();
+    guessed[1].prefetched = true;
+    assert_eq!(
+        select(&mut policy, now, &guessed, Bytes(1))[0].content,
+        content(1)
+    );
+}
