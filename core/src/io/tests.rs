@@ -294,7 +294,8 @@ async fn a_file_that_shrinks_or_changes_while_it_is_read_is_no_mixture() {
     for reader in readers() {
         for shrink in [true, false] {
             let folder = tempfile::tempdir().unwrap();
-            let file = noise(folder.path(), "one.safetensors", 1 << 20);
+            // Far more than waits in the queue, so that the first read cannot have taken all of it.
+            let file = noise(folder.path(), "one.safetensors", 16 << 20);
             let component = scanned(folder.path());
             drop_cached(&component);
             let open = reader.open(component.clone()).await.unwrap();
@@ -306,7 +307,7 @@ async fn a_file_that_shrinks_or_changes_while_it_is_read_is_no_mixture() {
             if shrink {
                 changed.set_len(100_000).unwrap();
             } else {
-                std::os::unix::fs::FileExt::write_all_at(&changed, &[7; 4096], 900_000).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&changed, &[7; 4096], 15_000_000).unwrap();
             }
             // The kernel's clock for files ticks in milliseconds, and this test may be quicker.
             let later = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
