@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::answers::{self, document, refusal};
 use super::channel::{ChannelError, Inbox, Outbox};
 use super::events::{Event, Events};
-use super::leases::Leases;
+use super::leases::{Exported, Leases, exported};
 use super::mapped::Mapped;
 use super::wire::{
     Cancelled, ClientMessage, Empty, ErrorReply, Goodbye, Hello, Limits, Load, MAX_NAMES,
@@ -204,7 +204,7 @@ enum Finished {
         id: u64,
         reserved: u64,
         preemptible: bool,
-        outcome: Result<Vec<Lease>, LoadError>,
+        outcome: Result<Vec<(Lease, Option<Exported>)>, LoadError>,
     },
     Answer {
         id: u64,
@@ -450,7 +450,10 @@ impl Talk {
                     id,
                     reserved,
                     preemptible,
-                    outcome,
+                    outcome: match outcome {
+                        Ok(leases) => Ok(exported(leases).await),
+                        Err(error) => Err(error),
+                    },
                 },
                 Err(error) => Finished::Failed(error),
             }
