@@ -528,7 +528,8 @@ fn workers_import_what_they_lease_over_the_bridge() {
         library.single("large", 1, 90_000);
         library.single("small", 2, 900);
         let mut config = config(&library);
-        config.bridge.socket = Some(library.path("../run/hotset.sock"));
+        let place = tempfile::tempdir().unwrap();
+        config.bridge.socket = Some(place.path().join("run/hotset.sock"));
         block_on(async {
             let hotset = Arc::new(start(config.clone()).await);
             let bridge = Bridge::open(hotset.clone()).await.unwrap();
@@ -589,6 +590,76 @@ fn workers_import_what_they_lease_over_the_bridge() {
                 }
                 assert!(imported.overwrite().is_err(), "a worker must not write");
             }
+        });
+    });
+}
+
+/// An interpreter with the Python package and what it needs, or why there is none.
+fn python() -> Result<std::path::PathBuf, String> {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-vram");
+    let python = folder.join("bin/python");
+    let complete = folder.join("complete");
+    if complete.exists() {
+        return Ok(python);
+    }
+    let mut venv = Command::new("python3");
+    venv.args(["-m", "venv"]).arg(&folder);
+    let mut pip = Command::new(&python);
+    pip.args(["-m", "pip", "install", "--quiet", "msgpack", "numpy"]);
+    for command in [&mut venv, &mut pip] {
+        let output = command.output().map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+    }
+    std::fs::write(&complete, "").map_err(|error| error.to_string())?;
+    Ok(python)
+}
+
+#[test]
+fn python_workers_map_what_they_lease_on_a_gpu() {
+    let required = std::env::var_os("HOTSET_REQUIRE_PYTHON").is_some_and(|value| value == "1");
+    let python = match python() {
+        Ok(python) => python,
+        Err(reason) if required => panic!("HOTSET_REQUIRE_PYTHON=1, and: {reason}"),
+        Err(reason) => {
+            eprintln!("SKIPPED, the Python package needs python3 with venv, and PyPI: {reason}");
+            return;
+        }
+    };
+    run(this_test!(), gpus(1), |_| {
+        let library = Library::new();
+        library.single("large", 1, 90_000);
+        library.single("small", 2, 900);
+        let mut config = config(&library);
+        let place = tempfile::tempdir().unwrap();
+        let socket = place.path().join("run/hotset.sock");
+        config.bridge.socket = Some(socket.clone());
+        block_on(async {
+            let hotset = Arc::new(start(config).await);
+            let bridge = Bridge::open(hotset.clone()).await.unwrap();
+            let sources = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("python");
+            let models = library.path("");
+            let worker = tokio::task::spawn_blocking(move || {
+                Command::new(python)
+                    .arg(sources.join("tests/test_cuda.py"))
+                    .args(["large", "small"])
+                    .env("PYTHONPATH", sources.join("src"))
+                    .env("PYTHONDONTWRITEBYTECODE", "1")
+                    .env("HOTSET_SOCKET", socket)
+                    .env("MODELS", models)
+                    .output()
+                    .unwrap()
+            });
+            let output = worker.await.unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            assert_eq!(output.stdout, b"ok large\nok small\n");
+            soon("close", bridge.close()).await;
+            end(Arc::into_inner(hotset).unwrap()).await;
         });
     });
 }
