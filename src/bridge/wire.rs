@@ -541,7 +541,7 @@ pub struct PressureEvent {
 pub struct Revoke {
     /// Of these leases.
     pub leases: Vec<u64>,
-    /// Within this time, in milliseconds.
+    /// Within this time, in milliseconds; 0 where their memory is gone already, with its GPU.
     pub grace_ms: u64,
     /// Why.
     pub reason: String,

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use hotset::bridge::Bridge;
+use hotset::bridge::wire::ServerMessage;
 use hotset::client::{Client, LoadOptions};
 use hotset::core::device::FigureSource;
 use hotset::core::device::cuda::{Cuda, Imported};
@@ -590,6 +591,40 @@ fn workers_import_what_they_lease_over_the_bridge() {
                 }
                 assert!(imported.overwrite().is_err(), "a worker must not write");
             }
+        });
+    });
+}
+
+#[test]
+fn clients_hear_that_their_leases_are_lost_with_the_gpu() {
+    run(this_test!(), gpus(1), |machine| {
+        let library = Library::new();
+        library.single("a", 1, 5000);
+        let mut config = config(&library);
+        let place = tempfile::tempdir().unwrap();
+        let socket = place.path().join("run/hotset.sock");
+        config.bridge.socket = Some(socket.clone());
+        block_on(async {
+            let hotset = Arc::new(start(config).await);
+            let bridge = Bridge::open(hotset.clone()).await.unwrap();
+            let client = Client::connect_to(&socket, "worker").await.unwrap();
+            let mut events = client.events();
+            let held = client.load(&LoadOptions::new(["a"])).await.unwrap();
+            machine.gpu(0).sticky.store(700, SeqCst);
+            let ServerMessage::Revoke(revoke) = soon("the loss", events.recv()).await.unwrap()
+            else {
+                panic!("its leases are gone");
+            };
+            assert_eq!(revoke.leases, [held[0].leased().lease]);
+            assert_eq!(revoke.grace_ms, 0);
+            assert!(
+                revoke.reason.contains("vram:0 is lost"),
+                "{}",
+                revoke.reason
+            );
+            drop((held, client, events));
+            soon("close", bridge.close()).await;
+            end(Arc::into_inner(hotset).unwrap()).await;
         });
     });
 }
