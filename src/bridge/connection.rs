@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::FuturesUnordered;
+use hotset_core::LeaseId;
 use hotset_core::memory::Lease;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -20,7 +21,7 @@ use tokio::time::Instant;
 use super::answers::{self, document, refusal};
 use super::channel::{ChannelError, Inbox, Outbox};
 use super::events::{Event, Events};
-use super::leases::Leases;
+use super::leases::{Exported, Leases, exported};
 use super::mapped::Mapped;
 use super::wire::{
     Cancelled, ClientMessage, Empty, ErrorReply, Goodbye, Hello, Limits, Load, MAX_NAMES,
@@ -28,7 +29,7 @@ use super::wire::{
     ServerMessage, StatusReply, Subscribed, UsageReply, VERSIONS, Welcome,
 };
 use super::{FAREWELL, FrameError, Shared};
-use crate::{LoadError, LoadEvent, Loading, Session, Shortage};
+use crate::{GpuEvent, LoadError, LoadEvent, Loading, Session, SessionId, Shortage, Tier};
 
 /// How long a client may take to say `hello`.
 const HELLO_TIME: Duration = Duration::from_secs(10);
@@ -204,7 +205,7 @@ enum Finished {
         id: u64,
         reserved: u64,
         preemptible: bool,
-        outcome: Result<Vec<Lease>, LoadError>,
+        outcome: Result<Vec<(Lease, Option<Exported>)>, LoadError>,
     },
     Answer {
         id: u64,
@@ -437,6 +438,7 @@ impl Talk {
             }
             self.reserved += reserved;
         }
+        self.events.watch_gpus(&self.shared.hotset);
         if preemptible {
             self.events.watch_shortages(&self.shared.hotset);
         }
@@ -450,7 +452,10 @@ impl Talk {
                     id,
                     reserved,
                     preemptible,
-                    outcome,
+                    outcome: match outcome {
+                        Ok(leases) => Ok(exported(leases).await),
+                        Err(error) => Err(error),
+                    },
                 },
                 Err(error) => Finished::Failed(error),
             }
@@ -491,7 +496,42 @@ impl Talk {
         match event {
             Event::Message(id, message) => self.reply(id, message),
             Event::Shortage(shortage) => self.revoke(&shortage),
+            Event::Gpu(GpuEvent::Lost {
+                tier,
+                reason,
+                leases,
+            }) => self.lost(tier, &reason, &leases),
+            // One that is back has nothing of this client's; what others take comes as a shortage too.
+            Event::Gpu(_) => Ok(()),
         }
+    }
+
+    /// Tells of leases whose memory is gone with its GPU.
+    fn lost(
+        &mut self,
+        tier: Tier,
+        reason: &str,
+        leases: &[(LeaseId, SessionId)],
+    ) -> Result<(), End> {
+        let own = |session: &SessionId| *session == self.session.id();
+        let leases: Vec<u64> = leases
+            .iter()
+            .filter(|(_, session)| own(session))
+            .map(|(lease, _)| lease.0)
+            .collect();
+        if leases.is_empty() {
+            return Ok(());
+        }
+        let grace = Instant::now() + self.shared.config.grace;
+        self.revoked.get_or_insert((grace, leases.clone()));
+        self.reply(
+            0,
+            ServerMessage::Revoke(Revoke {
+                leases,
+                grace_ms: 0,
+                reason: format!("{tier} is lost, and what these leases held with it: {reason}"),
+            }),
+        )
     }
 
     /// Asks for leases back that were promised to be given.

@@ -13,7 +13,7 @@ use super::answers::document;
 use super::wire::{
     CatalogueEvent, DecisionEvent, ErrorReply, ModelChange, PressureEvent, ServerMessage,
 };
-use crate::{Hotset, MonitorView, Pressure, Shortage};
+use crate::{GpuEvent, Hotset, MonitorView, Pressure, Shortage};
 
 /// The topics that there are.
 pub(crate) const TOPICS: [&str; 3] = ["catalogue", "decisions", "pressure"];
@@ -25,6 +25,7 @@ pub(crate) struct Events {
     decisions: Option<(u64, Receiver<Decision>)>,
     pressure: Option<(u64, watch::Receiver<MonitorView>, Pressure)>,
     shortages: Option<Receiver<Shortage>>,
+    gpus: Option<Receiver<GpuEvent>>,
 }
 
 /// Something to tell the client, or to act on.
@@ -32,6 +33,7 @@ pub(crate) struct Events {
 pub(crate) enum Event {
     Message(u64, ServerMessage),
     Shortage(Shortage),
+    Gpu(GpuEvent),
 }
 
 async fn next_of<T: Clone>(feed: &mut Option<(u64, Receiver<T>)>) -> (u64, Result<T, RecvError>) {
@@ -48,7 +50,13 @@ impl Events {
             decisions: None,
             pressure: None,
             shortages: None,
+            gpus: None,
         }
+    }
+
+    /// Hears of lost GPUs from now on: the connection may have leases there.
+    pub(crate) fn watch_gpus(&mut self, hotset: &Hotset) {
+        self.gpus.get_or_insert_with(|| hotset.subscribe_gpus());
     }
 
     /// Hears of shortages from now on: the connection has leases that may be taken back.
@@ -147,7 +155,13 @@ impl Events {
                     Some((id, message)) => return Event::Message(id, message),
                     None => self.pressure = None,
                 },
-                shortage = shortage(&mut self.shortages) => match shortage {
+                gpu = feed(&mut self.gpus) => match gpu {
+                    Ok(event) => return Event::Gpu(event),
+                    // More losses than there are GPUs: what was missed is told by the next load.
+                    Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => self.gpus = None,
+                },
+                shortage = feed(&mut self.shortages) => match shortage {
                     Ok(shortage) => return Event::Shortage(shortage),
                     // There will be another one at the next try.
                     Err(RecvError::Lagged(_)) => {}
@@ -158,7 +172,7 @@ impl Events {
     }
 }
 
-async fn shortage(feed: &mut Option<Receiver<Shortage>>) -> Result<Shortage, RecvError> {
+async fn feed<T: Clone>(feed: &mut Option<Receiver<T>>) -> Result<T, RecvError> {
     match feed {
         Some(receiver) => receiver.recv().await,
         None => std::future::pending().await,

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hotset_core::Tier;
+use hotset_core::device::Export;
 use hotset_core::memory::{Lease, Slab};
 use hotset_core::tensor::TensorTable;
 
@@ -61,7 +62,7 @@ impl Leases {
     /// Takes the leases of a load over; gives the reply and the descriptors that go with it.
     pub(super) fn add(
         &mut self,
-        leases: Vec<Lease>,
+        leases: Vec<(Lease, Option<Exported>)>,
         preemptible: bool,
         tables: &Tables,
     ) -> Result<(Leased, Vec<OwnedFd>), ErrorReply> {
@@ -73,7 +74,7 @@ impl Leases {
         if self.tables.len() + leases.len() > MAX_TABLES {
             self.tables.clear();
         }
-        for lease in leases {
+        for (lease, exported) in leases {
             let memory_key = key(&lease);
             let table = self.table(&lease, tables, &mut reply)?;
             let memory = match self.memories.get_mut(&memory_key) {
@@ -84,7 +85,7 @@ impl Leases {
                 None => {
                     self.next_memory += 1;
                     let number = self.next_memory;
-                    let (memory, descriptor) = describe(number, &lease)?;
+                    let (memory, descriptor) = describe(number, &lease, exported)?;
                     descriptors.extend(descriptor);
                     reply.memories.push(memory);
                     let slab = lease.slab().cloned();
@@ -188,25 +189,59 @@ impl Leases {
     }
 }
 
+/// A device's memory as a client can import it, or why it cannot.
+pub(super) type Exported = Result<Export, String>;
+
+/// Has the leases that lie on a device exported by it. In host memory a slab's descriptor is made when a client needs it.
+pub(super) async fn exported(leases: Vec<Lease>) -> Vec<(Lease, Option<Exported>)> {
+    let mut out = Vec::with_capacity(leases.len());
+    for lease in leases {
+        let export = match lease.allocation() {
+            None => None,
+            Some(allocation) => Some(
+                allocation
+                    .device()
+                    .export(allocation)
+                    .await
+                    .map_err(|error| format!("{error}; load to ram to map it")),
+            ),
+        };
+        out.push((lease, export));
+    }
+    out
+}
+
 /// New memory for the client, with its descriptor where it can be mapped.
-fn describe(number: u64, lease: &Lease) -> Result<(Memory, Option<OwnedFd>), ErrorReply> {
+fn describe(
+    number: u64,
+    lease: &Lease,
+    exported: Option<Exported>,
+) -> Result<(Memory, Option<OwnedFd>), ErrorReply> {
     let tier = lease.tier().to_string();
     let Some(slab) = lease.slab() else {
-        let bytes = lease.allocation().map_or(0, |held| held.bytes().get());
-        let driver = lease
-            .allocation()
-            .map_or("none", |held| held.device().describe().driver);
         let memory = Memory {
             memory: number,
             tier,
-            bytes,
-            descriptor: false,
-            reason: Some(format!(
-                "the memory of a `{driver}` device cannot be mapped by other processes; load to ram"
-            )),
+            bytes: lease.allocation().map_or(0, |held| held.bytes().get()),
             ..Memory::default()
         };
-        return Ok((memory, None));
+        return Ok(match exported {
+            Some(Ok(export)) => (
+                Memory {
+                    descriptor: true,
+                    bytes: export.bytes.get(),
+                    offset: export.offset,
+                    mapped: export.mapped.get(),
+                    gpu: Some(export.uuid),
+                    ..memory
+                },
+                Some(export.descriptor),
+            ),
+            refused => {
+                let reason = refused.and_then(Result::err);
+                (Memory { reason, ..memory }, None)
+            }
+        });
     };
     let descriptor = slab.read_only_descriptor().map_err(|error| ErrorReply {
         code: "internal".into(),

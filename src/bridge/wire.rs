@@ -417,9 +417,16 @@ pub struct Memory {
     pub tier: String,
     /// How much there is to map, in bytes.
     pub bytes: u64,
-    /// Where in the descriptor it begins: a multiple of the page size.
+    /// Where in the descriptor it begins: in host memory a multiple of the page size.
     #[serde(default)]
     pub offset: u64,
+    /// Of a device's memory: the size of all that the descriptor stands for, which has to be imported and mapped whole
+    /// (`cuMemImportFromShareableHandle`, `cuMemMap`). 0 for host memory.
+    #[serde(default)]
+    pub mapped: u64,
+    /// Of a device's memory: the UUID of the GPU that it lies on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
     /// Whether a descriptor comes with it. Without one it cannot be mapped by others: `reason` says why.
     pub descriptor: bool,
     /// Why there is no descriptor.
@@ -534,7 +541,7 @@ pub struct PressureEvent {
 pub struct Revoke {
     /// Of these leases.
     pub leases: Vec<u64>,
-    /// Within this time, in milliseconds.
+    /// Within this time, in milliseconds; 0 where their memory is gone already, with its GPU.
     pub grace_ms: u64,
     /// Why.
     pub reason: String,

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use hotset_core::device::Export;
 use serde::Deserialize;
 
 use super::ClientError;
@@ -49,6 +50,8 @@ impl Table {
 #[derive(Debug, Clone)]
 pub(super) enum Memory {
     Mapped(Arc<Mapping>),
+    /// On a GPU; it can be imported there.
+    Device(Arc<Export>),
     /// It cannot be mapped, for this reason.
     Elsewhere(Arc<str>),
 }
@@ -89,11 +92,51 @@ impl RemoteLease {
     pub fn mapping(&self) -> Result<&Arc<Mapping>, ClientError> {
         match &self.memory {
             Memory::Mapped(mapping) => Ok(mapping),
-            Memory::Elsewhere(reason) => Err(ClientError::Map {
-                component: self.leased.component.clone(),
-                reason: reason.to_string(),
-            }),
+            Memory::Device(export) => Err(self.cannot_map(&format!(
+                "it lies on the GPU {}; import it there (RemoteLease::export)",
+                export.uuid
+            ))),
+            Memory::Elsewhere(reason) => Err(self.cannot_map(reason)),
         }
+    }
+
+    fn cannot_map(&self, reason: &str) -> ClientError {
+        ClientError::Map {
+            component: self.leased.component.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// The memory on its GPU, for [`Imported`](hotset_core::device::cuda::Imported) to map. What is imported may be used as
+    /// long as this lease lives.
+    ///
+    /// # Errors
+    /// [`ClientError::Map`] where it lies in host memory, or cannot be shared, or descriptors ran out.
+    pub fn export(&self) -> Result<Export, ClientError> {
+        let export = match &self.memory {
+            Memory::Device(export) => export,
+            Memory::Mapped(_) => return Err(self.cannot_map("it lies in host memory")),
+            Memory::Elsewhere(reason) => return Err(self.cannot_map(reason)),
+        };
+        let descriptor = export.descriptor.try_clone();
+        Ok(Export {
+            descriptor: descriptor.map_err(|error| self.cannot_map(&error.to_string()))?,
+            mapped: export.mapped,
+            offset: export.offset,
+            bytes: export.bytes,
+            uuid: export.uuid.clone(),
+        })
+    }
+
+    /// Where each tensor lies in [`export`](Self::export)ed memory: name, offset from its first byte, and bytes.
+    ///
+    /// # Errors
+    /// [`ClientError::Protocol`].
+    pub fn places(&self) -> Result<Vec<(&str, u64, u64)>, ClientError> {
+        let rows = self.table.rows()?.iter();
+        Ok(rows
+            .map(|row| (&*row.name, row.offset, row.bytes))
+            .collect())
     }
 
     /// All tensors, by name.

@@ -9,6 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
+use hotset_core::Bytes;
+use hotset_core::device::Export;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -295,6 +297,15 @@ impl Link {
         for memory in leased.memories {
             let mapped = match (memory.descriptor, memory.reason) {
                 (true, _) => match descriptors.next() {
+                    Some(descriptor) if let Some(uuid) = memory.gpu => {
+                        Memory::Device(Arc::new(Export {
+                            descriptor,
+                            mapped: Bytes(memory.mapped),
+                            offset: memory.offset,
+                            bytes: Bytes(memory.bytes),
+                            uuid,
+                        }))
+                    }
                     Some(descriptor) => Mapping::new(&descriptor, memory.offset, memory.bytes)
                         .map(|mapping| Memory::Mapped(Arc::new(mapping)))
                         .unwrap_or_else(|reason| Memory::Elsewhere(reason.into())),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from ._cuda import DeviceArray, DeviceMapping
 from ._errors import HotsetError, Missing, NotMappable
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Progress:
 class Component(AbstractMapping):
     """A leased component: a lazy mapping from tensor names to torch tensors, or numpy arrays where torch is not installed."""
 
-    def __init__(self, entry: dict, lease: Lease, mapping: Mapping | None, table: Table, reason: str | None) -> None:
+    def __init__(self, entry: dict, lease: Lease, mapping: Mapping | DeviceMapping | None, table: Table, reason: str | None) -> None:
         self.id: str = entry["component"]
         self.model, _, self.name = self.id.rpartition("/")
         self.content: str = entry["content"]
@@ -150,6 +151,8 @@ class Component(AbstractMapping):
                 raise HotsetError(f"{self.id} was released")
             if self._mapping is None:
                 raise NotMappable(f"{self.id} cannot be mapped: {self._reason}")
+            if isinstance(self._mapping, DeviceMapping):
+                raise NotMappable(f"{self.id} lies on a GPU; use torch() or device_array()")
             exporter = (ctypes.c_ubyte * self._mapping.bytes).from_address(self._mapping.address)
             exporter._hotset = (self._lease, self._mapping)
             self._exporter = exporter
@@ -219,6 +222,22 @@ class Component(AbstractMapping):
             return empty
         return numpy.frombuffer(self.memory(), kind, count, offset).reshape(shape)
 
+    def device_array(self, name: str) -> DeviceArray:
+        """A tensor in device memory, as the CUDA array interface has it. Types that it has no letter for (bf16, fp8) come as
+        unsigned integers of their size."""
+        if not isinstance(self._mapping, DeviceMapping):
+            raise NotMappable(f"{self.id} cannot be had on a GPU: {self._reason or 'it lies in host memory'}")
+        dtype, shape, offset, size = self._row(name)
+        count = math.prod(shape)
+        known = _NUMPY.get(dtype, ".")
+        if known.startswith("."):
+            typestr = {1: "|u1", 2: "<u2", 4: "<u4"}.get(size // max(count, 1), "|u1")
+        else:
+            import numpy
+
+            typestr = numpy.dtype(known).str
+        return DeviceArray(tuple(shape), typestr, self._mapping.address + offset, (self._lease, self._mapping))
+
     def torch(self, name: str, device: str | torch.device | None = None) -> torch.Tensor:
         """A tensor as a torch tensor on the leased bytes.
 
@@ -233,6 +252,9 @@ class Component(AbstractMapping):
         count = math.prod(shape)
         if count == 0:
             tensor = torch.empty(shape, dtype=kind)
+        elif isinstance(self._mapping, DeviceMapping):
+            where = f"cuda:{self._mapping.ordinal}"
+            tensor = torch.as_tensor(self.device_array(name), device=where).view(kind)
         else:
             # The exporter is taken for writable, which spares a warning for each tensor; the mapping is not.
             tensor = torch.frombuffer(self._buffer(), dtype=kind, count=count, offset=offset).view(shape)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 
+from ._cuda import DeviceMapping
 from ._errors import HotsetError, Refused
 from ._memory import Component, Lease, LoadedSet, Mapping, Table
 
@@ -136,8 +137,10 @@ class State:
                     except HotsetError as error:
                         reason = str(error)
                 else:
-                    os.close(descriptor)
-                    reason = "this client maps host memory only; load to ram"
+                    try:
+                        mapping = DeviceMapping.take(descriptor, memory)
+                    except HotsetError as error:
+                        reason = str(error)
             # The mapping itself belongs to who uses it, and to this table until the last lease is `released`.
             self._memories[memory["memory"]] = [mapping, reason, 0]
         components = []
@@ -162,8 +165,8 @@ class State:
             del self._memories[number]
 
     def mappings(self) -> list[Mapping]:
-        """What is mapped under a number of this connection."""
-        return [memory[0] for memory in self._memories.values() if memory[0] is not None]
+        """What host memory is mapped under a number of this connection."""
+        return [memory[0] for memory in self._memories.values() if isinstance(memory[0], Mapping)]
 
     def close(self) -> None:
         """The connection is gone, and all numbers with it."""
