@@ -1,12 +1,20 @@
 //! `hotset replay`: policies against a recorded trace. Needs no running system and no models.
 
+mod plot;
+
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use hotset::Bytes;
-use hotset::core::replay::{LoadCost, Machine, Measured, Outcome, PolicyName, Trace, replay};
-use serde_json::json;
+use hotset::core::replay::{
+    Bound, Comparison, LoadCost, Machine, Mean, Measured, Outcome, PolicyName, Run, Stress, Trace,
+    bound, compare, replay,
+};
+use serde_json::{Value, json};
 
 use super::output::{self, line, table};
 use super::{CliError, Global};
@@ -39,6 +47,21 @@ pub(crate) struct ReplayArgs {
     /// Upload cost from RAM to VRAM
     #[arg(long, default_value = "0.05s+0.05s/GB", value_name = "COST")]
     upload: LoadCost,
+    /// Sizes drawn anew so many times, among components of the same kind; 0: as the table has them
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    draws: u64,
+    /// A variant of the trace that is hard to learn: relabel, shuffle, one-hit or loop
+    #[arg(long, value_name = "NAME")]
+    stress: Option<String>,
+    /// Also find what no policy can do better than, by linear programming; one tier only
+    #[arg(long, conflicts_with = "vram")]
+    bound: bool,
+    /// Draw the cost miss ratio over the capacity, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Leave out requests from this time of the trace on
+    #[arg(long, value_parser = humantime_duration, value_name = "DURATION")]
+    until: Option<Duration>,
     /// Share of the requests at the start that only warms up
     #[arg(
         long,
@@ -67,41 +90,189 @@ pub(crate) fn run(args: &ReplayArgs, global: &Global) -> Result<(), CliError> {
         ));
     }
     let policies = policies(&args.policies)?;
+    let stress = args.stress.as_deref().map(str::parse::<Stress>).transpose();
+    let stress = stress.map_err(|error| CliError::Usage(error.to_string()))?;
     let trace = Trace::parse(&read(&args.requests)?, &read(&args.components)?)
         .map_err(|error| CliError::Usage(error.to_string()))?;
-    let rams = if args.ram.is_empty() {
-        SHARES.map(|share| trace.footprint().share(share)).to_vec()
-    } else {
-        args.ram.clone()
-    };
-    let start = Instant::now();
-    let runs: Vec<Outcome> = rams
+    let trace = args.until.map_or(trace.clone(), |end| trace.until(end));
+    let draws = draws(&trace, args, stress);
+    let jobs: Vec<Job> = draws
         .iter()
-        .flat_map(|ram| {
-            let machine = Machine {
-                ram: *ram,
-                vram: args.vram,
-                load: args.cost,
-                upload: args.upload,
-                measured: args
-                    .from
-                    .map_or(Measured::AfterShare(args.warmup), Measured::From),
-            };
-            let (trace, policies) = (&trace, &policies);
-            policies.iter().map(move |policy| {
-                replay(trace, &machine, || policy.make(trace), &|| start.elapsed())
+        .flat_map(|draw| {
+            let machines = draw.machines.iter().enumerate();
+            let policies = &policies;
+            machines.flat_map(move |(capacity, machine)| {
+                let policies = policies.iter().map(|policy| Work::Policy(*policy));
+                let works = policies.chain(args.bound.then_some(Work::Bound));
+                works.map(move |work| Job {
+                    draw,
+                    capacity,
+                    machine,
+                    work,
+                })
             })
         })
         .collect();
-    if global.json {
-        return output::json(&json!({
-            "requests": trace.requests().len(),
-            "components": trace.components().len(),
-            "footprint_bytes": trace.footprint(),
-            "runs": runs,
-        }));
+    let (runs, bounds) = run_all(&jobs)?;
+    let least = |draw: usize, capacity: usize| {
+        let mut found = bounds.iter().filter(|b| b.0 == draw && b.1 == capacity);
+        found.next().map(|(_, _, bound)| bound.cmr)
+    };
+    let compared = compare(&runs, least);
+    if let Some(path) = &args.plot {
+        let lines = plot::lines(&compared, &draws[0].machines, &bounds);
+        plot::write(path, &lines)?;
     }
-    print(&trace, &runs)
+    if global.json {
+        return output::json(&document(&trace, args, &runs, &bounds, &compared));
+    }
+    print(&trace, &runs, &compared, &draws[0].machines, &bounds)
+}
+
+/// A trace as it is replayed, and on what.
+struct Draw {
+    number: usize,
+    trace: Trace,
+    machines: Vec<Machine>,
+}
+
+/// What is found out about a draw on a machine.
+#[derive(Clone, Copy)]
+enum Work {
+    Policy(PolicyName),
+    Bound,
+}
+
+struct Job<'a> {
+    draw: &'a Draw,
+    capacity: usize,
+    machine: &'a Machine,
+    work: Work,
+}
+
+/// The traces with their capacities, which are shares of what the trace asks for before any stress.
+fn draws(trace: &Trace, args: &ReplayArgs, stress: Option<Stress>) -> Vec<Draw> {
+    let draw = |number: usize, trace: Trace| {
+        let rams = if args.ram.is_empty() {
+            SHARES.map(|share| trace.footprint().share(share)).to_vec()
+        } else {
+            args.ram.clone()
+        };
+        let machine = |ram: Bytes| Machine {
+            ram,
+            vram: args.vram,
+            load: args.cost,
+            upload: args.upload,
+            measured: args
+                .from
+                .map_or(Measured::AfterShare(args.warmup), Measured::From),
+        };
+        Draw {
+            number,
+            machines: rams.into_iter().map(machine).collect(),
+            trace: stress.map_or(trace.clone(), |stress| {
+                trace.stressed(stress, number as u64)
+            }),
+        }
+    };
+    if args.draws == 0 {
+        return vec![draw(0, trace.clone())];
+    }
+    (0..args.draws)
+        .map(|seed| draw(seed as usize, trace.drawn(seed)))
+        .collect()
+}
+
+/// A bound with its draw and the place of its capacity.
+type PlacedBound = (usize, usize, Bound);
+
+/// Does all jobs on all cores; the answers are in the order of the jobs.
+fn run_all(jobs: &[Job<'_>]) -> Result<(Vec<Run>, Vec<PlacedBound>), CliError> {
+    let start = Instant::now();
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let waiting = Mutex::new(jobs.iter().enumerate());
+    let done = Mutex::new((Vec::new(), Vec::new(), None));
+    std::thread::scope(|scope| {
+        let work = || {
+            loop {
+                // A panic in another thread ends the command anyhow when the scope ends.
+                let next = waiting
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .next();
+                let Some((number, job)) = next else {
+                    return;
+                };
+                let (draw, trace) = (job.draw.number, &job.draw.trace);
+                match job.work {
+                    Work::Policy(policy) => {
+                        let make = || policy.make(trace);
+                        let outcome = replay(trace, job.machine, make, &|| start.elapsed());
+                        let run = Run {
+                            draw,
+                            capacity: job.capacity,
+                            outcome,
+                        };
+                        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                        done.0.push((number, run));
+                    }
+                    Work::Bound => {
+                        let found = bound(trace, job.machine);
+                        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                        match found {
+                            Ok(bound) => done.1.push((number, (draw, job.capacity, bound))),
+                            Err(error) => done.2 = Some(error),
+                        }
+                    }
+                }
+            }
+        };
+        for _ in 0..threads.min(jobs.len()) {
+            scope.spawn(work);
+        }
+    });
+    let (mut runs, mut bounds, error) = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = error {
+        return Err(CliError::Usage(error.to_string()));
+    }
+    runs.sort_by_key(|(number, _)| *number);
+    bounds.sort_by_key(|(number, _)| *number);
+    Ok((
+        runs.into_iter().map(|(_, run)| run).collect(),
+        bounds.into_iter().map(|(_, bound)| bound).collect(),
+    ))
+}
+
+fn document(
+    trace: &Trace,
+    args: &ReplayArgs,
+    runs: &[Run],
+    bounds: &[PlacedBound],
+    compared: &[Comparison],
+) -> Value {
+    let with_draw = |draw: usize, value: Value| {
+        let mut value = value;
+        if args.draws > 0 {
+            value["draw"] = json!(draw);
+        }
+        value
+    };
+    let runs: Vec<Value> = runs
+        .iter()
+        .map(|run| with_draw(run.draw, json!(run.outcome)))
+        .collect();
+    let bounds: Vec<Value> = bounds
+        .iter()
+        .map(|(draw, _, bound)| with_draw(*draw, json!(bound)))
+        .collect();
+    json!({
+        "requests": trace.requests().len(),
+        "components": trace.components().len(),
+        "footprint_bytes": trace.footprint(),
+        "runs": runs,
+        "bound": bounds,
+        "compared": compared,
+    })
 }
 
 fn policies(names: &[String]) -> Result<Vec<PolicyName>, CliError> {
@@ -121,40 +292,96 @@ fn read(path: &Path) -> Result<String, CliError> {
     })
 }
 
-fn print(trace: &Trace, runs: &[Outcome]) -> Result<(), CliError> {
+/// A mean with its interval, to so many digits.
+fn shown(mean: Option<Mean>, digits: usize) -> String {
+    match mean {
+        None => String::new(),
+        Some(Mean {
+            mean,
+            interval: None,
+        }) => format!("{mean:.digits$}"),
+        Some(Mean {
+            mean,
+            interval: Some(half),
+        }) => format!("{mean:.digits$} ± {half:.digits$}"),
+    }
+}
+
+fn print(
+    trace: &Trace,
+    runs: &[Run],
+    compared: &[Comparison],
+    machines: &[Machine],
+    bounds: &[PlacedBound],
+) -> Result<(), CliError> {
     line(format!(
         "{} requests for {} of components",
         trace.requests().len(),
         trace.footprint()
     ))?;
-    let mut rows = table(
-        &[
-            "tier", "policy", "CMR", "of LRU", "misses", "no wait", "mean s", "p95 s", "p99 s",
-            "µs",
-        ],
-        &[
-            "tier", "CMR", "of LRU", "misses", "no wait", "mean s", "p95 s", "p99 s", "µs",
-        ],
-    );
-    for run in runs {
-        let lru = runs.iter().find(|other| {
-            other.policy == "lru"
-                && other.ram_bytes == run.ram_bytes
-                && other.capacity_bytes == run.capacity_bytes
-        });
-        let of_lru = lru.filter(|lru| lru.cmr > 0.0).map(|lru| run.cmr / lru.cmr);
+    let right = [
+        "tier", "CMR", "of LRU", "of best", "gap", "misses", "no wait", "mean s", "p99 s", "µs",
+    ];
+    let mut columns = right.to_vec();
+    columns.insert(1, "policy");
+    let mut rows = table(&columns, &right);
+    for row in compared {
+        let own: Vec<&Outcome> = runs
+            .iter()
+            .filter(|run| run.capacity == row.capacity && run.outcome.policy == row.policy)
+            .map(|run| &run.outcome)
+            .collect();
+        let mean = |value: &dyn Fn(&Outcome) -> f64| {
+            own.iter().map(|outcome| value(outcome)).sum::<f64>() / own.len().max(1) as f64
+        };
         rows.add_row([
-            run.capacity_bytes.to_string(),
-            run.policy.clone(),
-            format!("{:.4}", run.cmr),
-            of_lru.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
-            format!("{:.1} %", run.object_miss_ratio * 100.0),
-            format!("{:.1} %", run.zero_wait_share * 100.0),
-            format!("{:.2}", run.cold_start_s.mean),
-            format!("{:.2}", run.cold_start_s.p95),
-            format!("{:.2}", run.cold_start_s.p99),
-            format!("{:.1}", run.ns_per_request / 1e3),
+            tier(machines, row.capacity),
+            row.policy.clone(),
+            shown(Some(row.cmr), 4),
+            shown(row.of_lru, 3),
+            shown(row.of_best_simple, 3),
+            row.gap_closed
+                .map_or_else(String::new, |gap| format!("{:.0} %", gap.mean * 100.0)),
+            format!("{:.1} %", mean(&|o| o.object_miss_ratio) * 100.0),
+            format!("{:.1} %", mean(&|o| o.zero_wait_share) * 100.0),
+            format!("{:.2}", mean(&|o| o.cold_start_s.mean)),
+            format!("{:.2}", mean(&|o| o.cold_start_s.p99)),
+            format!("{:.1}", mean(&|o| o.ns_per_request) / 1e3),
         ]);
     }
-    line(rows.to_string())
+    line(rows.to_string())?;
+    for capacity in 0..machines.len() {
+        let of_capacity = bounds.iter().filter(|b| b.1 == capacity);
+        let values: Vec<f64> = of_capacity.map(|(_, _, bound)| bound.cmr).collect();
+        if let Some(least) = Mean::of(&values) {
+            let tier = tier(machines, capacity);
+            line(format!(
+                "no policy below {} at {tier}",
+                shown(Some(least), 4)
+            ))?;
+        }
+    }
+    for run in runs {
+        let Some(score) = run.outcome.prefetch else {
+            continue;
+        };
+        line(format!(
+            "{} at {}: {} prefetched, {} used and {} wasted, {:.1} s saved, {:.1} s lost, {} loads delayed by {:.2} s",
+            run.outcome.policy,
+            run.outcome.capacity_bytes,
+            score.loads,
+            score.used_bytes,
+            score.wasted_bytes,
+            score.saved_s,
+            score.lost_s,
+            score.delayed_loads,
+            score.delayed_s,
+        ))?;
+    }
+    Ok(())
+}
+
+fn tier(machines: &[Machine], capacity: usize) -> String {
+    let machine = machines.get(capacity);
+    machine.map_or_else(String::new, |m| m.vram.unwrap_or(m.ram).to_string())
 }

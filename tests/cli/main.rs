@@ -5,6 +5,7 @@
 mod commands;
 mod python;
 mod python_client;
+mod replay;
 mod server;
 
 use std::path::{Path, PathBuf};

@@ -38,13 +38,15 @@ const AGE_STEP: f64 = 1.0 / 64.0;
 const MEMORY: f64 = 0.999;
 /// A challenger must be ahead of the leader by so many standard deviations of their differences, were these of random sign:
 /// few loads decide much, and following luck costs more than waiting.
-const AHEAD: f64 = 1.5;
+const AHEAD: f64 = 1.0;
 /// What went last and could be loaded again on a guess: mostly what a load that had to be made drove out.
 const MAX_GHOSTS: usize = 64;
 /// Expected seconds saved must be so many times the expected seconds lost by what goes.
 const MARGIN: f64 = 3.0;
 /// Expected uses within the horizon below which nothing is loaded on a guess.
 const MIN_USES: f64 = 0.7;
+/// Candidates whose restore costs are noted at one choice.
+const NOTED: usize = 64;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
@@ -234,16 +236,15 @@ impl HotsetRetention {
         }
     }
 
-    fn gdsf_score(&self, candidate: &Candidate) -> (f64, String) {
+    fn gdsf_score(&self, candidate: &Candidate) -> f64 {
         // What GDSF would not have kept goes first.
-        let score = self
-            .gdsf
+        self.gdsf
             .get(&candidate.content)
-            .map_or(0.0, |held| held.score);
-        (
-            score,
-            format!("least worth its bytes by GDSF: priority {score:.3}"),
-        )
+            .map_or(0.0, |held| held.score)
+    }
+
+    fn gdsf_reason(score: f64) -> String {
+        format!("least worth its bytes by GDSF: priority {score:.3}")
     }
 
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
@@ -260,9 +261,10 @@ impl HotsetRetention {
     }
 
     /// As the default, but with a bound on how many rates are found anew: what has changed little is looked at again only
-    /// where it stands lowest.
-    fn choose_by_rates(
+    /// where it stands lowest. Reasons are written for victims alone.
+    fn choose_as(
         &mut self,
+        leader: Leader,
         now: Duration,
         candidates: &[Candidate],
         needed: Bytes,
@@ -273,11 +275,18 @@ impl HotsetRetention {
             .zip(candidates)
             .map(|(place, candidate): (usize, _)| {
                 let content = &candidate.content;
-                let rate = self
-                    .rates
-                    .lately(&mut self.predictor, now, content, horizon);
-                let score = Score(Self::worth(rate, candidate));
-                Reverse((!candidate.prefetched, score, candidate.last_used, place))
+                let score = match leader {
+                    // By the time of the last use, which stands next in the key.
+                    Leader::Lru => 0.0,
+                    Leader::Gdsf => self.gdsf_score(candidate),
+                    Leader::Predictor => {
+                        let predictor = &mut self.predictor;
+                        let rate = self.rates.lately(predictor, now, content, horizon);
+                        Self::worth(rate, candidate)
+                    }
+                };
+                let kept = !candidate.prefetched;
+                Reverse((kept, Score(score), candidate.last_used, place))
             })
             .collect();
         let mut freed = Bytes::ZERO;
@@ -287,17 +296,28 @@ impl HotsetRetention {
         {
             let candidate = &candidates[place];
             let content = &candidate.content;
-            let (rate, changed) = self.rates.now(&mut self.predictor, now, content, horizon);
-            if changed {
-                let score = Score(Self::worth(rate, candidate));
-                heap.push(Reverse((kept, score, last_used, place)));
-                continue;
-            }
+            let (score, reason) = match leader {
+                Leader::Lru => {
+                    let idle = now.saturating_sub(last_used).as_secs_f64();
+                    (-idle, format!("least recently used: idle for {idle:.1} s"))
+                }
+                Leader::Gdsf => (score, Self::gdsf_reason(score)),
+                Leader::Predictor => {
+                    let predictor = &mut self.predictor;
+                    let (rate, changed) = self.rates.now(predictor, now, content, horizon);
+                    if changed {
+                        let score = Score(Self::worth(rate, candidate));
+                        heap.push(Reverse((kept, score, last_used, place)));
+                        continue;
+                    }
+                    (score, Self::predicted_reason(rate, horizon, candidate))
+                }
+            };
             freed = freed.saturating_add(candidate.bytes);
             victims.push(Victim {
                 content: *content,
                 score,
-                reason: Self::predicted_reason(rate, horizon, candidate),
+                reason,
             });
         }
         victims
@@ -449,7 +469,7 @@ impl EvictionPolicy for HotsetRetention {
             let victims = if needed.is_zero() {
                 Vec::new()
             } else {
-                self.choose_by_rates(now, residents, needed)
+                self.choose_as(Leader::Predictor, now, residents, needed)
             };
             let mut lost = 0.0;
             let mut costs = Vec::with_capacity(victims.len());
@@ -501,7 +521,10 @@ impl EvictionPolicy for HotsetRetention {
         self.note_costs(candidates);
         match self.leader() {
             Leader::Lru => super::lru::Lru.rank(now, candidates),
-            Leader::Gdsf => by_score(candidates, |c| self.gdsf_score(c)),
+            Leader::Gdsf => by_score(candidates, |c| {
+                let score = self.gdsf_score(c);
+                (score, Self::gdsf_reason(score))
+            }),
             Leader::Predictor => {
                 let horizon = self.horizon();
                 let mut all: Vec<(Score, f64, &Candidate)> = candidates
@@ -531,11 +554,11 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
-        self.note_costs(candidates);
-        if self.leader() == Leader::Predictor {
-            return self.choose_by_rates(now, candidates, needed);
-        }
-        super::first_of_ranked(self, now, candidates, needed)
+        // Some at a time: costs change seldom, and each has its turn.
+        let start = self.predictor.observed() as usize * NOTED % candidates.len().max(1);
+        let end = (start + NOTED).min(candidates.len());
+        self.note_costs(&candidates[start..end]);
+        self.choose_as(self.leader(), now, candidates, needed)
     }
 }
 

@@ -13,7 +13,7 @@ pub(super) const FEATURES: usize = 53;
 pub(super) type Row = [f64; FEATURES];
 
 /// Half-lives of the decayed counts, in requests.
-pub(super) const HALF_LIVES: [f64; 5] = [16.0, 64.0, 256.0, 1_024.0, 8_192.0];
+pub(super) const HALF_LIVES: [f64; 5] = [16.0, 64.0, 256.0, 1_024.0, 3_072.0];
 /// Half-life of what a session used last, in requests.
 pub(super) const STICKINESS: f64 = 64.0;
 /// The horizon to which features are scaled, in requests, and the time that stands for it, in seconds.
