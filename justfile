@@ -20,6 +20,10 @@ fix:
 demo *ARGS:
     cargo run --release -- demo {{ARGS}}
 
+# Everything to check hotset on a machine with a GPU, in one archive
+gpu-bundle:
+    scripts/gpu-bundle
+
 # The API's documentation, in a browser
 docs:
     cargo doc --workspace --no-deps --open

@@ -1,23 +1,27 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
+mod attach;
 mod bench;
 mod catalog;
 mod config;
 mod demo;
+mod kept;
 mod load;
 pub(crate) mod log;
 mod output;
 mod plan;
 mod replay;
 mod serve;
+mod server;
 mod status;
+mod why;
 
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use hotset::{Config, LoadError, SessionError, StartError};
+use hotset::{Bytes, Config, LoadError, SessionError, StartError};
 
 /// hotset keeps the right model weights resident: disk, RAM and VRAM of a machine under one owner.
 #[derive(Debug, Parser)]
@@ -46,6 +50,12 @@ pub(crate) struct Global {
     /// Folder with models, instead of the configuration's; may be repeated
     #[arg(long = "models", global = true, value_name = "DIR")]
     pub(crate) models: Vec<PathBuf>,
+    /// VRAM that stays free on each GPU, for others [default: the configuration's]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub(crate) vram_headroom: Option<Bytes>,
+    /// Run a system of this command's own, also where a server runs
+    #[arg(long, global = true)]
+    pub(crate) alone: bool,
     /// Print one JSON document instead of tables
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -65,7 +75,7 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 enum Command {
     /// Make a small model library, serve it, load pipelines, and show what happened
     Demo(demo::DemoArgs),
-    /// Run the system until it is told to stop (SIGTERM, ctrl-c)
+    /// Run the system until it is told to stop (SIGTERM, ctrl-c, `hotset drain`)
     Serve,
     /// Discover and identify the models in folders
     Scan(catalog::ScanArgs),
@@ -79,6 +89,14 @@ enum Command {
     Load(load::LoadArgs),
     /// Show tiers, sessions, actors and health
     Status,
+    /// The same, live
+    Top(status::TopArgs),
+    /// Say what the running server decided, and why
+    Why(why::WhyArgs),
+    /// Show how the running server's models are used
+    Analyse,
+    /// End the running server gracefully
+    Drain,
     /// Replay recorded requests on simulated tiers, under each policy
     Replay(replay::ReplayArgs),
     /// Show the configuration in force, and where each value was said
@@ -112,6 +130,18 @@ pub(crate) enum CliError {
     /// A load was refused.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// The bridge could not be opened.
+    #[error(transparent)]
+    Bridge(#[from] hotset::bridge::BridgeError),
+    /// The HTTP face could not be opened.
+    #[error(transparent)]
+    Http(#[from] hotset::http::HttpError),
+    /// The running server refused, or is gone.
+    #[error(transparent)]
+    Client(#[from] hotset::client::ClientError),
+    /// The running server says what this command does not understand.
+    #[error("the server's answer is not understood ({0}); is it of another version?")]
+    Answer(serde_json::Error),
     /// No such model.
     #[error(transparent)]
     Find(#[from] hotset::core::catalog::FindError),
@@ -165,6 +195,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Plan(args) => plan::run(&args, global).await,
         Command::Load(args) => load::run(&args, global).await,
         Command::Status => status::run(global).await,
+        Command::Top(args) => status::top(&args, global).await,
+        Command::Why(args) => why::run(&args, global).await,
+        Command::Analyse => why::analyse(global).await,
+        Command::Drain => serve::drain(global).await,
         Command::Replay(args) => replay::run(&args, global),
         Command::Config => config::run(global),
         Command::Bench(command) => bench::run(&command, global).await,
@@ -181,6 +215,12 @@ fn config(global: &Global) -> Result<Config, CliError> {
     .config;
     if !global.models.is_empty() {
         config.catalog.roots.clone_from(&global.models);
+    }
+    if let Some(headroom) = global.vram_headroom {
+        config.cuda.headroom = headroom;
+        for gpu in &mut config.gpu {
+            gpu.headroom = headroom;
+        }
     }
     Ok(config)
 }

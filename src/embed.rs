@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use hotset_actors::{Parts, System};
 use hotset_core::catalog::{Catalogue, Change};
-use hotset_core::config::{Config, DeviceKind};
+use hotset_core::config::{Config, DeviceKind, GpuConfig};
 use hotset_core::decision::{Decision, EvictCause};
-use hotset_core::device::Device;
+use hotset_core::device::cuda::{Cuda, CudaError};
 use hotset_core::device::sim::SimDevice;
-use hotset_core::io::{PreadReader, Reader};
+use hotset_core::device::{Device, DeviceError};
+use hotset_core::io::{DiskReader, Reader};
+use hotset_core::machine::Machine;
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
-use hotset_core::policy::pressure::HostMemory;
-use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
+use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::{
-    ActorName, EvictionPolicyFactory, LoadError, ScanSummary, Session, SessionError, Status,
-    UsageReport,
+    ActorName, EvictionPolicyFactory, GpuEvent, LoadError, MonitorView, ScanSummary, Session,
+    SessionError, Shortage, Status, UsageReport,
 };
 
 /// Why hotset could not be started.
@@ -31,6 +32,35 @@ pub enum StartError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A GPU is configured that cannot be had.
+    #[error("gpu[{gpu}] is configured as an NVIDIA GPU: {source}")]
+    Cuda {
+        /// Which entry of the configuration.
+        gpu: GpuIndex,
+        /// Why not.
+        source: CudaError,
+    },
+    /// A GPU is configured that this machine does not have.
+    #[error("gpu[{gpu}] selects `{wanted}`, but there are only {}; see `nvidia-smi -L`", .present.join(", "))]
+    NoSuchGpu {
+        /// Which entry of the configuration.
+        gpu: GpuIndex,
+        /// What it selects.
+        wanted: String,
+        /// The GPUs that there are.
+        present: Vec<String>,
+    },
+    /// A configured GPU does not work.
+    #[error("gpu[{gpu}]: {source}")]
+    Gpu {
+        /// Which entry of the configuration.
+        gpu: GpuIndex,
+        /// What is wrong with it.
+        source: DeviceError,
+    },
+    /// Files cannot be read.
+    #[error(transparent)]
+    Reader(#[from] hotset_core::io::StartReaderError),
     /// The first scan did not end.
     #[error("the first scan did not end: {0}")]
     Scan(#[from] SessionError),
@@ -90,16 +120,31 @@ impl HotsetBuilder {
     ///
     /// # Errors
     /// [`StartError`].
-    pub async fn start(self) -> Result<Hotset, StartError> {
+    pub async fn start(mut self) -> Result<Hotset, StartError> {
         let host_memory = match (self.config.ram.budget, host_memory()) {
-            (_, Ok(bytes)) => bytes,
+            (_, Ok(bytes)) => {
+                bound_budget(&mut self.config, bytes);
+                bytes
+            }
             // It is not needed.
             (Some(budget), Err(_)) => budget,
             (None, Err(reason)) => return Err(StartError::HostMemory { reason }),
         };
-        let devices = self.devices.unwrap_or_else(|| devices_of(&self.config));
+        let devices = match self.devices {
+            Some(devices) => devices,
+            None if self.config.gpu.is_empty() && self.config.cuda.detect => {
+                let (configs, devices) = detected(&self.config).await;
+                self.config.gpu = configs;
+                devices
+            }
+            None => configured(&self.config).await?,
+        };
+        let reader: Arc<dyn Reader> = match self.reader {
+            Some(reader) => reader,
+            None => Arc::new(DiskReader::start(&self.config.load)?),
+        };
         let system = System::start(Parts {
-            reader: self.reader.unwrap_or_else(|| Arc::new(PreadReader)),
+            reader,
             devices,
             eviction: self.eviction,
             host_memory,
@@ -114,20 +159,89 @@ impl HotsetBuilder {
     }
 }
 
-fn devices_of(config: &Config) -> Vec<Arc<dyn Device>> {
-    (0..)
-        .zip(&config.gpu)
-        .map(|(i, gpu)| match gpu.device {
-            DeviceKind::Sim => SimDevice::new(GpuIndex(i), gpu.sim.clone()) as Arc<dyn Device>,
-        })
-        .collect()
+/// Looks for the driver, off the async workers, since that may take a second.
+async fn detect() -> Result<Cuda, CudaError> {
+    tokio::task::spawn_blocking(Cuda::detect)
+        .await
+        .unwrap_or(Err(CudaError::NoLibrary))
 }
 
+/// The NVIDIA GPUs that are there and wanted. One that does not work is left out.
+async fn detected(config: &Config) -> (Vec<GpuConfig>, Vec<Arc<dyn Device>>) {
+    let (mut configs, mut devices): (Vec<GpuConfig>, Vec<Arc<dyn Device>>) = Default::default();
+    let cuda = match detect().await {
+        Ok(cuda) => cuda,
+        Err(error) => {
+            match error {
+                CudaError::NoLibrary => tracing::info!("no NVIDIA GPU; everything stays in RAM"),
+                error => tracing::error!(%error, "NVIDIA GPUs cannot be used"),
+            }
+            return (configs, devices);
+        }
+    };
+    let wanted = cuda.gpus().iter();
+    for gpu in wanted.filter(|gpu| config.cuda.wants(|word| gpu.is_meant_by(word))) {
+        let index = GpuIndex(u32::try_from(devices.len()).unwrap_or(u32::MAX));
+        match cuda.open(index, gpu).await {
+            Ok(device) => {
+                configs.push(config.cuda.found(gpu.uuid.clone()));
+                devices.push(device);
+            }
+            Err(error) => tracing::error!(%error, uuid = gpu.uuid, "a GPU is left out"),
+        }
+    }
+    (configs, devices)
+}
+
+/// The GPUs that the configuration names, one for each entry.
+async fn configured(config: &Config) -> Result<Vec<Arc<dyn Device>>, StartError> {
+    let mut cuda = None;
+    let mut devices: Vec<Arc<dyn Device>> = Vec::new();
+    for (gpu, entry) in (0..).map(GpuIndex).zip(&config.gpu) {
+        if entry.device == DeviceKind::Sim {
+            devices.push(SimDevice::new(gpu, entry.sim.clone()));
+            continue;
+        }
+        let cuda = match &cuda {
+            Some(cuda) => cuda,
+            None => {
+                let found = detect().await;
+                cuda.insert(found.map_err(|source| StartError::Cuda { gpu, source })?)
+            }
+        };
+        let wanted = entry.select.clone().unwrap_or_else(|| gpu.to_string());
+        let meant = cuda.gpus().iter().find(|gpu| gpu.is_meant_by(&wanted));
+        let meant = meant.ok_or_else(|| StartError::NoSuchGpu {
+            gpu,
+            wanted,
+            present: cuda.gpus().iter().map(|gpu| gpu.uuid.clone()).collect(),
+        })?;
+        let device = cuda.open(gpu, meant).await;
+        devices.push(device.map_err(|source| StartError::Gpu { gpu, source })?);
+    }
+    Ok(devices)
+}
+
+/// What this process may use of the machine's memory: all of it, or what its control groups allow.
 fn host_memory() -> Result<Bytes, String> {
-    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
-    HostMemory::parse(&text, None)
-        .map(|host| host.total)
-        .ok_or_else(|| "it has no MemTotal".into())
+    Machine::here()
+        .memory()
+        .map(|host| host.usable())
+        .ok_or_else(|| "it is missing, or has no MemTotal".into())
+}
+
+/// The most of what a control group allows that a budget may take: more would be reclaimed or killed for.
+const MOST_OF_ALLOWED: f64 = 0.9;
+
+/// Cuts the budget down to what the process may use at all.
+fn bound_budget(config: &mut Config, host_memory: Bytes) {
+    let most = host_memory.share(MOST_OF_ALLOWED);
+    if let Some(budget) = config.ram.budget
+        && budget > most
+    {
+        tracing::warn!(%budget, allowed = %host_memory, "ram.budget is more than this process may use; it is {most}");
+        config.ram.budget = Some(most);
+    }
 }
 
 /// A running hotset. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
@@ -163,6 +277,31 @@ impl Hotset {
         self.system.subscribe()
     }
 
+    /// Hears of what happens to GPUs from now on: which are lost with which leases, which are back, and where other
+    /// processes have taken memory that leases hold.
+    #[must_use]
+    pub fn subscribe_gpus(&self) -> tokio::sync::broadcast::Receiver<GpuEvent> {
+        self.system.subscribe_gpus()
+    }
+
+    /// Hears of every decision from now on, in their order.
+    #[must_use]
+    pub fn subscribe_decisions(&self) -> tokio::sync::broadcast::Receiver<Decision> {
+        self.system.subscribe_decisions()
+    }
+
+    /// Hears of every set that has to wait because leases hold the memory.
+    #[must_use]
+    pub fn subscribe_shortages(&self) -> tokio::sync::broadcast::Receiver<Shortage> {
+        self.system.subscribe_shortages()
+    }
+
+    /// What is measured of host memory, as it is.
+    #[must_use]
+    pub fn subscribe_pressure(&self) -> tokio::sync::watch::Receiver<MonitorView> {
+        self.system.subscribe_pressure()
+    }
+
     /// Scans all folders and waits until the result is published. Files that did not change are not read again.
     ///
     /// # Errors
@@ -195,13 +334,21 @@ impl Hotset {
     /// The last decisions that concern a model or one of its components, newest first.
     #[must_use]
     pub fn why(&self, name: &str, limit: usize) -> Vec<Decision> {
-        let model = self
-            .catalogue()
-            .find(name)
-            .map(|model| model.name.clone())
-            .ok();
+        let catalogue = self.catalogue();
+        let model = |name: &str| catalogue.find(name).ok().map(|found| found.name.clone());
+        let whole = model(name);
+        let part = name
+            .rsplit_once('/')
+            .and_then(|(of, component)| Some((model(of)?, component)));
         self.system.decisions(limit, |id: &ComponentId| {
-            model.as_ref() == Some(&id.model) || id.to_string() == name || id.model.as_str() == name
+            let is_part = |(of, component): &(ModelName, &str)| {
+                id.model == *of && &*id.component == *component
+            };
+            // What is gone from the catalogue is known by its full name.
+            whole.as_ref() == Some(&id.model)
+                || part.as_ref().is_some_and(is_part)
+                || id.to_string() == name
+                || id.model.as_str() == name
         })
     }
 
@@ -249,6 +396,19 @@ impl Hotset {
         self.system.config()
     }
 
+    /// The host memory that slabs lie in, for devices that register it.
+    #[must_use]
+    pub fn arena(&self) -> &hotset_core::memory::Arena {
+        self.system.arena()
+    }
+
+    /// Whether others need host memory, and each change of that. Under pressure what nobody holds goes; who holds leases
+    /// that can be had again may want to drop them.
+    #[must_use]
+    pub fn pressure(&self) -> tokio::sync::watch::Receiver<hotset_actors::Pressure> {
+        self.system.pressure()
+    }
+
     /// The books of all tiers, for whoever checks them.
     #[must_use]
     pub fn ledger(&self) -> &Arc<hotset_core::memory::Ledger> {
@@ -259,6 +419,11 @@ impl Hotset {
     /// whether there was one to kill.
     pub fn kill(&self, actor: ActorName) -> bool {
         self.system.kill(actor)
+    }
+
+    /// Takes no new work from now on, and waits for loads under way as [`drain`](Self::drain) does; everything else goes on.
+    pub async fn quiesce(&self) {
+        self.system.quiesce().await;
     }
 
     /// Ends gracefully: no new work, loads under way may finish for `supervision.drain`, then everything stops. Leases

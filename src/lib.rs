@@ -37,16 +37,20 @@
 //! | execute an optimised scan | [`Hotset::scan`] |
 //! | enhance metadata, build the model index | every scan does; [`Hotset::catalogue`] is the index |
 
+pub mod bridge;
+pub mod client;
 mod config;
+pub mod documents;
 mod embed;
+pub mod http;
 
 pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};
 pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
-    EvictionPolicyFactory, Health, LoadError, LoadEvent, LoadProgress, Loading, MonitorView, Phase,
-    PredictorView, Pressure, ScanSummary, ServiceState, Session, SessionError, SessionStatus,
-    Status, TierStatus, UsageReport, UsageRow,
+    EvictionPolicyFactory, GpuEvent, Health, LoadError, LoadEvent, LoadProgress, Loading,
+    MonitorView, Phase, PredictorView, Pressure, ScanSummary, ServiceState, Session, SessionError,
+    SessionStatus, Shortage, Status, TierStatus, UsageReport, UsageRow,
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;

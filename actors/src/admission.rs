@@ -15,7 +15,7 @@ use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use ractor::RpcReplyPort;
 
 use crate::counters::add;
-use crate::house::House;
+use crate::house::{House, Shortage};
 
 /// A set that wants memory in a tier.
 #[derive(Debug)]
@@ -146,6 +146,20 @@ impl Admission {
         }
     }
 
+    /// Evicts what nobody holds where more is committed than the budget allows, which may have become less. Gives what
+    /// remains too much, since it is held.
+    pub(crate) fn keep_within_budget(&mut self, cause: &EvictCause) -> Bytes {
+        let Some(view) = self.house.ledger.view(self.tier) else {
+            return Bytes::ZERO;
+        };
+        let used = view.committed.saturating_sub(view.evicting);
+        let surplus = used.saturating_sub(view.budget);
+        if surplus.is_zero() {
+            return surplus;
+        }
+        surplus.saturating_sub(self.evict_up_to(surplus, cause))
+    }
+
     /// Evicts what nobody holds until `surplus` bytes are coming back, or all of it; gives what is coming back.
     pub(crate) fn evict_up_to(&mut self, surplus: Bytes, cause: &EvictCause) -> Bytes {
         let candidates = self.candidates(&HashSet::new());
@@ -203,7 +217,17 @@ impl Admission {
     /// Evicts for a set, if that suffices together with what is about to come back anyhow.
     fn make_room(&mut self, request: &Request, shortfall: &Shortfall) {
         let missing = shortfall.missing();
-        if missing.is_zero() || missing > shortfall.evictable {
+        if missing.is_zero() {
+            return;
+        }
+        if missing > shortfall.evictable {
+            // Whoever holds leases that may be taken back hears of it; nobody need listen.
+            let _ = self.house.shortages.send(Shortage {
+                tier: self.tier,
+                session: request.session,
+                request: request.request,
+                missing: missing.saturating_sub(shortfall.evictable),
+            });
             return;
         }
         let own: HashSet<ContentId> = request

@@ -12,7 +12,7 @@ use std::time::Duration;
 use hotset_core::ModelName;
 use hotset_core::catalog::scan::{ScanOptions, ScanReport, rescan, scan};
 use hotset_core::catalog::settle::{Ready, Settler};
-use hotset_core::catalog::{Change, keep_leased};
+use hotset_core::catalog::{Change, ScanProblem, keep_leased};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::time::Instant;
 
@@ -98,11 +98,13 @@ pub(crate) struct State {
     watch: Option<Watch>,
     /// Away while a task looks at what has come to rest.
     settler: Option<Settler>,
-    /// A [`DiscoveryMessage::Look`] is on its way.
-    looking: bool,
+    /// When the next [`DiscoveryMessage::Look`] comes, where one is on its way.
+    looking: Option<Instant>,
     running: Option<Vec<RpcReplyPort<ScanSummary>>>,
     next: Option<Next>,
     last: Option<ScanSummary>,
+    /// Entries that are not whole, until the settler takes them.
+    unfinished: Vec<PathBuf>,
     /// Away while a thread compares components.
     known: Option<Known>,
     /// The catalogue has changed since that began.
@@ -111,6 +113,10 @@ pub(crate) struct State {
 
 /// Changed paths that are looked at one by one; beyond this a whole scan is cheaper.
 const PATHS_KEPT: usize = 10_000;
+/// What is not whole while it is being written is left out of the catalogue for so long after its last change.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How soon what is not whole is looked at again where no event comes first.
+const AGAIN: Duration = Duration::from_secs(2);
 /// How long a scan that panicked is left alone before the next.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
@@ -135,10 +141,11 @@ impl Discovery {
             keep: Arc::new(Keep::new(config.database.clone())),
             settler: Some(Settler::new(config.settle)),
             watch,
-            looking: false,
+            looking: None,
             running: None,
             next: None,
             last: None,
+            unfinished: Vec::new(),
             known: Some(Known::default()),
             compare_again: false,
             house,
@@ -185,6 +192,14 @@ impl Discovery {
             drop(myself.send_after(AFTER_PANIC, || DiscoveryMessage::Scan(None)));
             return;
         };
+        state
+            .unfinished
+            .extend(report.problems.iter().filter_map(|problem| match problem {
+                ScanProblem::Incomplete { path, .. } => Some(path.clone()),
+                _ => None,
+            }));
+        take_changes(state);
+        look_later(&myself, state);
         let (summary, changed) = publish(&state.house, report, finished.took);
         if changed {
             compare(&myself, state);
@@ -222,7 +237,7 @@ impl Discovery {
 
     #[ractor::message(DiscoveryMessage::Look)]
     fn look(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
-        state.looking = false;
+        state.looking = None;
         let Some(mut settler) = state.settler.take() else {
             return;
         };
@@ -300,12 +315,18 @@ fn compare(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
     }
 }
 
-/// Moves what the watcher has gathered into the settler, if that is here.
+/// Moves what the watcher has gathered, and what is to be looked at again, into the settler, if that is here.
 fn take_changes(state: &mut State) {
-    let (Some(settler), Some(watch)) = (&mut state.settler, &state.watch) else {
+    let Some(settler) = &mut state.settler else {
         return;
     };
     let now = Instant::now().into_std();
+    for path in state.unfinished.drain(..) {
+        settler.postponed(path, now, AGAIN);
+    }
+    let Some(watch) = &state.watch else {
+        return;
+    };
     match watch.take() {
         Changes::Lost => settler.lost(now),
         Changes::Paths(paths) => {
@@ -318,12 +339,14 @@ fn take_changes(state: &mut State) {
 
 /// Looks at the settler when something in it may have come to rest.
 fn look_later(myself: &ActorRef<DiscoveryMessage>, state: &mut State) {
-    if state.looking {
+    let Some(next) = state.settler.as_ref().and_then(Settler::next) else {
         return;
-    }
-    if let Some(next) = state.settler.as_ref().and_then(Settler::next) {
-        state.looking = true;
-        let wait = next.saturating_duration_since(Instant::now().into_std());
+    };
+    let next = Instant::from(next);
+    // One that comes later than something may rest is no reason to let that wait.
+    if state.looking.is_none_or(|looking| next < looking) {
+        state.looking = Some(next);
+        let wait = next.saturating_duration_since(Instant::now());
         drop(myself.send_after(wait, || DiscoveryMessage::Look));
     }
 }
@@ -356,8 +379,12 @@ fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
     let began = Instant::now();
     house.clone().tasks.spawn(async move {
         let work = tokio::task::spawn_blocking(move || {
-            let options = options(&house);
+            let mut options = options(&house);
             let mut previous = house.catalogue.load();
+            if house.config.catalog.watch {
+                // Without a watch nobody would look again, so what is not whole is listed with its error at once.
+                options.patience = Some(PATIENCE);
+            }
             if previous.generation() == 0
                 && let Some(kept) = keep.load()
             {

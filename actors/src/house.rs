@@ -9,19 +9,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::Device;
+use hotset_core::device::{Device, Figures, Granules};
 use hotset_core::io::Reader;
-use hotset_core::memory::{Ledger, TierView};
+use hotset_core::machine::Machine;
+use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
-use hotset_core::{Bytes, GpuIndex, RequestId, SessionId};
-use tokio::sync::{Semaphore, broadcast};
+use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
-use crate::monitor::MonitorMessage;
+use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
@@ -32,6 +33,49 @@ use crate::vram_manager::VramManagerMessage;
 /// Makes the eviction policy of a tier, at each start of its keeper.
 pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
 
+/// What happens to a GPU that its users have to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GpuEvent {
+    /// It is lost, and what was in its memory with it. These leases hold nothing any more.
+    Lost {
+        /// Which tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+    /// It works again, empty.
+    Back {
+        /// Which tier.
+        tier: Tier,
+    },
+    /// Other processes have taken so much of its memory that only leases are left to give some back. Whoever holds one of
+    /// these and can do without it should let go.
+    Wanted {
+        /// Which tier.
+        tier: Tier,
+        /// How much is missing.
+        missing: Bytes,
+        /// The leases, with the sessions that hold them.
+        leases: Vec<(LeaseId, SessionId)>,
+    },
+}
+
+/// A set waits for memory that leases hold, and nothing that could be evicted would help it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// Where.
+    pub tier: Tier,
+    /// Whose set it is; session and request 0 where it is another process that has taken the memory.
+    pub session: SessionId,
+    /// Which load.
+    pub request: RequestId,
+    /// What is missing beyond all that could be evicted.
+    pub missing: Bytes,
+}
+
 /// See the module's page.
 pub(crate) struct House {
     /// Tells two systems in one process apart; prefixes the names of actors, which are global.
@@ -41,9 +85,26 @@ pub(crate) struct House {
     pub(crate) catalogue: Arc<CatalogueCell>,
     /// Each change of the published catalogue.
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
+    /// What happens to GPUs.
+    pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
+    /// Each decision, as it is recorded.
+    pub(crate) decided: broadcast::Sender<Decision>,
+    /// Each set that has to wait because others hold the memory.
+    pub(crate) shortages: broadcast::Sender<Shortage>,
+    /// What Monitor has measured last.
+    pub(crate) measured: watch::Sender<MonitorView>,
     pub(crate) reader: Arc<dyn Reader>,
+    /// Host memory, kept warm between components.
+    pub(crate) arena: Arena,
+    pub(crate) machine: Machine,
+    /// The RAM tier's budget as it was set; what lingers outside of the books is taken off while it does.
+    ram_budget: Bytes,
+    /// Whether others need host memory, for whoever wants to let go of something.
+    pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
-    pub(crate) granularity: BTreeMap<GpuIndex, Bytes>,
+    pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// What each device said at the start.
+    pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
     /// Beside the ledger's the one lock that several actors take, for one push.
@@ -51,6 +112,8 @@ pub(crate) struct House {
 
     // How many may do something at once, over all actors and their restarts.
     pub(crate) reads: Arc<Semaphore>,
+    /// Prefetches have places of their own, so that no demand waits for one.
+    pub(crate) prefetches: Arc<Semaphore>,
     pub(crate) loads: Arc<Semaphore>,
 
     // Ends.
@@ -81,7 +144,10 @@ impl fmt::Debug for House {
     }
 }
 
-/// Catalogue changes that a slow listener may be behind.
+/// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
+const PREFETCHES: usize = 2;
+
+/// Changes, decisions and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
 
 /// Systems started in this process so far. Only used to name actors.
@@ -93,25 +159,42 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
         let name = config.policy.eviction;
+        let machine = Machine::here();
+        let ram_budget = ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget);
         Self {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
-            ledger,
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
+            gpu_events: broadcast::Sender::new(CHANGES_KEPT),
+            decided: broadcast::Sender::new(CHANGES_KEPT),
+            shortages: broadcast::Sender::new(CHANGES_KEPT),
+            measured: watch::Sender::new(MonitorView::default()),
             reader,
-            granularity: devices
+            granules: devices
                 .iter()
-                .map(|(gpu, device)| (*gpu, device.describe().granularity))
+                .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
+            first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
             counters: Counters::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),
             reads: Arc::new(Semaphore::new(config.load.reads.max(1))),
+            prefetches: Arc::new(Semaphore::new(PREFETCHES)),
+            arena: Arena::new(ArenaOptions {
+                limit: ram_budget,
+                keep_warm: config.ram.keep_warm.unwrap_or(Bytes(u64::MAX)),
+                machine: Some(machine.clone()),
+                ..ArenaOptions::default()
+            }),
+            machine,
+            ram_budget,
+            pressure: watch::Sender::new(Pressure::Unknown),
             loads: Arc::new(Semaphore::new(config.sessions.max_loads.max(1))),
             stop: CancellationToken::new(),
             draining: AtomicBool::new(false),
@@ -126,6 +209,7 @@ impl House {
             next_session: AtomicU64::new(1),
             next_request: AtomicU64::new(1),
             config,
+            ledger,
         }
     }
 
@@ -146,10 +230,17 @@ impl House {
     pub(crate) fn decide(&self, act: Act) {
         tracing::info!(target: "hotset::decision", "{}", act.sentence());
         let at = self.ledger.now();
-        self.decisions
+        let mut log = self
+            .decisions
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(at, act);
+            .unwrap_or_else(PoisonError::into_inner);
+        log.push(at, act);
+        // Under the lock, so that listeners hear of decisions in their order.
+        if self.decided.receiver_count() > 0
+            && let Some(decision) = log.newest_first().next()
+        {
+            let _ = self.decided.send(decision.clone());
+        }
     }
 
     /// The decisions that `wanted` holds for, newest first, at most `limit`.
@@ -168,11 +259,21 @@ impl House {
             .collect()
     }
 
+    /// Takes memory that clients still have, though its lease has ended, off the budget, and gives back what they no longer
+    /// have.
+    pub(crate) fn settle_budget(&self) {
+        let budget = self.ram_budget.saturating_sub(self.arena.view().lingering);
+        let current = self.ledger.view(Tier::Ram).map(|ram| ram.budget);
+        if current.is_some_and(|current| current != budget) {
+            self.ledger.open_tier(Tier::Ram, budget);
+        }
+    }
+
     /// A planner over these books.
     pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView]) -> Planner<'a> {
         Planner {
             tiers,
-            granularity: &self.granularity,
+            granules: &self.granules,
             ring: self.config.load.ring,
             now: self.ledger.now(),
         }

@@ -18,6 +18,7 @@ mod loader;
 mod loading;
 mod monitor;
 mod predictor;
+mod prewarm;
 mod ram_cache;
 mod sessions;
 mod slot;
@@ -27,7 +28,7 @@ mod system;
 mod vram_manager;
 
 pub use counters::{CounterValues, Counters};
-pub use house::EvictionPolicyFactory;
+pub use house::{EvictionPolicyFactory, GpuEvent, Shortage};
 pub use loading::{
     ComponentProgress, LoadError, LoadEvent, LoadProgress, Loading, Phase, SessionError,
 };

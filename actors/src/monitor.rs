@@ -1,14 +1,21 @@
 //! Monitor: measures what others on the machine do to host memory, and tells the tiers.
 //!
+//! It measures at intervals, and at once when the kernel says that tasks wait for memory. Under pressure prefetches end,
+//! what nobody holds is evicted half by half, and memory that was kept warm goes back to the system.
+//!
 //! The decision log and the counters are kept in the house, so that they outlive this actor.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::Tier;
 use hotset_core::decision::EvictCause;
+use hotset_core::machine::PressureTrigger;
 use hotset_core::policy::pressure::{HostMemory, Judgement, judge};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
+use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::house::House;
@@ -17,8 +24,13 @@ use crate::ram_cache::RamCacheMessage;
 /// What Monitor is asked.
 #[derive(Debug)]
 pub(crate) enum MonitorMessage {
-    /// A measurement is there.
-    Measured(HostMemory),
+    /// A measurement is there; `alarm` where the kernel asked for it.
+    Measured {
+        /// The figures.
+        host: HostMemory,
+        /// Tasks wait for memory just now.
+        alarm: bool,
+    },
     /// The state.
     Observe(RpcReplyPort<MonitorView>),
 }
@@ -63,7 +75,7 @@ impl Monitor {
         myself: ActorRef<MonitorMessage>,
         house: Arc<House>,
     ) -> Result<State, ActorProcessingErr> {
-        let measuring = measure_every(house.config.monitor.interval, myself);
+        let measuring = measure_every(&house, myself);
         Ok(State {
             house,
             view: MonitorView::default(),
@@ -71,28 +83,45 @@ impl Monitor {
         })
     }
 
-    #[ractor::message(MonitorMessage::Measured(host))]
-    fn measured(&self, host: HostMemory, state: &mut State) {
+    #[ractor::message(MonitorMessage::Measured { host, alarm })]
+    fn measured(&self, host: HostMemory, alarm: bool, state: &mut State) {
+        let house = &state.house;
         let before = state.view.pressure;
+        let judgement = judge(&host, state.view.host.as_ref(), alarm);
+        let pressure = if judgement == Judgement::Pressure {
+            Pressure::High
+        } else {
+            Pressure::None
+        };
         state.view = MonitorView {
             host: Some(host),
-            pressure: match judge(&host) {
-                Judgement::Enough => Pressure::None,
-                Judgement::Pressure => Pressure::High,
-            },
+            pressure,
         };
-        if state.view.pressure == Pressure::High {
+        house.measured.send_replace(state.view.clone());
+        house.settle_budget();
+        if pressure != before {
+            house.pressure.send_replace(pressure);
+            let arena = house.arena.clone();
+            // Unmapping gigabytes takes long.
+            house.tasks.spawn_blocking(move || {
+                let released = arena.set_pressed(pressure == Pressure::High);
+                if !released.is_zero() {
+                    tracing::info!(%released, "warm memory went back to the system");
+                }
+            });
+        }
+        if pressure == Pressure::High {
             if before != Pressure::High {
-                tracing::warn!(?host, "others need host memory; dropping what nobody holds");
+                tracing::warn!(
+                    ?host,
+                    alarm,
+                    "others need host memory; dropping what nobody holds"
+                );
             }
-            let used = state
-                .house
-                .ledger
-                .view(hotset_core::Tier::Ram)
-                .map_or(0.0, |view| {
-                    view.committed.as_f64() / view.budget.as_f64().max(1.0)
-                });
-            let _ = state.house.ram.cast(RamCacheMessage::Relieve {
+            let used = house.ledger.view(Tier::Ram).map_or(0.0, |view| {
+                view.committed.as_f64() / view.budget.as_f64().max(1.0)
+            });
+            let _ = house.ram.cast(RamCacheMessage::Relieve {
                 keep: used * KEEP_UNDER_PRESSURE,
                 cause: EvictCause::Pressure,
                 reply: None,
@@ -107,28 +136,74 @@ impl Monitor {
 }
 
 /// Reads the kernel's figures on a blocking thread, since `/proc` can be slow on a machine in trouble.
-fn measure_every(interval: Duration, monitor: ActorRef<MonitorMessage>) -> AbortOnDropHandle<()> {
+fn measure_every(house: &Arc<House>, monitor: ActorRef<MonitorMessage>) -> AbortOnDropHandle<()> {
+    let machine = house.machine.clone();
+    let mut ticks = tokio::time::interval(house.config.monitor.interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     AbortOnDropHandle::new(tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(10)));
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let alarms = Alarms::listen(machine.pressure_file());
         loop {
-            ticks.tick().await;
-            let read = || {
-                let meminfo = std::fs::read_to_string("/proc/meminfo").ok();
-                let pressure = std::fs::read_to_string("/proc/pressure/memory").ok();
-                (meminfo, pressure)
+            let alarm = tokio::select! {
+                () = alarms.went() => true,
+                _ = ticks.tick() => false,
             };
-            let Ok((meminfo, pressure)) = tokio::task::spawn_blocking(read).await else {
+            let machine = machine.clone();
+            let Ok(host) = tokio::task::spawn_blocking(move || machine.memory()).await else {
                 continue;
             };
-            if let Some(host) =
-                HostMemory::parse(meminfo.as_deref().unwrap_or_default(), pressure.as_deref())
+            if let Some(host) = host
                 && monitor
-                    .send_message(MonitorMessage::Measured(host))
+                    .send_message(MonitorMessage::Measured { host, alarm })
                     .is_err()
             {
                 return;
             }
         }
     }))
+}
+
+/// The kernel's alarm for stalls on memory, on a thread of its own.
+struct Alarms {
+    rung: Arc<Notify>,
+    /// The thread ends some time after this is gone.
+    alive: Arc<()>,
+}
+
+impl Alarms {
+    /// How often the thread looks whether it is still wanted.
+    const LOOK: Duration = Duration::from_secs(2);
+
+    /// Listens to this file; never rings where the kernel cannot.
+    fn listen(path: &Path) -> Self {
+        let alarms = Self {
+            rung: Arc::new(Notify::new()),
+            alive: Arc::new(()),
+        };
+        let trigger = match PressureTrigger::watch(path) {
+            Ok(trigger) => trigger,
+            Err(error) => {
+                tracing::debug!("{error}");
+                return alarms;
+            }
+        };
+        let (rung, alive) = (alarms.rung.clone(), Arc::downgrade(&alarms.alive));
+        let listen = move || {
+            while alive.strong_count() > 0 {
+                if trigger.wait(Self::LOOK) {
+                    rung.notify_one();
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new()
+            .name("hotset-psi".into())
+            .spawn(listen)
+        {
+            tracing::warn!(%error, "no thread for the kernel's alarms; pressure is measured at intervals");
+        }
+        alarms
+    }
+
+    async fn went(&self) {
+        self.rung.notified().await;
+    }
 }

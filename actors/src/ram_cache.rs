@@ -3,18 +3,22 @@
 //! It owns no byte: slabs belong to the ledger. It never reads a file itself, and waits for nobody; reads run in tasks
 //! that hold their [`FlightTicket`] and report to the ledger. Loaders and VramManagers talk to it.
 
+mod read;
+
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
-use hotset_core::memory::{FlightFailure, FlightTicket, Image, Memory, Reserved, Slab, Want};
-use hotset_core::{Bytes, Tier};
+use hotset_core::memory::{FlightTicket, Memory, Reservation, Reserved, Want};
+use hotset_core::{Bytes, ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::admission::{Admission, Request, Used};
 use crate::counters::add;
 use crate::house::House;
+use crate::monitor::Pressure;
 
 /// What the RAM tier is asked.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub(crate) enum RamCacheMessage {
         /// How likely it is to be wanted.
         probability: f64,
     },
+    /// The prefetch of this content has ended, one way or the other.
+    Prefetched(ContentId),
     /// A session uses components here.
     Used(Used),
     /// Bytes came back, or a pin was lifted.
@@ -52,7 +58,18 @@ pub(crate) struct RamCache;
 pub(crate) struct State {
     house: Arc<House>,
     admission: Admission,
+    /// Holds each prefetch until it lands. Who drops one of these calls its read off, unless somebody demands it by now.
+    guesses: HashMap<ContentId, Reservation>,
     _wake: AbortOnDropHandle<()>,
+}
+
+impl State {
+    /// Guesses give back their memory as soon as somebody waits for some.
+    fn yield_to_demand(&mut self) {
+        if self.admission.waiting() > 0 {
+            self.guesses.clear();
+        }
+    }
 }
 
 #[ractor::actor(message = RamCacheMessage, state = State, arguments = Arc<House>)]
@@ -74,6 +91,7 @@ impl RamCache {
         Ok(State {
             house,
             admission,
+            guesses: HashMap::new(),
             _wake: wake,
         })
     }
@@ -81,6 +99,7 @@ impl RamCache {
     #[ractor::message(RamCacheMessage::Reserve(request))]
     fn reserve(&self, request: Request, state: &mut State) {
         state.admission.submit(request);
+        state.yield_to_demand();
     }
 
     #[ractor::message(RamCacheMessage::Fetch(component))]
@@ -91,7 +110,13 @@ impl RamCache {
     }
 
     #[ractor::message(RamCacheMessage::Prefetch { component, probability })]
-    fn prefetch(&self, component: Arc<Component>, probability: f64, state: &mut State) {
+    fn prefetch(
+        &self,
+        myself: ActorRef<RamCacheMessage>,
+        component: Arc<Component>,
+        probability: f64,
+        state: &mut State,
+    ) {
         let house = &state.house;
         let bytes = component.ram_bytes();
         // Guesses take free memory only, below the watermark and never while somebody waits.
@@ -99,6 +124,9 @@ impl RamCache {
             return;
         };
         let high = view.budget.share(house.config.ram.high_watermark);
+        if *house.pressure.borrow() == Pressure::High {
+            return;
+        }
         if state.admission.waiting() > 0 || view.committed.saturating_add(bytes) > high {
             return;
         }
@@ -120,12 +148,19 @@ impl RamCache {
             bytes,
             probability,
         });
-        let house = house.clone();
-        house.clone().tasks.spawn(async move {
-            // The claim goes with the read: a prefetch that has landed may be evicted at any time.
-            read_component(house, component, ticket).await;
-            drop(reservation);
+        let content = component.content_id;
+        state.guesses.insert(content, reservation);
+        let read = read_component(house.clone(), component, ticket);
+        house.tasks.spawn(async move {
+            read.await;
+            let _ = myself.send_message(RamCacheMessage::Prefetched(content));
         });
+    }
+
+    #[ractor::message(RamCacheMessage::Prefetched(content))]
+    fn prefetched(&self, content: ContentId, state: &mut State) {
+        // What has landed may be evicted at any time.
+        state.guesses.remove(&content);
     }
 
     #[ractor::message(RamCacheMessage::Used(used))]
@@ -136,6 +171,7 @@ impl RamCache {
     #[ractor::message(RamCacheMessage::Woken)]
     fn woken(&self, state: &mut State) {
         state.admission.retry();
+        state.yield_to_demand();
     }
 
     #[ractor::message(RamCacheMessage::Relieve { keep, cause, reply })]
@@ -146,6 +182,7 @@ impl RamCache {
         reply: Option<RpcReplyPort<Bytes>>,
         state: &mut State,
     ) {
+        state.guesses.clear();
         let surplus = state
             .house
             .ledger
@@ -187,18 +224,15 @@ pub(crate) fn wake_on<M: ractor::Message>(
     }))
 }
 
+/// Reads a component in a task of its own, which is not tied to the actor: a read outlives its restart.
 fn spawn_read(house: &Arc<House>, component: Arc<Component>, ticket: FlightTicket) {
-    let house = house.clone();
-    // Not tied to the actor: a read outlives its restart.
-    house
-        .clone()
-        .tasks
-        .spawn(read_component(house, component, ticket));
+    let task = read_component(house.clone(), component, ticket);
+    house.tasks.spawn(task);
 }
 
 #[tracing::instrument(name = "read", skip_all, fields(component = %component.id))]
-async fn read_component(house: Arc<House>, component: Arc<Component>, ticket: FlightTicket) {
-    match read(&house, &component, &ticket).await {
+async fn read_component(house: Arc<House>, component: Arc<Component>, mut ticket: FlightTicket) {
+    match read::run(&house, &component, &mut ticket).await {
         Ok((slab, table)) => {
             add(&house.counters.reads, 1);
             add(&house.counters.bytes_read, slab.bytes().get());
@@ -213,48 +247,4 @@ async fn read_component(house: Arc<House>, component: Arc<Component>, ticket: Fl
             ticket.fail(failure);
         }
     }
-}
-
-type Read = (Arc<Slab>, Arc<hotset_core::tensor::TensorTable>);
-
-async fn read(
-    house: &House,
-    component: &Arc<Component>,
-    ticket: &FlightTicket,
-) -> Result<Read, FlightFailure> {
-    let cancelled = ticket.cancelled();
-    let failed = |error| FlightFailure::Read(Arc::new(error));
-    let opening = async {
-        let permit = house.reads.acquire().await;
-        let open = house.reader.open(component.clone()).await;
-        (permit, open)
-    };
-    let (_permit, open) = tokio::select! {
-        biased;
-        () = cancelled.cancelled() => return Err(FlightFailure::Cancelled),
-        () = house.stop.cancelled() => return Err(FlightFailure::Cancelled),
-        opened = opening => opened,
-    };
-    let mut open = open.map_err(failed)?;
-    // The identity check in `open` makes this the size that was promised.
-    debug_assert!(open.image_bytes() <= ticket.promised(), "{}", component.id);
-    let image_bytes = open.image_bytes();
-    let mut writer = Slab::create(&component.id.to_string(), image_bytes)?;
-    let table = open.table().clone();
-    ticket.show(Image {
-        slab: writer.slab().clone(),
-        table: table.clone(),
-    });
-    while writer.filled() < image_bytes {
-        // Between pieces, not in the middle of one: a read under way still writes into the slab.
-        if cancelled.is_cancelled() || house.stop.is_cancelled() {
-            return Err(FlightFailure::Cancelled);
-        }
-        (open, writer) = open
-            .read(writer, house.config.load.piece)
-            .await
-            .map_err(failed)?;
-        ticket.progress(writer.filled());
-    }
-    Ok((writer.seal()?, table))
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use hotset_core::device::DeviceDescription;
-use hotset_core::memory::TierView;
+use hotset_core::device::{DeviceDescription, Figures};
+use hotset_core::memory::{ArenaView, TierView};
 use hotset_core::{Bytes, ComponentId, SessionId, Tier};
 use serde::Serialize;
 
@@ -22,8 +22,10 @@ pub struct Status {
     pub uptime_s: f64,
     /// It takes no new work.
     pub draining: bool,
-    /// How files are read.
-    pub reader: &'static str,
+    /// How files are read, and what led to it.
+    pub reader: String,
+    /// Host memory that is in use, and that is kept warm.
+    pub arena: ArenaView,
     /// Which policy evicts.
     pub eviction: String,
     /// The catalogue.
@@ -100,6 +102,8 @@ pub struct TierStatus {
     pub waiting: Option<usize>,
     /// Why it is out of service, where it is.
     pub out_of_service: Option<Arc<str>>,
+    /// What the device behind it said last.
+    pub figures: Option<Figures>,
     /// What is there or on its way, largest first.
     pub components: Vec<ComponentStatus>,
 }
@@ -206,6 +210,7 @@ impl TierStatus {
         view: TierView,
         device: Option<DeviceDescription>,
         waiting: Option<usize>,
+        figures: Option<Figures>,
         now: std::time::Duration,
     ) -> Self {
         Self {
@@ -222,6 +227,7 @@ impl TierStatus {
                 .sum(),
             waiting,
             out_of_service: view.out_of_service,
+            figures,
             components: view
                 .residencies
                 .iter()

@@ -154,9 +154,6 @@ impl Supervisor {
                     child.cell = Some(cell);
                     child.out_of_service = false;
                 }
-                if let ActorName::VramManager(gpu) = name {
-                    state.house.ledger.set_service(Tier::Vram(gpu), None);
-                }
             }
             Err(error) => restart(state, &myself, name, error.to_string()),
         }

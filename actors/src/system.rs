@@ -8,20 +8,20 @@ use std::time::Duration;
 use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
-use hotset_core::device::{Device, DeviceError};
+use hotset_core::device::{Device, DeviceError, budget};
 use hotset_core::io::Reader;
-use hotset_core::memory::Ledger;
+use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
-use crate::house::{EvictionPolicyFactory, House};
+use crate::house::{EvictionPolicyFactory, GpuEvent, House, Shortage};
 use crate::loading::{LoadError, SessionError};
-use crate::monitor::MonitorMessage;
+use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::{Record, Session, SessionsMessage};
@@ -42,7 +42,7 @@ pub struct Parts {
     pub devices: Vec<Arc<dyn Device>>,
     /// Another eviction policy than the configuration's.
     pub eviction: Option<EvictionPolicyFactory>,
-    /// Host memory of the machine, for budgets that are a share of it.
+    /// Host memory that this process may use in all, for budgets that are a share of it.
     pub host_memory: Bytes,
 }
 
@@ -129,22 +129,24 @@ impl System {
             Tier::Ram,
             config.ram.budget.unwrap_or(host_memory.share(RAM_SHARE)),
         );
-        let mut by_index = BTreeMap::new();
+        let (mut by_index, mut first_figures) = (BTreeMap::new(), BTreeMap::new());
         for (i, device) in (0..).zip(devices) {
             let gpu = GpuIndex(i);
             let set = config.gpu.get(i as usize).cloned().unwrap_or_default();
-            let free = device
-                .free()
+            let figures = device
+                .figures()
+                .await
                 .map_err(|source| StartError::Device { gpu, source })?;
-            let budget = set.budget.unwrap_or(free.saturating_sub(set.headroom));
-            ledger.open_tier(Tier::Vram(gpu), budget.min(device.describe().memory));
+            ledger.open_tier(Tier::Vram(gpu), budget::allowed(&set, &figures));
             by_index.insert(gpu, device);
+            first_figures.insert(gpu, figures);
         }
         let house = Arc::new(House::new(
             Arc::new(config),
             ledger,
             reader,
             by_index,
+            first_figures,
             eviction,
         ));
         let name = house.actor_name("supervisor");
@@ -154,11 +156,24 @@ impl System {
                 reason: error.to_string(),
             })?;
         house.supervisor.set(Some(supervisor.clone()));
+        crate::prewarm::start(&house);
         Ok(Self {
             house,
             supervisor,
             ended: Some(ended),
         })
+    }
+
+    /// Host memory, for a device that has to register where it lies.
+    #[must_use]
+    pub fn arena(&self) -> &Arena {
+        &self.house.arena
+    }
+
+    /// Whether others need host memory, and each change of that: who holds leases may want to let go of some.
+    #[must_use]
+    pub fn pressure(&self) -> watch::Receiver<Pressure> {
+        self.house.pressure.subscribe()
     }
 
     /// The catalogue as it is now; without a message, and never torn.
@@ -172,6 +187,30 @@ impl System {
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Arc<[Change]>> {
         self.house.catalogue_changes.subscribe()
+    }
+
+    /// Hears of what happens to GPUs from now on: losses, returns, and memory that others need.
+    #[must_use]
+    pub fn subscribe_gpus(&self) -> broadcast::Receiver<GpuEvent> {
+        self.house.gpu_events.subscribe()
+    }
+
+    /// Hears of every decision from now on, in their order.
+    #[must_use]
+    pub fn subscribe_decisions(&self) -> broadcast::Receiver<Decision> {
+        self.house.decided.subscribe()
+    }
+
+    /// Hears of every set that has to wait because leases hold the memory, at each try.
+    #[must_use]
+    pub fn subscribe_shortages(&self) -> broadcast::Receiver<Shortage> {
+        self.house.shortages.subscribe()
+    }
+
+    /// What Monitor measures, as it does.
+    #[must_use]
+    pub fn subscribe_pressure(&self) -> watch::Receiver<MonitorView> {
+        self.house.measured.subscribe()
     }
 
     /// Scans all folders now, and waits until what was found is published.
@@ -328,9 +367,11 @@ impl System {
             Tier::Ram,
             answer(house.ram.call(RamCacheMessage::Observe)).await,
         );
+        let mut figures = BTreeMap::new();
         for (gpu, slot) in &house.vram {
-            let sets = answer(slot.call(VramManagerMessage::Observe)).await;
-            waiting.insert(Tier::Vram(*gpu), sets);
+            let view = answer(slot.call(VramManagerMessage::Observe)).await;
+            waiting.insert(Tier::Vram(*gpu), view.as_ref().map(|view| view.waiting));
+            figures.insert(Tier::Vram(*gpu), view.and_then(|view| view.figures));
         }
         let discovery = answer(house.discovery.call(DiscoveryMessage::Observe)).await;
         let sessions = answer(house.sessions.call(SessionsMessage::Observe)).await;
@@ -348,7 +389,8 @@ impl System {
                     Tier::Ram => None,
                 };
                 let sets = waiting.get(&view.tier).copied().flatten();
-                TierStatus::new(view, device, sets, now)
+                let figures = figures.remove(&view.tier).flatten();
+                TierStatus::new(view, device, sets, figures, now)
             })
             .collect();
         let health = health(&tiers, actors.as_deref(), sessions.is_some());
@@ -358,7 +400,8 @@ impl System {
             health,
             uptime_s: now.as_secs_f64(),
             draining: house.draining.load(Ordering::Acquire),
-            reader: house.reader.name(),
+            reader: house.reader.describe(),
+            arena: house.arena.view(),
             eviction: (house.eviction)().name().to_owned(),
             catalogue: CatalogueStatus {
                 models: catalogue.len(),
@@ -388,10 +431,10 @@ impl System {
         }
     }
 
-    /// Ends gracefully: takes no new work, lets loads under way finish for as long as the configuration says, cancels the
-    /// rest, stops all actors and waits for their tasks. Leases stay valid until they are dropped.
-    pub async fn drain(mut self) {
-        let house = self.house.clone();
+    /// Takes no new work from now on, and lets loads under way finish for as long as the configuration says; what is left
+    /// then is cancelled. Everything else goes on: [`drain`](Self::drain) ends it.
+    pub async fn quiesce(&self) {
+        let house = &self.house;
         house.draining.store(true, Ordering::Release);
         tracing::info!("draining");
         let all = u32::try_from(house.config.sessions.max_loads.max(1)).unwrap_or(u32::MAX);
@@ -403,6 +446,13 @@ impl System {
             // Each ends as soon as it is polled.
             let _ = tokio::time::timeout(ANSWER_TIME, house.loads.acquire_many(all)).await;
         }
+    }
+
+    /// Ends gracefully: takes no new work, lets loads under way finish for as long as the configuration says, cancels the
+    /// rest, stops all actors and waits for their tasks. Leases stay valid until they are dropped.
+    pub async fn drain(mut self) {
+        self.quiesce().await;
+        let house = self.house.clone();
         house.stop.cancel();
         self.supervisor.stop(Some("drained".into()));
         if let Some(ended) = self.ended.take() {
@@ -418,6 +468,8 @@ impl System {
                 "tasks are stuck in the system, in a read that does not return perhaps; leaving them"
             );
         }
+        let ledger = house.ledger.clone();
+        let _ = tokio::task::spawn_blocking(move || forget_everything(&ledger)).await;
         tracing::info!("drained");
     }
 
@@ -459,6 +511,17 @@ impl Drop for System {
         self.house.draining.store(true, Ordering::Release);
         self.house.stop.cancel();
         self.supervisor.stop(Some("the system was dropped".into()));
+        let ledger = self.house.ledger.clone();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            drop(runtime.spawn_blocking(move || forget_everything(&ledger)));
+        }
+    }
+}
+
+/// Frees everything that no lease holds, in every tier: nobody will ask for it any more. Unmapping gigabytes takes long.
+fn forget_everything(ledger: &Ledger) {
+    for view in ledger.views() {
+        ledger.forget_tier(view.tier);
     }
 }
 

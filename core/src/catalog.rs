@@ -10,6 +10,7 @@ pub mod content;
 mod contents;
 pub mod gguf;
 mod gone;
+mod header;
 pub mod hub;
 mod identify;
 mod inspect;
@@ -31,6 +32,7 @@ mod walk;
 mod weights;
 
 pub use gone::keep_leased;
+pub use header::{HeaderError, read_tensors};
 pub use model::{
     BaseModel, Component, DEVICE_TENSOR_ALIGN, Evidence, Facts, FileIdentity, FileRange, Format,
     IMAGE_ALIGN, Kind, Model, Presence, Selection, SourceFile,

@@ -4,6 +4,7 @@ mod validate;
 
 pub use validate::InvalidConfig;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,6 +23,8 @@ pub struct Config {
     pub ram: RamConfig,
     /// The VRAM tier: one entry for each GPU.
     pub gpu: Vec<GpuConfig>,
+    /// GPUs that are found, where none is configured.
+    pub cuda: CudaConfig,
     /// Loading.
     pub load: LoadConfig,
     /// Sessions and their bounds.
@@ -34,6 +37,10 @@ pub struct Config {
     pub supervision: SupervisionConfig,
     /// Decisions and measurements.
     pub monitor: MonitorConfig,
+    /// The bridge to other processes.
+    pub bridge: BridgeConfig,
+    /// The HTTP face.
+    pub http: HttpConfig,
 }
 
 /// Where models are found.
@@ -83,8 +90,13 @@ impl Default for CatalogConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RamConfig {
-    /// The most host memory that slabs may take. `None`: half of the machine's memory.
+    /// The most host memory that slabs may take. `None`: half of what this process may use.
     pub budget: Option<Bytes>,
+    /// The most memory that is kept, beside what is resident, for components to come. It counts towards the budget.
+    /// `None`: as much as the budget leaves.
+    pub keep_warm: Option<Bytes>,
+    /// Memory that is made ready after the first scan, in the background.
+    pub prewarm: Bytes,
     /// Eviction starts when this share of the budget is used, in the background.
     pub high_watermark: f64,
     /// Background eviction stops when no more than this share is used.
@@ -95,6 +107,8 @@ impl Default for RamConfig {
     fn default() -> Self {
         Self {
             budget: None,
+            keep_warm: None,
+            prewarm: Bytes::ZERO,
             high_watermark: 0.95,
             low_watermark: 0.85,
         }
@@ -107,9 +121,13 @@ impl Default for RamConfig {
 pub struct GpuConfig {
     /// Which device stands behind it.
     pub device: DeviceKind,
-    /// The most VRAM that hotset may use. `None`: the device's memory less `headroom`.
+    /// Which CUDA GPU it is: its ordinal, its UUID, or the beginning of that. `None`: the one with this entry's index.
+    pub select: Option<String>,
+    /// The most VRAM that hotset may use. `None`: `share` of the device's memory.
     pub budget: Option<Bytes>,
-    /// VRAM left to others where no budget is set.
+    /// The share of the device's memory that hotset may use where no budget is set.
+    pub share: f64,
+    /// VRAM that stays free, whatever the budget says, for others and for what the driver takes by itself.
     pub headroom: Bytes,
     /// Background eviction starts when this share of the budget is used.
     pub high_watermark: f64,
@@ -123,7 +141,9 @@ impl Default for GpuConfig {
     fn default() -> Self {
         Self {
             device: DeviceKind::Sim,
+            select: None,
             budget: None,
+            share: 1.0,
             headroom: Bytes::mib(512),
             high_watermark: 1.0,
             low_watermark: 0.9,
@@ -139,6 +159,57 @@ pub enum DeviceKind {
     /// The simulated device: host memory with a GPU's capacity, granularity, bandwidth and latency.
     #[default]
     Sim,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// GPUs that are found, where none is configured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CudaConfig {
+    /// Whether to use the machine's NVIDIA GPUs where no GPU is configured.
+    pub detect: bool,
+    /// Only these of them: ordinals, UUIDs or beginnings of UUIDs, with commas between; empty: all.
+    pub include: String,
+    /// Not these of them, written alike.
+    pub exclude: String,
+    /// The share of each one's memory that hotset may use.
+    pub share: f64,
+    /// VRAM that stays free on each.
+    pub headroom: Bytes,
+}
+
+impl Default for CudaConfig {
+    fn default() -> Self {
+        let gpu = GpuConfig::default();
+        Self {
+            detect: true,
+            include: String::new(),
+            exclude: String::new(),
+            share: gpu.share,
+            headroom: gpu.headroom,
+        }
+    }
+}
+
+impl CudaConfig {
+    /// Whether a GPU is to be used, which `is_meant_by` a user's word or is not.
+    pub fn wants(&self, is_meant_by: impl Fn(&str) -> bool) -> bool {
+        let named = |list: &str| list.split(',').any(|word| is_meant_by(word.trim()));
+        (self.include.trim().is_empty() || named(&self.include)) && !named(&self.exclude)
+    }
+
+    /// The entry for a GPU that was found.
+    #[must_use]
+    pub fn found(&self, uuid: String) -> GpuConfig {
+        GpuConfig {
+            device: DeviceKind::Cuda,
+            select: Some(uuid),
+            share: self.share,
+            headroom: self.headroom,
+            ..GpuConfig::default()
+        }
+    }
 }
 
 /// A simulated device.
@@ -181,8 +252,16 @@ pub struct LoadConfig {
     /// How long a request may take where it says nothing itself.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// How files are read.
+    pub reader: ReaderKind,
     /// Length of one read.
     pub piece: Bytes,
+    /// Bytes that the disk is asked for at the same time, over all components.
+    pub in_flight: Bytes,
+    /// How fast prefetches read, each second. Zero: as the disk gives.
+    pub prefetch_rate: Bytes,
+    /// Whether bytes are checked against the digest of their content, where it is known, while they are read.
+    pub verify: bool,
     /// Host memory through which one component is streamed to a GPU when it is larger than the RAM tier can hold.
     pub ring: Bytes,
 }
@@ -193,10 +272,29 @@ impl Default for LoadConfig {
             concurrency: 4,
             reads: 4,
             deadline: Duration::from_secs(300),
+            reader: ReaderKind::Auto,
             piece: Bytes::mib(8),
+            in_flight: Bytes::mib(32),
+            prefetch_rate: Bytes::ZERO,
+            verify: false,
             ring: Bytes::mib(64),
         }
     }
+}
+
+/// The ways in which files are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReaderKind {
+    /// The first of the others that the kernel allows.
+    #[default]
+    Auto,
+    /// Past the page cache (`O_DIRECT`), through io_uring.
+    IoUring,
+    /// Past the page cache, by threads.
+    Pread,
+    /// Through the page cache.
+    Buffered,
 }
 
 /// Sessions and their bounds.
@@ -355,6 +453,9 @@ pub struct MonitorConfig {
     /// How often memory pressure is measured.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
+    /// How often each GPU is asked how it is, and how much others use of it.
+    #[serde(with = "humantime_serde")]
+    pub gpu_interval: Duration,
 }
 
 impl Default for MonitorConfig {
@@ -362,6 +463,64 @@ impl Default for MonitorConfig {
         Self {
             decisions: 10_000,
             interval: Duration::from_secs(1),
+            gpu_interval: Duration::from_millis(250),
+        }
+    }
+}
+
+/// The bridge to other processes: a Unix socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BridgeConfig {
+    /// Whether `hotset serve` opens it, and commands look for it.
+    pub enabled: bool,
+    /// The socket. `None`: `$XDG_RUNTIME_DIR/hotset/hotset.sock`, or `~/.local/state/hotset/hotset.sock`.
+    pub socket: Option<PathBuf>,
+    /// Users beside the server's own that may connect, by number.
+    pub allow_uids: Vec<u32>,
+    /// Requests of one client that may be unanswered at a time.
+    pub max_requests: usize,
+    /// What may wait for a client that does not read, before its connection is ended.
+    pub max_behind: Bytes,
+    /// What one client may have leased. `None`: no bound.
+    pub quota: Option<Bytes>,
+    /// How long a client has to let go of leases that are taken back.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for BridgeConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: None,
+            allow_uids: Vec::new(),
+            max_requests: 64,
+            max_behind: Bytes::mib(8),
+            quota: None,
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The HTTP face: model repository, health, metrics, events.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpConfig {
+    /// Whether `hotset serve` opens it.
+    pub enabled: bool,
+    /// Where it listens. `None`: on 127.0.0.1:7420, and nowhere where that is taken.
+    pub listen: Option<SocketAddr>,
+    /// What clients must send (`Authorization: Bearer ..`). Needed where `listen` is not of this machine alone.
+    pub token: Option<String>,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            listen: None,
+            token: None,
         }
     }
 }

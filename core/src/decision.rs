@@ -115,6 +115,20 @@ pub enum EvictCause {
     },
     /// Somebody else on the machine needs memory.
     Pressure,
+    /// Other processes have taken memory of the GPU.
+    Foreign {
+        /// What they use now.
+        foreign: Bytes,
+        /// What is left for hotset.
+        allowed: Bytes,
+    },
+    /// The device had less than the books said.
+    OutOfMemory {
+        /// What was to be allocated.
+        wanted: Bytes,
+        /// What was free.
+        free: Bytes,
+    },
     /// A client or an embedder asked for it.
     Requested,
 }
@@ -174,6 +188,12 @@ impl Act {
                         format!("{committed} were committed, above the high watermark of {high}")
                     }
                     EvictCause::Pressure => "others on the machine need memory".into(),
+                    EvictCause::Foreign { foreign, allowed } => {
+                        format!("others use {foreign} of the GPU, which leaves {allowed}")
+                    }
+                    EvictCause::OutOfMemory { wanted, free } => {
+                        format!("the GPU had only {free} free for {wanted}")
+                    }
                     EvictCause::Requested => "it was asked for".into(),
                 };
                 format!(

@@ -1,25 +1,34 @@
 //! The contract with a GPU's memory, whoever implements it.
 //!
 //! * [`Device::allocate`] gives memory that is read and written by nobody else. It is freed when the [`Allocation`] is
-//!   dropped, at some time soon after: the only proof of free memory is an allocation that succeeds.
+//!   dropped, at some time soon after; what the allocation [keeps](Allocation::keep_until_freed) is dropped once the driver
+//!   has confirmed it, so that bytes are promised again only then.
 //! * [`Device::upload`] copies bytes that stay alive and unchanged (a [`HostRange`] guarantees both) to a range that
 //!   must lie inside the allocation. When its future ends with `Ok`, the bytes are there. Dropping the future leaves
-//!   the range undefined, never memory outside of it.
+//!   the range undefined, never memory outside of it. Several may be under way for one allocation.
 //! * An error leaves the allocation as it is and its contents undefined.
+//! * After [`DeviceError::Lost`] every call gives it, until [`Device::recover`] succeeds. What was allocated before is gone
+//!   for good; its allocations may still be dropped.
 //! * No call blocks the async worker that polls it.
 //!
 //! The device's own errors are values that all waiters share, so they are `Clone`.
 
+pub mod budget;
 #[cfg(test)]
 mod contract;
+pub mod cuda;
 pub mod layout;
+mod nvml;
 pub mod sim;
 
+use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ids::GpuIndex;
 use crate::memory::HostRange;
@@ -31,7 +40,7 @@ use crate::units::Bytes;
 pub enum DeviceError {
     /// Not enough memory, whatever the books say.
     #[error(
-        "GPU {gpu} cannot allocate {wanted}: the device has {free} free; another process may have taken it"
+        "GPU {gpu} cannot allocate {wanted}: the device has {free} free; another process may have taken it, see `hotset status`"
     )]
     OutOfMemory {
         /// Which GPU.
@@ -61,6 +70,26 @@ pub enum DeviceError {
         /// What it said last.
         reason: Arc<str>,
     },
+    /// The driver refused a call, without being broken by it.
+    #[error("GPU {gpu}: {call} failed with {code}; see docs/gpu.md")]
+    Driver {
+        /// Which GPU.
+        gpu: GpuIndex,
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's name for what is wrong.
+        code: Arc<str>,
+    },
+    /// The device cannot do this.
+    #[error("GPU {gpu} ({driver}) cannot {what}")]
+    Unsupported {
+        /// Which GPU.
+        gpu: GpuIndex,
+        /// The driver behind it.
+        driver: &'static str,
+        /// What was asked for.
+        what: &'static str,
+    },
     /// The simulated device was told not to keep bytes.
     #[error("GPU {gpu} is simulated without contents; set gpu.sim.keep_bytes = true to read back")]
     NoContents {
@@ -76,12 +105,117 @@ pub struct DeviceDescription {
     pub gpu: GpuIndex,
     /// The maker's name for it.
     pub name: String,
+    /// The maker's number of this very device. Empty where it has none.
+    pub uuid: String,
     /// `sim`, or the driver behind it.
     pub driver: &'static str,
     /// All its memory.
     pub memory: Bytes,
-    /// Allocations are rounded up to this; never zero.
-    pub granularity: Bytes,
+    /// How allocations are rounded up.
+    pub granules: Granules,
+}
+
+/// How a device rounds allocations up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Granules {
+    /// The granule of physical memory; never zero.
+    pub page: Bytes,
+    /// Allocations smaller than this share pages.
+    pub shared_below: Bytes,
+    /// What those are rounded up to; never zero.
+    pub part: Bytes,
+}
+
+impl Granules {
+    /// Every allocation takes whole pages.
+    #[must_use]
+    pub const fn whole(page: Bytes) -> Self {
+        Self {
+            page,
+            shared_below: Bytes::ZERO,
+            part: page,
+        }
+    }
+
+    /// What an allocation of this many bytes takes.
+    #[must_use]
+    pub fn footprint(&self, bytes: Bytes) -> Bytes {
+        let bytes = Bytes(bytes.get().max(1));
+        if bytes < self.shared_below {
+            bytes.round_up(self.part.get().max(1))
+        } else {
+            bytes.round_up(self.page.get().max(1))
+        }
+    }
+}
+
+/// Who says what is free on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FigureSource {
+    /// The simulation itself.
+    Sim,
+    /// NVML, which sees all processes.
+    Nvml,
+    /// The CUDA driver alone, since NVML is missing or does not know the device.
+    Driver,
+}
+
+/// What a process uses on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessUse {
+    /// Its id, in the machine's own counting.
+    pub pid: u32,
+    /// How much, where that is told.
+    pub bytes: Option<Bytes>,
+}
+
+/// The state of a device, measured at one instant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Who says so.
+    pub source: FigureSource,
+    /// All memory.
+    pub total: Bytes,
+    /// What nobody uses.
+    pub free: Bytes,
+    /// What hotset's allocations take there, by their footprints.
+    pub allocated: Bytes,
+    /// What hotset takes beside them: its context, and pages of which only a part is in use.
+    pub overhead: Bytes,
+    /// The part of the overhead that is the context. `None` where nobody can tell it.
+    pub context: Option<Bytes>,
+    /// What others use, the driver's own reserve included.
+    pub foreign: Bytes,
+    /// The processes that compute on it, where that is told.
+    pub processes: Vec<ProcessUse>,
+    /// Degrees Celsius.
+    pub temperature_c: Option<u32>,
+    /// Why it runs slower than it could, in the maker's words; empty where it does not.
+    pub throttling: Vec<String>,
+    /// PCIe generation and lanes in use now.
+    pub pcie: Option<(u32, u32)>,
+    /// Uncorrected memory errors since the driver was loaded.
+    pub ecc_uncorrected: Option<u64>,
+    /// Whether it is divided into instances.
+    pub mig: Option<bool>,
+    /// Xid errors since the last measurement.
+    pub xids: Vec<u64>,
+}
+
+/// Memory of a device as another process can map it.
+#[derive(Debug)]
+pub struct Export {
+    /// Stands for the physical memory; whoever holds it can map it.
+    pub descriptor: OwnedFd,
+    /// Size of that memory, which has to be mapped whole.
+    pub mapped: Bytes,
+    /// Where in it the allocation begins. Small allocations share their memory with others.
+    pub offset: u64,
+    /// Size of the allocation.
+    pub bytes: Bytes,
+    /// On which device, by the maker's number.
+    pub uuid: String,
 }
 
 /// A GPU's memory. See the module's page for the contract.
@@ -89,11 +223,11 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
     /// What it is.
     fn describe(&self) -> DeviceDescription;
 
-    /// Memory that the device itself says is free now.
+    /// Its state now.
     ///
     /// # Errors
-    /// [`DeviceError::Lost`].
-    fn free(&self) -> Result<Bytes, DeviceError>;
+    /// [`DeviceError::Lost`], [`DeviceError::Driver`].
+    fn figures(&self) -> BoxFuture<'_, Result<Figures, DeviceError>>;
 
     /// New memory, at least this many bytes.
     ///
@@ -126,29 +260,82 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
         bytes: u64,
     ) -> BoxFuture<'a, Result<Vec<u8>, DeviceError>>;
 
-    /// Frees memory; called once for each allocation, when it is dropped. Never blocks.
-    fn release(&self, address: u64);
+    /// A descriptor with which another process can map an allocation.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`], [`DeviceError::Lost`].
+    fn export<'a>(
+        &'a self,
+        allocation: &'a Allocation,
+    ) -> BoxFuture<'a, Result<Export, DeviceError>> {
+        let refused = DeviceError::Unsupported {
+            gpu: allocation.gpu(),
+            driver: self.describe().driver,
+            what: "share its memory with other processes",
+        };
+        async move { Err(refused) }.boxed()
+    }
+
+    /// Ends when everything that was dropped before is free.
+    fn settle(&self) -> BoxFuture<'_, ()> {
+        std::future::ready(()).boxed()
+    }
+
+    /// Why the device is lost, if it is known to be; asks nobody.
+    fn lost(&self) -> Option<Arc<str>>;
+
+    /// Brings a lost device back, empty. Nothing where it is not lost.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`] where it stays lost.
+    fn recover(&self) -> BoxFuture<'_, Result<(), DeviceError>>;
+
+    /// Frees memory, and then drops `kept`; called once for each allocation, when it is dropped. Never blocks.
+    fn release(&self, id: u64, kept: Kept);
 }
+
+/// What is dropped once memory is free.
+pub type Kept = Option<Box<dyn Any + Send>>;
 
 /// Device memory, freed when this is dropped.
 pub struct Allocation {
     device: Arc<dyn Device>,
     gpu: GpuIndex,
+    id: u64,
     address: u64,
     bytes: Bytes,
+    kept: Mutex<Kept>,
 }
 
 impl Allocation {
-    /// Takes charge of memory that `device` has just allocated at `address`.
+    /// Takes charge of memory that `device` has just allocated at `address`, and that it knows by `id`.
     #[must_use]
-    pub fn new(device: Arc<dyn Device>, address: u64, bytes: Bytes) -> Self {
-        let gpu = device.describe().gpu;
+    pub fn new(
+        device: Arc<dyn Device>,
+        gpu: GpuIndex,
+        id: u64,
+        address: u64,
+        bytes: Bytes,
+    ) -> Self {
         Self {
             device,
             gpu,
+            id,
             address,
             bytes,
+            kept: Mutex::new(None),
         }
+    }
+
+    /// Keeps a value until the device has confirmed that the memory is free. One value at most; a second replaces it.
+    pub fn keep_until_freed(&self, value: Box<dyn Any + Send>) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    }
+
+    /// The number by which the device knows it.
+    #[must_use]
+    pub const fn id(&self) -> u64 {
+        self.id
     }
 
     /// The device pointer of the first byte.
@@ -157,7 +344,7 @@ impl Allocation {
         self.address
     }
 
-    /// The size, a multiple of the device's granularity.
+    /// The size, rounded up as the device does.
     #[must_use]
     pub const fn bytes(&self) -> Bytes {
         self.bytes
@@ -206,6 +393,11 @@ impl fmt::Debug for Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        self.device.release(self.address);
+        let kept = self
+            .kept
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        self.device.release(self.id, kept);
     }
 }

@@ -1,13 +1,21 @@
 //! Reading a component's files into a slab.
 //!
 //! The slab is the byte image of the files, headers included, each file on a page border, so that direct reads need no
-//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a component, which checks that the files are still those of the catalogue and where
-//! each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
+//! second copy; of a component that shares its file with others, it is the image of its own ranges. A [`Reader`] opens a
+//! component, which checks that the files are still those of the catalogue and where each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
 //! been read: a file that changed in between gives [`ReadError::SourceChanged`], and its bytes are shown to nobody.
 
+mod disk;
 mod image;
+mod opened;
+mod pool;
 mod pread;
 mod priority;
+mod queue;
+mod stream;
+mod urgency;
+mod uring;
+mod verify;
 
 use std::fmt;
 use std::io;
@@ -16,12 +24,16 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
+pub use disk::{DiskReader, StartReaderError};
 pub use image::ImagePlan;
+pub use opened::{cached_share, drop_from_cache};
 pub use pread::PreadReader;
 pub use priority::idle_io_priority;
+pub use urgency::Urgency;
+pub use verify::Verifier;
 
-use crate::catalog::safetensors::HeaderError;
-use crate::catalog::{Component, FileIdentity};
+use crate::catalog::{Component, FileIdentity, HeaderError};
+use crate::ids::ContentId;
 use crate::memory::SlabWriter;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
@@ -102,7 +114,19 @@ pub enum ReadError {
         /// Which tensor.
         tensor: Arc<str>,
     },
-    /// The task that read was lost with its thread.
+    /// The bytes are not those of the digest that the catalogue has of them.
+    #[error(
+        "{component}: its bytes have the digest {found}, not {expected}; the disk or the file is damaged, fetch it again"
+    )]
+    WrongBytes {
+        /// Which component.
+        component: String,
+        /// The digest in the catalogue.
+        expected: ContentId,
+        /// The digest of what was read.
+        found: ContentId,
+    },
+    /// The read was called off, or its task was lost with its thread.
     #[error("the reading of {component} was interrupted")]
     Interrupted {
         /// Which component.
@@ -131,6 +155,11 @@ pub trait Reader: Send + Sync + fmt::Debug + 'static {
     /// The name of the way in which it reads, for status.
     fn name(&self) -> &'static str;
 
+    /// The same with what led to it, in words.
+    fn describe(&self) -> String {
+        self.name().to_owned()
+    }
+
     /// Opens a component: its files are those of the catalogue, and the header of each is valid.
     ///
     /// # Errors
@@ -139,6 +168,19 @@ pub trait Reader: Send + Sync + fmt::Debug + 'static {
         &self,
         component: Arc<Component>,
     ) -> BoxFuture<'static, Result<Box<dyn OpenComponent>, ReadError>>;
+
+    /// The same for a reader that knows what is urgent; others take all alike.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn open_as(
+        &self,
+        component: Arc<Component>,
+        urgency: Urgency,
+    ) -> BoxFuture<'static, Result<Box<dyn OpenComponent>, ReadError>> {
+        let _ = urgency;
+        self.open(component)
+    }
 }
 
 /// A component that is open for reading, from the first byte of its image to the last.
@@ -149,8 +191,9 @@ pub trait OpenComponent: Send + 'static {
     /// The tensors, with offsets into the image. Each lies within it.
     fn table(&self) -> &Arc<TensorTable>;
 
-    /// Reads the next bytes of the image, at most `most` and at most what `into` has spare, and raises its watermark by
-    /// as many. At the end of the image it reads none. On an error the writer is gone.
+    /// Reads on, in pieces of at most `most` bytes, until the watermark of `into` has risen. At the end of the image, or
+    /// where `into` has nothing spare, it reads none. More pieces may be under way when it returns; so the next call takes
+    /// the same writer until that is full. On an error the writer is gone.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -159,6 +202,13 @@ pub trait OpenComponent: Send + 'static {
         into: SlabWriter,
         most: Bytes,
     ) -> BoxFuture<'static, Result<ReadOn, ReadError>>;
+
+    /// Ends reading early: when the future ends, nobody writes the slab any more. Dropping both instead is as safe, since
+    /// pieces under way keep their memory, but leaves it in use for a while.
+    fn stop(self: Box<Self>, into: SlabWriter) -> BoxFuture<'static, ()> {
+        drop(into);
+        futures::FutureExt::boxed(std::future::ready(()))
+    }
 }
 
 /// What a read gives back: the component and the writer, both one piece further.
@@ -168,3 +218,6 @@ pub type ReadOn = (Box<dyn OpenComponent>, SlabWriter);
 fn owned(path: &Path) -> PathBuf {
     path.to_path_buf()
 }
+
+#[cfg(test)]
+mod tests;

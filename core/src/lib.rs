@@ -4,6 +4,7 @@
 //! * [`catalog`] knows model files: formats, layouts on disk, scanning, the immutable catalogue snapshot;
 //! * [`memory`] owns bytes: slabs, the ledger of residencies, reservations and leases;
 //! * [`io`] reads files into slabs;
+//! * [`machine`] tells what this process may really use of the machine's memory;
 //! * [`device`] is the contract with a GPU, and its simulation;
 //! * [`policy`], [`plan`] and [`predict`] are pure: state and `now` in, decisions out.
 //! * [`replay`] runs recorded requests through simulated tiers, with the same policies.
@@ -16,6 +17,7 @@ pub mod decision;
 pub mod device;
 pub mod ids;
 pub mod io;
+pub mod machine;
 pub mod memory;
 pub mod plan;
 pub mod policy;

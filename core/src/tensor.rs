@@ -1,8 +1,33 @@
 //! Tensors as the weight files describe them: names, dtypes, shapes, places. No arithmetic.
 
+mod dtype;
+
 use std::sync::Arc;
 
-pub use safetensors::Dtype;
+pub use dtype::Dtype;
+
+/// One tensor as the header of a weight file describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderTensor {
+    /// Its name, unique in the file.
+    pub name: Arc<str>,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// First byte, counted from where the file's data begin.
+    pub start: u64,
+    /// End, counted likewise.
+    pub end: u64,
+}
+
+impl HeaderTensor {
+    /// Length in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
+}
 
 /// One tensor of a component and where its bytes lie in the component's image.
 #[derive(Clone, Debug, PartialEq, Eq)]

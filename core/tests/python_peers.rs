@@ -115,7 +115,7 @@ with safe_open(root / "good.safetensors", "np") as f:
         .iter()
         .map(|t| {
             let shape = t.shape.iter().map(|&d| d as u64).collect();
-            described(&t.name, &format!("{:?}", t.dtype), shape)
+            described(&t.name, t.dtype.name(), shape)
         })
         .collect();
     tensors.sort_by_key(|t| t[0].as_str().map(str::to_owned));

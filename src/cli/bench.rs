@@ -1,5 +1,7 @@
 //! `hotset bench`: measurements of this machine.
 
+mod load;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -13,6 +15,10 @@ use super::{CliError, Global};
 pub(crate) enum BenchCommand {
     /// Scan a made-up library of sparse files with true headers
     Scan(ScanArgs),
+    /// Load made-up weights from disk, with the disk's own speed beside it
+    Load(load::LoadArgs),
+    /// Lease and map what is resident: in process, over the bridge, from Python
+    Attach(super::attach::AttachArgs),
 }
 
 /// How to measure scanning.
@@ -31,7 +37,14 @@ pub(crate) struct ScanArgs {
 
 /// Runs a measurement.
 pub(crate) async fn run(command: &BenchCommand, global: &Global) -> Result<(), CliError> {
-    let BenchCommand::Scan(args) = command;
+    match command {
+        BenchCommand::Scan(args) => scan(args, global).await,
+        BenchCommand::Attach(args) => super::attach::run(args, global).await,
+        BenchCommand::Load(args) => load::run(args, global).await,
+    }
+}
+
+async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliError> {
     let mut options = bench::Options {
         files: args.files,
         threads: args.threads,

@@ -1,18 +1,23 @@
 //! `hotset scan`, `ls` and `show`: the catalogue.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use hotset::bridge::wire::List;
+use hotset::client::Client;
 use hotset::core::catalog::query::Query;
-use hotset::core::catalog::{ScanOptions, ScanReport, scan as scan_folders};
-use hotset::{Bytes, Catalogue, Component, ComponentSet, Model};
+use hotset::core::catalog::{Facts, ScanOptions, ScanReport};
+use hotset::core::config::CatalogConfig;
+use hotset::{Bytes, ContentId, documents};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde::Deserialize;
+use serde_json::{Value, json};
 
+use super::kept::scan_from;
 use super::output::{self, line, table};
-use super::{CliError, Global, config, config_with_models};
+use super::{CliError, Global, config, config_with_models, server};
 
 /// What to scan.
 #[derive(Debug, Args)]
@@ -42,7 +47,7 @@ pub(crate) struct ShowArgs {
 }
 
 /// Scans, with a spinner on a terminal.
-async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliError> {
+async fn scanned(config: &CatalogConfig, quiet: bool) -> Result<ScanReport, CliError> {
     let spinner = if quiet {
         ProgressBar::hidden()
     } else {
@@ -52,8 +57,10 @@ async fn scanned(options: ScanOptions, quiet: bool) -> Result<ScanReport, CliErr
         spinner.set_style(style);
     }
     let shown = spinner.clone();
+    let options = ScanOptions::from_config(config)?;
+    let database = config.database.clone();
     let scanned = tokio::task::spawn_blocking(move || {
-        scan_folders(&options, None, &|progress| {
+        scan_from(&options, database, &|progress| {
             shown.set_message(format!("{progress}"));
             shown.tick();
         })
@@ -75,7 +82,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         ));
     }
     let began = Instant::now();
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
+    let report = scanned(&config.catalog, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
         eprintln!("warning: {problem}");
@@ -84,7 +91,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
         let models: Vec<_> = report
             .catalogue
             .models()
-            .map(|model| model_json(model))
+            .map(|model| documents::model(model))
             .collect();
         return output::json(&json!({
             "models": models,
@@ -92,7 +99,12 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
             "elapsed_s": elapsed_s,
         }));
     }
-    list(report.catalogue.models())?;
+    list(
+        report
+            .catalogue
+            .models()
+            .map(|model| documents::model(model)),
+    )?;
     line(format!(
         "{} models in {} files, {elapsed_s:.2} s",
         report.catalogue.len(),
@@ -102,24 +114,63 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
 
 /// `hotset ls [QUERY]`
 pub(crate) async fn ls(args: &LsArgs, global: &Global) -> Result<(), CliError> {
-    let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
-    let query = Query::parse(&args.query.join(" ")).map_err(|e| CliError::Usage(e.to_string()))?;
-    let hits = report.catalogue.search(&query, usize::MAX);
-    let found: Vec<&Arc<Model>> = hits.iter().map(|hit| &hit.model).collect();
+    let text = args.query.join(" ");
+    let query = Query::parse(&text).map_err(|e| CliError::Usage(e.to_string()))?;
+    let (found, all) = match server::connect(&config(global)?, global).await? {
+        Some(client) => listed_by(&client, &text).await?,
+        None => {
+            let config = config_with_models(global)?;
+            let report = scanned(&config.catalog, global.json).await?;
+            let hits = report.catalogue.search(&query, usize::MAX);
+            let found = hits.iter().map(|hit| documents::model(&hit.model));
+            (found.collect(), report.catalogue.len())
+        }
+    };
     if global.json {
-        let models: Vec<_> = found.iter().map(|model| model_json(model)).collect();
-        return output::json(&json!({ "models": models }));
+        return output::json(&json!({ "models": found }));
     }
-    list(found.iter().copied())?;
-    line(format!(
-        "{} of {} models",
-        found.len(),
-        report.catalogue.len()
-    ))
+    let count = found.len();
+    list(found.into_iter())?;
+    line(format!("{count} of {all} models"))
 }
 
-pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(), CliError> {
+/// What the running server finds, page by page, and how many models it has.
+async fn listed_by(client: &Client, query: &str) -> Result<(Vec<Value>, usize), CliError> {
+    let mut found = Vec::new();
+    loop {
+        let page = List {
+            query: query.to_owned(),
+            offset: found.len() as u64,
+            limit: 0,
+        };
+        let page = client.list(page).await?;
+        let last = page.models.is_empty();
+        found.extend(page.models);
+        if last || found.len() as u64 >= page.total {
+            break;
+        }
+    }
+    let all = List {
+        limit: 1,
+        ..List::default()
+    };
+    let all = client.list(all).await?.total;
+    Ok((found, usize::try_from(all).unwrap_or(usize::MAX)))
+}
+
+/// A model, as far as the list shows it.
+#[derive(Deserialize)]
+struct Row {
+    name: String,
+    kind: String,
+    architecture: Option<String>,
+    format: String,
+    bytes: Bytes,
+    components: Vec<Value>,
+    error: Option<String>,
+}
+
+pub(super) fn list(models: impl Iterator<Item = Value>) -> Result<(), CliError> {
     let mut rows = table(
         &[
             "model",
@@ -132,15 +183,16 @@ pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(
         &["size", "components"],
     );
     for model in models {
+        let model: Row = output::view(model)?;
         let name = match &model.error {
-            None => model.name.to_string(),
+            None => model.name.clone(),
             Some(error) => format!("{}\n  ! {error}", model.name),
         };
         rows.add_row([
             name,
-            model.kind.to_string(),
-            model.architecture.as_deref().unwrap_or("-").to_owned(),
-            model.format.to_string(),
+            model.kind,
+            model.architecture.unwrap_or_else(|| "-".into()),
+            model.format,
             model.bytes.to_string(),
             model.components.len().to_string(),
         ]);
@@ -153,56 +205,99 @@ pub(super) fn list<'a>(models: impl Iterator<Item = &'a Arc<Model>>) -> Result<(
 
 /// `hotset show MODEL`
 pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
-    let config = config_with_models(global)?;
-    let report = scanned(ScanOptions::from_config(&config.catalog)?, global.json).await?;
-    let model = report.catalogue.find(&args.model)?;
-    let sha256 = match args.sha256 {
-        true => sha256_of(model).await?,
-        false => Vec::new(),
-    };
-    if global.json {
-        let mut document = model_json(model);
-        document["facts"] = json!(model.facts);
-        if args.sha256 {
-            let digests: serde_json::Map<String, serde_json::Value> = sha256
-                .iter()
-                .map(|(path, digest)| (path.to_string_lossy().into_owned(), json!(digest)))
-                .collect();
-            document["sha256"] = json!(digests);
+    let mut document = match server::connect(&config(global)?, global).await? {
+        Some(client) => client.show(&name_or_path(&args.model)).await?,
+        None => {
+            let config = config_with_models(global)?;
+            let report = scanned(&config.catalog, global.json).await?;
+            let model = report.catalogue.find(&args.model)?;
+            documents::model_in(&report.catalogue, model)
         }
-        document["base"] = json!(model.base);
-        document["dependencies"] = dependencies(&report.catalogue, model);
+    };
+    if args.sha256 {
+        document["sha256"] = json!(sha256_of(&document).await?);
+    }
+    if global.json {
         return output::json(&document);
     }
-    line(format!("{}  {}", model.name, model.path.display()))?;
+    print(output::view(document)?, args.why_identified)
+}
+
+/// A path as the server's catalogue has it, where the text is one.
+fn name_or_path(text: &str) -> String {
+    match std::path::absolute(text) {
+        Ok(path) if path.exists() && text.contains('/') => path.to_string_lossy().into_owned(),
+        _ => text.to_owned(),
+    }
+}
+
+/// A model, as far as tables show it.
+#[derive(Deserialize)]
+struct View {
+    #[serde(flatten)]
+    row: Row,
+    path: String,
+    base: Option<Base>,
+    facts: Facts,
+    dependencies: Dependencies,
+    #[serde(default)]
+    sha256: BTreeMap<String, String>,
+    #[serde(default)]
+    resident: BTreeMap<String, Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct Base {
+    architecture: Option<String>,
+    name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Dependencies {
+    error: Option<String>,
+    #[serde(default)]
+    loading_order: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Part {
+    name: String,
+    kind: String,
+    dtype: Option<String>,
+    bytes: Bytes,
+    tensors: u64,
+    content_id: ContentId,
+    files: Vec<PathBuf>,
+}
+
+fn print(model: View, why_identified: bool) -> Result<(), CliError> {
+    let row = model.row;
+    line(format!("{}  {}", row.name, model.path))?;
     line(format!(
         "{} {} ({}), {}",
-        model.architecture.as_deref().unwrap_or("unknown"),
-        model.kind,
-        model.format,
-        model.bytes
+        row.architecture.as_deref().unwrap_or("unknown"),
+        row.kind,
+        row.format,
+        row.bytes
     ))?;
-    if let Some(error) = &model.error {
+    if let Some(error) = &row.error {
         line(format!("cannot be loaded: {error}"))?;
     }
-    if let Some(base) = &model.base {
-        line(format!(
-            "needs a base: {}",
-            [base.architecture.as_deref(), base.name.as_deref()]
-                .into_iter()
-                .flatten()
-                .collect::<Vec<_>>()
-                .join(", ")
-        ))?;
+    if let Some(base) = model.base {
+        let base: Vec<String> = [base.architecture, base.name]
+            .into_iter()
+            .flatten()
+            .collect();
+        line(format!("needs a base: {}", base.join(", ")))?;
     }
-    for fact in facts(model) {
+    for fact in facts(&model.facts) {
         line(fact)?;
     }
-    if args.why_identified {
-        why(model)?;
+    if why_identified {
+        why(&model.facts)?;
     }
-    for (path, digest) in &sha256 {
-        line(format!("sha256 {digest}  {}", path.display()))?;
+    for (path, digest) in &model.sha256 {
+        line(format!("sha256 {digest}  {path}"))?;
     }
     let mut rows = table(
         &[
@@ -216,36 +311,42 @@ pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliErro
         ],
         &["size", "tensors"],
     );
-    for component in &model.components {
+    for part in row.components {
+        let part: Part = output::view(part)?;
+        let files: Vec<_> = part
+            .files
+            .iter()
+            .map(|path| {
+                path.file_name()
+                    .unwrap_or(path.as_os_str())
+                    .to_string_lossy()
+            })
+            .collect();
         rows.add_row([
-            component.id.component.to_string(),
-            component.kind.to_string(),
-            component.dtype.as_deref().unwrap_or("-").to_owned(),
-            component.bytes.to_string(),
-            component.tensors.to_string(),
-            component.content_id.short(),
-            file_names(component).join("\n"),
+            part.name,
+            part.kind,
+            part.dtype.unwrap_or_else(|| "-".into()),
+            part.bytes.to_string(),
+            part.tensors.to_string(),
+            part.content_id.short(),
+            files.join("\n"),
         ]);
     }
     line(rows.to_string())?;
-    let order = dependencies(&report.catalogue, model);
-    match order.get("error").and_then(|error| error.as_str()) {
+    for (component, tiers) in &model.resident {
+        line(format!("{component} is resident in {}", tiers.join(", ")))?;
+    }
+    match model.dependencies.error {
         Some(error) => line(format!("dependencies: {error}")),
-        None => {
-            let order: Vec<&str> = order["loading_order"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .filter_map(|id| id.as_str())
-                .collect();
-            line(format!("loading order: {}", order.join(" → ")))
-        }
+        None => line(format!(
+            "loading order: {}",
+            model.dependencies.loading_order.join(" → ")
+        )),
     }
 }
 
 /// What is known of a model beside kind and architecture, a line each.
-fn facts(model: &Model) -> Vec<String> {
-    let facts = &model.facts;
+fn facts(facts: &Facts) -> Vec<String> {
     let text = |name: &str, value: Option<&str>| value.map(|value| format!("{name}: {value}"));
     let parameters = facts.parameters.map(|n| match n {
         1_000_000_000.. => format!("parameters: {:.1} billion", n as f64 / 1e9),
@@ -273,14 +374,14 @@ fn facts(model: &Model) -> Vec<String> {
 }
 
 /// The signatures that matched, best first.
-fn why(model: &Model) -> Result<(), CliError> {
-    if model.facts.evidence.is_empty() {
+fn why(facts: &Facts) -> Result<(), CliError> {
+    if facts.evidence.is_empty() {
         return line(
             "no signature matched: nothing is known of its keys, metadata or configuration",
         );
     }
     let mut rows = table(&["signature", "says", "score", "because"], &["score"]);
-    for evidence in model.facts.evidence.iter() {
+    for evidence in facts.evidence.iter() {
         rows.add_row([
             evidence.source.to_string(),
             evidence.says.to_string(),
@@ -292,77 +393,26 @@ fn why(model: &Model) -> Result<(), CliError> {
 }
 
 /// The SHA-256 of each weight file of a model.
-async fn sha256_of(model: &Arc<Model>) -> Result<Vec<(PathBuf, String)>, CliError> {
-    let mut paths: Vec<PathBuf> = model
-        .components
-        .iter()
-        .flat_map(|component| component.files.iter().map(|file| file.path.to_path_buf()))
+async fn sha256_of(model: &Value) -> Result<BTreeMap<String, String>, CliError> {
+    let files = model["components"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|component| component["files"].as_array().into_iter().flatten());
+    let paths: BTreeSet<PathBuf> = files
+        .filter_map(|file| file.as_str().map(PathBuf::from))
         .collect();
-    paths.sort();
-    paths.dedup();
     let digests = tokio::task::spawn_blocking(move || {
         paths
             .into_iter()
             .map(|path| match hotset::core::catalog::content::sha256(&path) {
-                Ok(digest) => Ok((path, digest)),
+                Ok(digest) => Ok((path.to_string_lossy().into_owned(), digest)),
                 Err(source) => Err(CliError::File { path, source }),
             })
-            .collect::<Result<Vec<_>, _>>()
+            .collect::<Result<BTreeMap<_, _>, _>>()
     })
     .await;
     digests.map_err(|error| CliError::Usage(format!("the digest failed: {error}")))?
-}
-
-fn dependencies(catalogue: &Catalogue, model: &Model) -> serde_json::Value {
-    let set = ComponentSet::new([model.name.as_str()]);
-    match hotset::core::plan::resolve(catalogue, &set.names, set.dependencies) {
-        Err(error) => json!({ "error": error.to_string() }),
-        Ok(graph) => json!({
-            "loading_order": graph.order().iter().map(|c| c.id.to_string()).collect::<Vec<_>>(),
-            "edges": graph.edges().map(|(before, after, why)| json!({
-                "before": before.id.to_string(),
-                "after": after.id.to_string(),
-                "why": format!("{why}"),
-            })).collect::<Vec<_>>(),
-        }),
-    }
-}
-
-fn file_names(component: &Component) -> Vec<String> {
-    component
-        .files
-        .iter()
-        .map(|file| {
-            file.path
-                .file_name()
-                .unwrap_or(file.path.as_os_str())
-                .to_string_lossy()
-                .into_owned()
-        })
-        .collect()
-}
-
-/// A model as the commands' JSON has it. Paths that are not UTF-8 are written with replacement characters.
-pub(crate) fn model_json(model: &Model) -> serde_json::Value {
-    json!({
-        "path": model.path.to_string_lossy(),
-        "name": model.name,
-        "format": model.format,
-        "kind": model.kind,
-        "architecture": model.architecture,
-        "bytes": model.bytes,
-        "components": model.components.iter().map(|component| json!({
-            "name": component.id.component,
-            "kind": component.kind,
-            "architecture": component.architecture,
-            "dtype": component.dtype,
-            "bytes": component.bytes,
-            "tensors": component.tensors,
-            "content_id": component.content_id,
-            "files": component.files.iter().map(|file| file.path.to_string_lossy()).collect::<Vec<_>>(),
-        })).collect::<Vec<_>>(),
-        "error": model.error,
-    })
 }
 
 /// Bytes as tables show them, with `-` for none.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hotset::core::config::GpuConfig;
-use hotset::{Act, Bytes, ComponentSet, Config, Hotset};
+use hotset::{Act, Bytes, ComponentSet, Config, Hotset, documents};
 use indicatif::{ProgressBar, ProgressStyle};
 use library::Scale;
 use serde_json::json;
@@ -51,7 +51,7 @@ pub(crate) async fn run(args: &DemoArgs, global: &Global) -> Result<(), CliError
         models.len()
     ))?;
     if !global.json {
-        super::catalog::list(models.models())?;
+        super::catalog::list(models.models().map(|model| documents::model(model)))?;
         say("\n3. Before: nothing is resident")?;
         status::tiers(&hotset.status().await.tiers)?;
         say(&format!(
@@ -95,7 +95,7 @@ pub(crate) async fn run(args: &DemoArgs, global: &Global) -> Result<(), CliError
     say("\n8. Drained. Try it on your own models: hotset --models DIR ls")?;
     if global.json {
         output::json(&json!({
-            "models": models.models().map(|model| super::catalog::model_json(model)).collect::<Vec<_>>(),
+            "models": models.models().map(|model| documents::model(model)).collect::<Vec<_>>(),
             "before": before,
             "after_first": after_first,
             "after_second": after_second,
@@ -144,6 +144,7 @@ fn demo_config(root: PathBuf, scale: Scale) -> Config {
     config.ram.budget = Some(ram);
     let mut gpu = GpuConfig {
         budget: Some(vram),
+        headroom: Bytes::ZERO,
         ..GpuConfig::default()
     };
     gpu.sim.memory = vram;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures::StreamExt;
+use hotset::client::{Client, LoadOptions, RemoteEvent};
 use hotset::{
     Bytes, ComponentSet, Config, Hotset, Lease, LoadError, LoadEvent, Place, Session, Target,
 };
@@ -12,7 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::output::{self, Bars, line, table};
-use super::{CliError, Global, config, serve};
+use super::{CliError, Global, config, serve, server};
 
 /// What to load.
 #[derive(Debug, Args)]
@@ -66,6 +67,11 @@ struct LoadedTensor {
 /// `hotset load NAME..`
 pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError> {
     let mut config = config(global)?;
+    if let Some(client) = server::connect(&config, global).await?
+        && let Some(names) = known_to(&client, &args.names).await?
+    {
+        return from_server(args, &client, names, global).await;
+    }
     config.catalog.watch = false;
     let names = names_of(&args.names, &mut config)?;
     if config.catalog.roots.is_empty() {
@@ -94,18 +100,114 @@ pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError
         elapsed_s,
         bytes_per_s: bytes.as_f64() / elapsed_s.max(1e-9),
     };
-    if global.json {
-        output::json(&loaded)?;
-    } else {
-        print(&loaded, args.digest)?;
-    }
-    if args.hold {
-        eprintln!("holding {bytes}; ctrl-c lets go");
-        serve::Stop::listen()?.told().await;
-    }
+    tell(&loaded, args, global).await?;
     drop((leases, session));
     Hotset::drain(hotset).await;
     Ok(())
+}
+
+/// Prints what was loaded, and holds it where that is wanted.
+async fn tell(loaded: &Loaded, args: &LoadArgs, global: &Global) -> Result<(), CliError> {
+    if global.json {
+        output::json(loaded)?;
+    } else {
+        print(loaded, args.digest)?;
+    }
+    if args.hold {
+        eprintln!("holding {}; ctrl-c lets go", loaded.bytes);
+        serve::Stop::listen()?.told().await;
+    }
+    Ok(())
+}
+
+/// The names for the running server. A path becomes the name that its catalogue has for it; `None` where it has none.
+async fn known_to(client: &Client, names: &[String]) -> Result<Option<Vec<String>>, CliError> {
+    let mut known = Vec::with_capacity(names.len());
+    for name in names {
+        let path = Path::new(name);
+        if !path.exists() || !(name.contains('/') || name.contains('.')) {
+            known.push(name.clone());
+            continue;
+        }
+        let path = std::path::absolute(path).map_err(|source| CliError::File {
+            path: path.to_owned(),
+            source,
+        })?;
+        match client.show(&path.to_string_lossy()).await {
+            Ok(model) => known.push(model["name"].as_str().unwrap_or_default().to_owned()),
+            Err(error) if error.code() == Some("not-found") => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some(known))
+}
+
+/// Loads in the running server, and holds its leases.
+async fn from_server(
+    args: &LoadArgs,
+    client: &Client,
+    names: Vec<String>,
+    global: &Global,
+) -> Result<(), CliError> {
+    let mut options = LoadOptions::new(names).on(args.target.to_string());
+    if let Some(deadline) = args.deadline {
+        options = options.within(deadline);
+    }
+    if args.without_dependencies {
+        options = options.without_dependencies();
+    }
+    let began = Instant::now();
+    let mut bars = Bars::new(global.json);
+    let mut loading = client.loading(&options)?;
+    let leases = loop {
+        tokio::select! {
+            biased;
+            event = loading.next() => match event? {
+                RemoteEvent::Progress(progress) => bars.show(&progress),
+                RemoteEvent::Leased(leases) => break leases,
+                RemoteEvent::Planned(_) => {}
+            },
+            _ = tokio::signal::ctrl_c() => loading.cancel(),
+        }
+    };
+    bars.finish();
+    let elapsed_s = began.elapsed().as_secs_f64();
+    let bytes: Bytes = leases.iter().map(|lease| Bytes(lease.leased().bytes)).sum();
+    let mut components = Vec::with_capacity(leases.len());
+    for lease in &leases {
+        let leased = lease.leased();
+        // What lies on a device has no bytes here, and is listed without its tensors.
+        let tensors = match lease.mapping() {
+            Ok(_) => lease.tensors()?,
+            Err(error) if args.digest => return Err(error.into()),
+            Err(_) => Vec::new(),
+        };
+        components.push(LoadedComponent {
+            component: leased.component.clone(),
+            tier: leased.tier.clone(),
+            bytes: Bytes(leased.bytes),
+            tensors: tensors
+                .iter()
+                .map(|tensor| LoadedTensor {
+                    name: tensor.name.to_owned(),
+                    dtype: tensor.dtype.to_owned(),
+                    shape: tensor.shape.iter().map(|d| *d as usize).collect(),
+                    bytes: Bytes(tensor.bytes.len() as u64),
+                    sha256: args.digest.then(|| hex(&Sha256::digest(tensor.bytes))),
+                })
+                .collect(),
+        });
+    }
+    let loaded = Loaded {
+        components,
+        bytes,
+        elapsed_s,
+        bytes_per_s: bytes.as_f64() / elapsed_s.max(1e-9),
+    };
+    tokio::select! {
+        told = tell(&loaded, args, global) => told,
+        lost = client.closed() => Err(lost.into()),
+    }
 }
 
 /// Loads with progress bars.
@@ -122,7 +224,7 @@ pub(crate) async fn load(
         tokio::select! {
             biased;
             event = loading.next() => match event {
-                Some(Ok(LoadEvent::Progress(progress))) => bars.show(&progress),
+                Some(Ok(LoadEvent::Progress(progress))) => bars.show(&(&progress).into()),
                 Some(Ok(LoadEvent::Leased(lease))) => leases.push(lease),
                 Some(Ok(LoadEvent::Done)) => break Ok(leases),
                 Some(Ok(_)) => {}
@@ -133,7 +235,7 @@ pub(crate) async fn load(
         }
     };
     if let Some(progress) = loading.progress() {
-        bars.show(&progress);
+        bars.show(&(&progress).into());
     }
     bars.finish();
     Ok(outcome?)

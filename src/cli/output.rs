@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, Table};
-use hotset::{Bytes, ComponentId, LoadProgress, Phase};
+use hotset::Bytes;
+use hotset::bridge::wire::Progress;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::CliError;
 
@@ -21,12 +24,24 @@ pub(crate) fn line(text: impl AsRef<str>) -> Result<(), CliError> {
     writeln!(out, "{}", text.as_ref()).map_err(CliError::Output)
 }
 
+/// Tells on stderr what a long command is at, where somebody sees it.
+pub(crate) fn note(global: &super::Global, text: String) {
+    if !global.json && std::io::stderr().is_terminal() {
+        eprintln!("{text}");
+    }
+}
+
 /// Writes the one JSON document of a command.
 pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     serde_json::to_writer_pretty(&mut out, value)
         .map_err(|error| CliError::Output(error.into()))?;
     writeln!(out).map_err(CliError::Output)
+}
+
+/// The part of a document that a table shows.
+pub(crate) fn view<T: DeserializeOwned>(document: Value) -> Result<T, CliError> {
+    serde_json::from_value(document).map_err(CliError::Answer)
 }
 
 /// A table with these columns; those named in `right` are aligned to the right.
@@ -72,7 +87,7 @@ pub(crate) fn gauge(part: Bytes, whole: Bytes, width: usize) -> String {
 /// Progress bars of a load: one for each component. Drawn on stderr, and not at all where that is no terminal.
 pub(crate) struct Bars {
     all: MultiProgress,
-    of: HashMap<ComponentId, ProgressBar>,
+    of: HashMap<String, ProgressBar>,
 }
 
 /// Redraws each second: enough for the eye, and cheap over ssh.
@@ -93,11 +108,11 @@ impl Bars {
     }
 
     /// Shows this progress.
-    pub(crate) fn show(&mut self, progress: &LoadProgress) {
+    pub(crate) fn show(&mut self, progress: &Progress) {
         let width = progress
             .components
             .iter()
-            .map(|c| c.component.to_string().chars().count())
+            .map(|c| c.component.chars().count())
             .max()
             .unwrap_or(0);
         for component in &progress.components {
@@ -106,18 +121,17 @@ impl Bars {
                 .of
                 .entry(component.component.clone())
                 .or_insert_with(|| {
-                    let bar = all.add(ProgressBar::new(component.total.get()));
+                    let bar = all.add(ProgressBar::new(component.total));
                     bar.set_style(style());
-                    bar.set_prefix(format!("{:width$}", component.component.to_string()));
+                    bar.set_prefix(format!("{:width$}", component.component));
                     bar
                 });
-            bar.set_position(component.done.get());
-            let shared = component.shared && component.phase == Phase::Ready;
-            match component.phase {
-                Phase::Waiting => bar.set_message("waiting"),
-                Phase::Loading => bar.set_message(eta(progress)),
-                Phase::Ready if shared => bar.finish_with_message("already there"),
-                Phase::Ready => bar.finish_with_message("ready"),
+            bar.set_position(component.done);
+            match component.phase.as_str() {
+                "loading" => bar.set_message(eta(progress)),
+                "ready" if component.shared => bar.finish_with_message("already there"),
+                "ready" => bar.finish_with_message("ready"),
+                _ => bar.set_message("waiting"),
             }
         }
     }
@@ -132,7 +146,7 @@ impl Bars {
     }
 }
 
-fn eta(progress: &LoadProgress) -> String {
+fn eta(progress: &Progress) -> String {
     match progress.eta_s {
         Some(seconds) => format!(
             "{}/s, {:.0?} left",

@@ -1,7 +1,9 @@
 //! `hotset serve`: runs the system until it is told to stop. Every command that needs a system starts it here.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 
+use hotset::bridge::Bridge;
+use hotset::http::Http;
 use hotset::{Config, Hotset};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -17,7 +19,7 @@ pub(crate) async fn start(config: Config) -> Result<Hotset, CliError> {
 pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     let mut config = config(global)?;
     if config.catalog.database.is_none() {
-        config.catalog.database = default_database();
+        config.catalog.database = super::kept::database(&config.catalog.roots);
     }
     if config.catalog.roots.is_empty() {
         eprintln!("warning: no model folder is configured; set catalog.roots or give --models DIR");
@@ -25,11 +27,19 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     // Before anything else: a signal that comes during the first scan is heard too.
     let mut stop = Stop::listen()?;
     let hotset = tokio::select! {
-        started = start(config) => started?,
+        started = start(config) => Arc::new(started?),
         why = stop.told() => {
             eprintln!("{why}: ending before the first scan did");
             return Ok(());
         }
+    };
+    let bridge = match hotset.config().bridge.enabled {
+        true => Some(Bridge::open(hotset.clone()).await?),
+        false => None,
+    };
+    let http = match hotset.config().http.enabled {
+        true => Http::open(hotset.clone()).await?,
+        false => None,
     };
     let status = hotset.status().await;
     if global.json {
@@ -39,11 +49,48 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
             "serving {} models; ctrl-c drains and ends",
             status.catalogue.models
         ))?;
+        if let Some(bridge) = &bridge {
+            line(format!("bridge: {}", bridge.socket().display()))?;
+        }
+        if let Some(http) = &http {
+            line(format!("http: http://{}", http.address()))?;
+        }
         super::status::tiers(&status.tiers)?;
     }
-    let why = stop.told().await;
+    let why = tokio::select! {
+        why = stop.told() => why,
+        () = asked(bridge.as_ref()) => "a client asked for the end",
+    };
     eprintln!("{why}: draining");
-    hotset.drain().await;
+    hotset.quiesce().await;
+    if let Some(http) = http {
+        http.close().await;
+    }
+    if let Some(bridge) = bridge {
+        bridge.close().await;
+    }
+    if let Some(hotset) = Arc::into_inner(hotset) {
+        hotset.drain().await;
+    }
+    Ok(())
+}
+
+async fn asked(bridge: Option<&Bridge>) {
+    match bridge {
+        Some(bridge) => bridge.drain_requested().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// `hotset drain`
+pub(crate) async fn drain(global: &Global) -> Result<(), CliError> {
+    let client = super::server::required(global).await?;
+    client.drain().await?;
+    if global.json {
+        super::output::json(&serde_json::json!({ "draining": true }))?;
+    } else {
+        line("the server drains and ends")?;
+    }
     Ok(())
 }
 
@@ -70,13 +117,4 @@ impl Stop {
             _ = self.interrupt.recv() => "interrupted",
         }
     }
-}
-
-/// Where `hotset serve` keeps the catalogue where the configuration does not say: in the user's cache folder.
-fn default_database() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    set("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")))
-        .map(|cache| cache.join("hotset/catalogue.db"))
 }

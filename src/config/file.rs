@@ -11,7 +11,7 @@ use super::keys::{Keys, Known};
 use super::{ConfigError, Given, Origin, checked};
 
 /// The keys that hold one path.
-const SINGLE_PATHS: [&str; 1] = ["catalog.database"];
+const SINGLE_PATHS: [&str; 2] = ["catalog.database", "bridge.socket"];
 
 /// The values of a file, each checked. Relative paths are those beside the file.
 pub(super) fn read(keys: &Keys, path: &Path, text: &str) -> Result<Vec<Given>, ConfigError> {

@@ -80,7 +80,13 @@ fn the_shipped_file_names_every_key_with_its_default() {
     }
     expected.catalog.database = Some("/var/cache/hotset/catalogue.db".into());
     expected.ram.budget = Some(Bytes::gib(16));
+    expected.ram.keep_warm = Some(Bytes::gib(8));
+    expected.bridge.socket = Some("/run/hotset/hotset.sock".into());
+    expected.bridge.quota = Some(Bytes::gib(16));
+    expected.http.listen = Some(([127, 0, 0, 1], 7420).into());
+    expected.http.token = Some("a long random text".into());
     expected.gpu[0].budget = Some(Bytes::gib(20));
+    expected.gpu[0].select = Some("GPU-8a3c".into());
     assert_eq!(loaded.config, expected);
 }
 

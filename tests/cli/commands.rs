@@ -304,3 +304,38 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(output.status.code(), Some(0), "{}", told(&output));
     assert!(output.stderr.is_empty(), "{}", told(&output));
 }
+
+#[test]
+fn bench_load_states_its_rate_beside_the_disks_own() {
+    let home = Home::new();
+    let arguments = [
+        "bench", "load", "--size", "32MiB", "--rounds", "1", "--all", "--folder", ".", "--json",
+    ];
+    let output = home.run(&arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("page cache") || said.contains("no direct reads") {
+        eprintln!("SKIPPED: the temporary folder is in memory: {said}");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(0), "{}", told(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for key in ["load_gbps", "raw_gbps", "ratio", "cpu_s_per_gb"] {
+        assert!(
+            report[key].as_f64().is_some_and(|n| n >= 0.0),
+            "{key}: {report}"
+        );
+    }
+    assert_eq!(report["peers"], serde_json::json!([]));
+    let files: Vec<_> = report["shapes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|shape| shape["files"].as_u64().unwrap())
+        .collect();
+    assert_eq!(files, [1, 40, 300]);
+    assert_eq!(
+        std::fs::read_dir(home.path()).unwrap().count(),
+        0,
+        "its files are removed"
+    );
+}

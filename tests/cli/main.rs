@@ -4,7 +4,9 @@
 
 mod commands;
 mod python;
+mod python_client;
 mod replay;
+mod server;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

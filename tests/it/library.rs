@@ -158,6 +158,8 @@ impl Library {
         config.ram.high_watermark = 1.0;
         config.ram.low_watermark = 1.0;
         config.load.piece = Bytes::kib(64);
+        // Tests run alike on every machine.
+        config.cuda.detect = false;
         config
     }
 
@@ -166,6 +168,7 @@ impl Library {
         let mut config = self.config(ram);
         let mut gpu = GpuConfig {
             budget: Some(vram),
+            headroom: Bytes::ZERO,
             ..GpuConfig::default()
         };
         gpu.sim.memory = vram;

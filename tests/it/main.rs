@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod bridge;
 mod faults;
 mod library;
 mod loading;
+mod memory_limit;
+mod protocol;
 mod virtual_time;
 mod watching;

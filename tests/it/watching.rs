@@ -160,3 +160,41 @@ async fn changes_are_told_and_a_removed_model_is_shown_while_it_is_leased() {
     rig.hotset.scan().await.unwrap();
     assert!(presence().is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_being_written_is_listed_once_it_is_whole() {
+    let library = Library::new();
+    library.single("elsewhere", 1, 100);
+    let whole = std::fs::read(library.path("elsewhere.safetensors")).unwrap();
+    let mut config = library.config(Bytes::mib(4));
+    config.catalog.watch = true;
+    config.catalog.settle = Duration::from_millis(20);
+    let rig = Rig::start(config).await;
+    let path = library.path("growing.safetensors");
+    let appeared = || rig.hotset.catalogue().find("growing").is_ok();
+    for length in [4, 60, whole.len() - 1] {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        // It has been looked at, and left out, once the scan's summary tells of it.
+        until("the part to be looked at", async || {
+            assert!(!appeared(), "{length} of {} bytes", whole.len());
+            let scan = rig.hotset.status().await.catalogue.last_scan;
+            scan.is_some_and(|scan| scan.problems.iter().any(|p| p.contains("not whole yet")))
+        })
+        .await;
+        // Another file beside it makes a new summary, and still does not show it.
+        library.single(&format!("beside-{length}"), 2, 50);
+        until("the neighbour", async || {
+            rig.hotset
+                .catalogue()
+                .find(&format!("beside-{length}"))
+                .is_ok()
+        })
+        .await;
+        assert!(!appeared());
+    }
+    std::fs::write(&path, &whole).unwrap();
+    until("the whole file", async || appeared()).await;
+    let catalogue = rig.hotset.catalogue();
+    let found = catalogue.find("growing").unwrap();
+    assert_eq!((found.presence, &found.error), (Presence::Present, &None));
+}

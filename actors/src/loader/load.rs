@@ -71,7 +71,7 @@ impl Job {
     pub(super) async fn run(self, outlet: Outlet) {
         let counters = &self.house.counters;
         add(&counters.loads_requested, 1);
-        let deadline = self.set.deadline.unwrap_or(self.house.config.load.deadline);
+        let deadline = self.deadline();
         let mut board = Board {
             stage: Stage::Planning,
             components: Vec::new(),
@@ -108,6 +108,11 @@ impl Job {
             }
         }
         outlet.end(outcome);
+    }
+
+    /// How long it may take.
+    fn deadline(&self) -> Duration {
+        self.set.deadline.unwrap_or(self.house.config.load.deadline)
     }
 
     fn timed_out(&self, board: &Board) -> LoadError {
@@ -403,6 +408,7 @@ impl Job {
             failure,
         };
         if let ResidencyState::Loading(flight) = claim.state() {
+            flight.urgency().raise(Some(self.asked + self.deadline()));
             let mut states = flight.subscribe();
             let mut restarts = Restarts::of(&self.house, claim.tier());
             loop {

@@ -7,9 +7,8 @@ use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use twox_hash::XxHash3_128;
 
-use super::gguf;
 use super::identify::{self, Clues, Identity};
 use super::model::FileRange;
 use super::outline::Outline;
@@ -64,14 +63,14 @@ impl Contents {
         self.parameters = self.parameters.saturating_add(elements);
         count(&mut self.dtypes, dtype, bytes);
         self.outline.add(name, shape, dtype);
-        let found = signatures
-            .components
-            .iter()
-            .enumerate()
-            .find_map(|(i, rule)| {
-                let prefix = rule.prefixes.iter().position(|p| name.starts_with(&**p))?;
-                Some((i, prefix))
-            });
+        let first = name.as_bytes().first();
+        // Most keys begin as no prefix does, and one byte shows it.
+        let begins = |prefix: &str| prefix.as_bytes().first() == first && name.starts_with(prefix);
+        let mut rules = signatures.components.iter().enumerate();
+        let found = rules.find_map(|(i, rule)| {
+            let prefix = rule.prefixes.iter().position(|prefix| begins(prefix))?;
+            Some((i, prefix))
+        });
         if let Some((rule, prefix)) = found {
             self.add_to_part(rule, prefix, dtype, range);
         }
@@ -142,8 +141,16 @@ fn joined(mut ranges: Vec<FileRange>) -> Vec<FileRange> {
     out
 }
 
-/// The identity of a header's tensors: hash, length, and the length of the data that they fill.
-pub(super) type Mark = (u128, usize, u64);
+/// The identity of bytes that describe tensors: hash, length, and the length of the data that they fill.
+pub(super) type Described = (u128, usize, u64);
+
+/// The identity of a header's tensors.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Mark {
+    Safetensors(Described),
+    /// With what else says how the bytes are read.
+    Gguf(Described, (bool, u64)),
+}
 
 /// Remembered contents by their number, and what the metadata say under the keys that signatures look at.
 type SaidOf = (u64, Vec<Option<String>>);
@@ -175,28 +182,12 @@ impl<'s> Known<'s> {
     }
 
     /// The mark of a header's tensors, given as the bytes that describe them.
-    pub(super) fn mark(&self, tensors: &[u8], data_len: u64) -> Mark {
+    pub(super) fn mark(&self, tensors: &[u8], data_len: u64) -> Described {
         (
-            xxh3_128_with_seed(tensors, self.seed),
+            XxHash3_128::oneshot_with_seed(self.seed, tensors),
             tensors.len(),
             data_len,
         )
-    }
-
-    /// The mark of a GGUF file's tensors.
-    pub(super) fn mark_of(&self, tensors: &[gguf::Tensor]) -> Mark {
-        let mut bytes = Vec::with_capacity(tensors.len() * 64);
-        for tensor in tensors {
-            for text in [&*tensor.name, tensor.dtype] {
-                bytes.extend((text.len() as u64).to_le_bytes());
-                bytes.extend(text.as_bytes());
-            }
-            bytes.extend((tensor.shape.len() as u64).to_le_bytes());
-            for number in tensor.shape.iter().chain([&tensor.start, &tensor.end]) {
-                bytes.extend(number.to_le_bytes());
-            }
-        }
-        self.mark(&bytes, u64::MAX)
     }
 
     pub(super) fn get(&self, mark: &Mark) -> Option<Arc<Contents>> {

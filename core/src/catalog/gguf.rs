@@ -6,11 +6,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use crate::tensor::{Dtype, HeaderTensor};
+
 /// The longest header that is read. Vocabularies make them long; the longest in use have some tens of megabytes.
 pub const MAX_HEADER_BYTES: u64 = 256 << 20;
 
-/// How much is read at first; doubled until the header is whole.
+/// How much is read at first.
 const FIRST_READ: u64 = 64 << 10;
+
+/// The most that is read at once after that.
+const MOST_READ: u64 = 1 << 20;
 
 /// The most dimensions of a tensor; the format's writers stop at four.
 const MAX_DIMENSIONS: u32 = 8;
@@ -29,24 +34,9 @@ pub struct Header {
     /// Scalar values and short texts, as text. Arrays are stepped over.
     pub metadata: BTreeMap<String, String>,
     /// The tensors, in the order of the file.
-    pub tensors: Vec<Tensor>,
+    pub tensors: Vec<HeaderTensor>,
     /// Where the tensors' bytes begin in the file.
     pub data_start: u64,
-}
-
-/// One tensor as the header describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tensor {
-    /// Its name, unique in the file.
-    pub name: Arc<str>,
-    /// Element type, such as `Q4_K`.
-    pub dtype: &'static str,
-    /// Dimensions, outermost first; the file has them the other way round.
-    pub shape: Vec<u64>,
-    /// First byte, counted from [`Header::data_start`].
-    pub start: u64,
-    /// End, counted from [`Header::data_start`].
-    pub end: u64,
 }
 
 /// What is wrong with a GGUF file.
@@ -133,30 +123,23 @@ pub enum GgufError {
     },
 }
 
+impl GgufError {
+    /// Whether the file may only be too short: cut off, or still being written.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        matches!(self, Self::Truncated { .. } | Self::BeyondFile { .. })
+    }
+}
+
 /// Reads and checks the header of an open file of `file_len` bytes. Blocks.
 ///
 /// # Errors
 /// What is wrong with the file, or that it cannot be read.
 pub fn read_header(file: &File, file_len: u64) -> Result<Header, GgufError> {
     let mut buffer = Vec::new();
-    let mut want = FIRST_READ.min(file_len);
-    loop {
-        let have = buffer.len();
-        // Bounded by MAX_HEADER_BYTES, so it fits.
-        buffer.resize(want as usize, 0);
-        file.read_exact_at(&mut buffer[have..], have as u64)?;
-        match parse(&buffer, file_len) {
-            Err(GgufError::Truncated { .. }) if want < file_len => {
-                if want >= MAX_HEADER_BYTES {
-                    return Err(GgufError::TooLong {
-                        limit: MAX_HEADER_BYTES,
-                    });
-                }
-                want = (want * 4).min(file_len).min(MAX_HEADER_BYTES);
-            }
-            done => return done,
-        }
-    }
+    let pairs = read_pairs(file, file_len, &mut buffer)?;
+    let tensors = pairs.tensors(&buffer, file_len)?;
+    Ok(pairs.with(tensors))
 }
 
 /// Checks the header of a file of `file_len` bytes, given the file's first bytes. [`GgufError::Truncated`] where these are
@@ -165,85 +148,217 @@ pub fn read_header(file: &File, file_len: u64) -> Result<Header, GgufError> {
 /// # Errors
 /// What is wrong with the file.
 pub fn parse(bytes: &[u8], file_len: u64) -> Result<Header, GgufError> {
-    let mut cursor = Cursor {
-        bytes,
-        at: 0,
-        short: false,
-    };
-    if cursor.take(4)? != b"GGUF" {
-        return Err(GgufError::Magic);
-    }
-    let version = cursor.u32()?;
-    if !(1..=3).contains(&version) {
-        return Err(GgufError::Version { version });
-    }
-    cursor.short = version == 1;
-    let tensor_count = cursor.length()?;
-    let pair_count = cursor.length()?;
-    let mut metadata = BTreeMap::new();
-    let mut keys = HashSet::new();
-    for _ in 0..pair_count {
-        let key = cursor.text()?.to_owned();
-        let of = cursor.u32()?;
-        if let Some(value) = cursor.value(of, 0)? {
-            metadata.insert(key.clone(), value);
-        }
-        if !keys.insert(key.clone()) {
-            return Err(GgufError::DuplicateKey { name: key });
-        }
-    }
-    let alignment = match metadata.get("general.alignment") {
-        None => 32,
-        Some(text) => text
-            .parse::<u64>()
-            .ok()
-            .filter(|n| n.is_power_of_two() && (8..=1 << 20).contains(n))
-            .ok_or_else(|| cursor.invalid("general.alignment is no sensible power of two"))?,
-    };
-    let mut tensors = Vec::new();
-    for _ in 0..tensor_count {
-        tensors.push(tensor(&mut cursor, alignment)?);
-    }
-    let data_start = (cursor.at as u64).next_multiple_of(alignment);
-    check(&tensors, data_start, file_len)?;
-    Ok(Header {
-        version,
-        metadata,
-        tensors,
-        data_start,
-    })
+    let mut pairs = Pairs::default();
+    pairs.advance(bytes)?;
+    let tensors = pairs.tensors(bytes, file_len)?;
+    Ok(pairs.with(tensors))
 }
 
-fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, GgufError> {
-    let name: Arc<str> = cursor.text()?.into();
-    let dimensions = cursor.u32()?;
-    if dimensions > MAX_DIMENSIONS {
-        return Err(cursor.invalid("a tensor has too many dimensions"));
+/// Reads the header's bytes up to where its tensors' descriptions end, and takes its pairs apart. The buffer only grows, so
+/// that one can serve many files.
+pub(crate) fn read_pairs(
+    file: &File,
+    file_len: u64,
+    buffer: &mut Vec<u8>,
+) -> Result<Pairs, GgufError> {
+    let mut pairs = Pairs::default();
+    let mut have = 0;
+    let mut want = FIRST_READ.min(file_len);
+    loop {
+        // Bounded by MAX_HEADER_BYTES, so it fits.
+        if buffer.len() < want as usize {
+            buffer.resize(want as usize, 0);
+        }
+        file.read_exact_at(&mut buffer[have as usize..want as usize], have)?;
+        match pairs.advance(&buffer[..want as usize]) {
+            Err(GgufError::Truncated { .. }) if want < file_len => {
+                if want >= MAX_HEADER_BYTES {
+                    return Err(GgufError::TooLong {
+                        limit: MAX_HEADER_BYTES,
+                    });
+                }
+                have = want;
+                let more = want.clamp(FIRST_READ * 4, MOST_READ);
+                want = (want + more).min(file_len).min(MAX_HEADER_BYTES);
+            }
+            Err(error) => return Err(error),
+            Ok(()) => return Ok(pairs),
+        }
     }
+}
+
+/// The first part of a header: its pairs, and where its tensors' descriptions lie. Goes on where it stopped when more bytes
+/// are there, because a vocabulary can be long.
+#[derive(Debug, Default)]
+pub(crate) struct Pairs {
+    /// Scalar values and short texts, as text.
+    pub(crate) metadata: BTreeMap<String, String>,
+    version: u32,
+    tensor_count: u64,
+    pairs_left: u64,
+    /// Texts of an array that have not been stepped over yet.
+    texts_left: u64,
+    tensors_left: u64,
+    alignment: u64,
+    keys: HashSet<String>,
+    /// Where the descriptions begin.
+    described_from: Option<usize>,
+    at: usize,
+}
+
+impl Pairs {
+    /// Takes apart what has come so far. `bytes` begin with those of the call before.
+    fn advance(&mut self, bytes: &[u8]) -> Result<(), GgufError> {
+        let mut cursor = Cursor {
+            bytes,
+            at: self.at,
+            short: self.version == 1,
+        };
+        if self.version == 0 {
+            if cursor.take(4)? != b"GGUF" {
+                return Err(GgufError::Magic);
+            }
+            let version = cursor.u32()?;
+            if !(1..=3).contains(&version) {
+                return Err(GgufError::Version { version });
+            }
+            cursor.short = version == 1;
+            self.tensor_count = cursor.length()?;
+            self.pairs_left = cursor.length()?;
+            self.tensors_left = self.tensor_count;
+            self.version = version;
+            self.at = cursor.at;
+        }
+        loop {
+            while self.texts_left > 0 {
+                cursor.skip_text()?;
+                self.texts_left -= 1;
+                self.at = cursor.at;
+            }
+            if self.pairs_left == 0 {
+                break;
+            }
+            self.pair(&mut cursor)?;
+            self.pairs_left -= 1;
+            self.at = cursor.at;
+        }
+        if self.described_from.is_none() {
+            self.alignment = match self.metadata.get("general.alignment") {
+                None => 32,
+                Some(text) => text
+                    .parse::<u64>()
+                    .ok()
+                    .filter(|n| n.is_power_of_two() && (8..=1 << 20).contains(n))
+                    .ok_or_else(|| {
+                        cursor.invalid("general.alignment is no sensible power of two")
+                    })?,
+            };
+            self.described_from = Some(cursor.at);
+        }
+        while self.tensors_left > 0 {
+            cursor.skip_text()?;
+            let dimensions = cursor.dimensions()?;
+            let width = if cursor.short { 4 } else { 8 };
+            cursor.take(u64::from(dimensions) * width + 12)?;
+            self.tensors_left -= 1;
+            self.at = cursor.at;
+        }
+        Ok(())
+    }
+
+    fn pair(&mut self, cursor: &mut Cursor<'_>) -> Result<(), GgufError> {
+        let key = cursor.text()?;
+        let of = cursor.u32()?;
+        let mut texts = 0;
+        let value = cursor.value(of, &mut texts)?;
+        if !self.keys.insert(key.to_owned()) {
+            return Err(GgufError::DuplicateKey {
+                name: key.to_owned(),
+            });
+        }
+        if let Some(value) = value {
+            self.metadata.insert(key.to_owned(), value);
+        }
+        self.texts_left = texts;
+        Ok(())
+    }
+
+    /// Where the tensors' bytes begin in the file.
+    pub(crate) fn data_start(&self) -> u64 {
+        (self.at as u64).next_multiple_of(self.alignment.max(1))
+    }
+
+    /// The bytes that describe the tensors, in the header that these pairs are from.
+    pub(crate) fn described<'b>(&self, header: &'b [u8]) -> &'b [u8] {
+        let from = self.described_from.unwrap_or(self.at);
+        header.get(from..self.at).unwrap_or_default()
+    }
+
+    /// What these bytes mean: the version's widths, and the alignment.
+    pub(crate) fn reading(&self) -> (bool, u64) {
+        (self.version == 1, self.alignment)
+    }
+
+    /// The tensors, checked against each other and the length of the file.
+    pub(crate) fn tensors(
+        &self,
+        header: &[u8],
+        file_len: u64,
+    ) -> Result<Vec<HeaderTensor>, GgufError> {
+        let mut cursor = Cursor {
+            bytes: header,
+            at: self.described_from.unwrap_or(self.at),
+            short: self.version == 1,
+        };
+        // Each was stepped over, so the count is no longer than the header.
+        let mut tensors = Vec::new();
+        for _ in 0..self.tensor_count {
+            tensors.push(tensor(&mut cursor, self.alignment)?);
+        }
+        check(&tensors, self.data_start(), file_len)?;
+        Ok(tensors)
+    }
+
+    fn with(self, tensors: Vec<HeaderTensor>) -> Header {
+        Header {
+            version: self.version,
+            data_start: self.data_start(),
+            metadata: self.metadata,
+            tensors,
+        }
+    }
+}
+
+fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<HeaderTensor, GgufError> {
+    let name: Arc<str> = cursor.text()?.into();
+    let dimensions = cursor.dimensions()?;
     let mut shape = Vec::with_capacity(dimensions as usize);
     for _ in 0..dimensions {
-        shape.push(cursor.length()?);
+        let dimension = usize::try_from(cursor.length()?);
+        shape.push(dimension.map_err(|_| cursor.invalid("a dimension past all memory"))?);
     }
     let number = cursor.u32()?;
     let start = cursor.u64()?;
-    let (dtype, block, block_bytes) = ggml_type(number).ok_or_else(|| GgufError::UnknownType {
+    let dtype = Dtype::from_ggml(number).ok_or_else(|| GgufError::UnknownType {
         name: name.to_string(),
         number,
     })?;
     let extent = || {
-        let elements = shape.iter().try_fold(1_u64, |n, &d| n.checked_mul(d))?;
+        let elements = shape
+            .iter()
+            .try_fold(1_u64, |n, &d| n.checked_mul(d as u64))?;
         // Blocks run along the innermost dimension, which the file has first.
-        let row = shape.first().copied().unwrap_or(1);
-        if !row.is_multiple_of(block) || !start.is_multiple_of(alignment) {
+        let row = shape.first().map_or(1, |&row| row as u64);
+        if !row.is_multiple_of(dtype.block().0) || !start.is_multiple_of(alignment) {
             return None;
         }
-        start.checked_add((elements / block).checked_mul(block_bytes)?)
+        start.checked_add(dtype.bytes_of(elements)?)
     };
     let end = extent().ok_or_else(|| GgufError::BadExtent {
         name: name.to_string(),
     })?;
     shape.reverse();
-    Ok(Tensor {
+    Ok(HeaderTensor {
         name,
         dtype,
         shape,
@@ -252,14 +367,14 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, GgufError> 
     })
 }
 
-fn check(tensors: &[Tensor], data_start: u64, file_len: u64) -> Result<(), GgufError> {
+fn check(tensors: &[HeaderTensor], data_start: u64, file_len: u64) -> Result<(), GgufError> {
     let mut names = HashSet::with_capacity(tensors.len());
     if let Some(twice) = tensors.iter().find(|t| !names.insert(&*t.name)) {
         return Err(GgufError::DuplicateKey {
             name: twice.name.to_string(),
         });
     }
-    let mut by_place: Vec<&Tensor> = tensors.iter().collect();
+    let mut by_place: Vec<&HeaderTensor> = tensors.iter().collect();
     by_place.sort_by_key(|t| (t.start, t.end));
     if let Some(pair) = by_place.windows(2).find(|p| p[0].end > p[1].start) {
         return Err(GgufError::Overlap {
@@ -294,9 +409,6 @@ impl<'a> Cursor<'a> {
     }
 
     fn take(&mut self, count: u64) -> Result<&'a [u8], GgufError> {
-        let truncated = GgufError::Truncated {
-            offset: self.bytes.len() as u64,
-        };
         let Some(end) = usize::try_from(count)
             .ok()
             .and_then(|count| self.at.checked_add(count))
@@ -310,7 +422,9 @@ impl<'a> Cursor<'a> {
             }
             // Refused at once, before anybody reads on to see whether so much comes.
             None if count > MAX_HEADER_BYTES => Err(self.invalid("a length past any header")),
-            None => Err(truncated),
+            None => Err(GgufError::Truncated {
+                offset: self.bytes.len() as u64,
+            }),
         }
     }
 
@@ -342,8 +456,22 @@ impl<'a> Cursor<'a> {
         std::str::from_utf8(bytes).map_err(|_| self.invalid("a name is not UTF-8"))
     }
 
-    /// One value of a pair; `None` where it is not kept.
-    fn value(&mut self, of: u32, depth: u32) -> Result<Option<String>, GgufError> {
+    fn skip_text(&mut self) -> Result<(), GgufError> {
+        let length = self.length()?;
+        self.take(length).map(drop)
+    }
+
+    fn dimensions(&mut self) -> Result<u32, GgufError> {
+        let dimensions = self.u32()?;
+        if dimensions > MAX_DIMENSIONS {
+            return Err(self.invalid("a tensor has too many dimensions"));
+        }
+        Ok(dimensions)
+    }
+
+    /// One value of a pair; `None` where it is not kept. Of an array of texts only the start is read, and `texts` says how
+    /// many are to be stepped over.
+    fn value(&mut self, of: u32, texts: &mut u64) -> Result<Option<String>, GgufError> {
         Ok(Some(match of {
             0 => u8::from_le_bytes(self.array()?).to_string(),
             1 => i8::from_le_bytes(self.array()?).to_string(),
@@ -362,7 +490,7 @@ impl<'a> Cursor<'a> {
                 String::from_utf8_lossy(bytes).into_owned()
             }
             9 => {
-                self.skip_array(depth)?;
+                *texts = self.skip_array(0)?;
                 return Ok(None);
             }
             10 => self.u64()?.to_string(),
@@ -372,7 +500,8 @@ impl<'a> Cursor<'a> {
         }))
     }
 
-    fn skip_array(&mut self, depth: u32) -> Result<(), GgufError> {
+    /// Steps over an array; an outermost one of texts is left for the caller, who is told how many there are.
+    fn skip_array(&mut self, depth: u32) -> Result<u64, GgufError> {
         let of = self.u32()?;
         let count = self.length()?;
         let size = match of {
@@ -380,154 +509,29 @@ impl<'a> Cursor<'a> {
             2 | 3 => 2,
             4..=6 => 4,
             10..=12 => 8,
+            8 if depth == 0 => return Ok(count),
             8 => {
                 for _ in 0..count {
-                    let length = self.length()?;
-                    self.take(length)?;
+                    self.skip_text()?;
                 }
-                return Ok(());
+                return Ok(0);
             }
             9 if depth < MAX_DEPTH => {
                 for _ in 0..count {
-                    self.skip_array(depth + 1)?;
+                    let texts = self.skip_array(depth + 1)?;
+                    debug_assert_eq!(texts, 0);
                 }
-                return Ok(());
+                return Ok(0);
             }
             _ => return Err(self.invalid("an array of an unknown type")),
         };
         let bytes = count
             .checked_mul(size)
             .ok_or_else(|| self.invalid("an array past 64 bits"))?;
-        self.take(bytes).map(drop)
+        self.take(bytes)?;
+        Ok(0)
     }
-}
-
-/// Name, elements in a block and bytes of a block of a tensor type.
-fn ggml_type(number: u32) -> Option<(&'static str, u64, u64)> {
-    Some(match number {
-        0 => ("F32", 1, 4),
-        1 => ("F16", 1, 2),
-        2 => ("Q4_0", 32, 18),
-        3 => ("Q4_1", 32, 20),
-        6 => ("Q5_0", 32, 22),
-        7 => ("Q5_1", 32, 24),
-        8 => ("Q8_0", 32, 34),
-        9 => ("Q8_1", 32, 40),
-        10 => ("Q2_K", 256, 84),
-        11 => ("Q3_K", 256, 110),
-        12 => ("Q4_K", 256, 144),
-        13 => ("Q5_K", 256, 176),
-        14 => ("Q6_K", 256, 210),
-        15 => ("Q8_K", 256, 292),
-        16 => ("IQ2_XXS", 256, 66),
-        17 => ("IQ2_XS", 256, 74),
-        18 => ("IQ3_XXS", 256, 98),
-        19 => ("IQ1_S", 256, 50),
-        20 => ("IQ4_NL", 32, 18),
-        21 => ("IQ3_S", 256, 110),
-        22 => ("IQ2_S", 256, 82),
-        23 => ("IQ4_XS", 256, 136),
-        24 => ("I8", 1, 1),
-        25 => ("I16", 1, 2),
-        26 => ("I32", 1, 4),
-        27 => ("I64", 1, 8),
-        28 => ("F64", 1, 8),
-        29 => ("IQ1_M", 256, 56),
-        30 => ("BF16", 1, 2),
-        34 => ("TQ1_0", 256, 54),
-        35 => ("TQ2_0", 256, 66),
-        39 => ("MXFP4", 32, 17),
-        40 => ("NVFP4", 64, 36),
-        _ => return None,
-    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn text(s: &str) -> Vec<u8> {
-        [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat()
-    }
-
-    fn sample() -> Vec<u8> {
-        let mut file = b"GGUF".to_vec();
-        file.extend(3_u32.to_le_bytes());
-        file.extend(2_u64.to_le_bytes());
-        file.extend(2_u64.to_le_bytes());
-        file.extend(text("general.architecture"));
-        file.extend(8_u32.to_le_bytes());
-        file.extend(text("llama"));
-        file.extend(text("tokens"));
-        file.extend(9_u32.to_le_bytes());
-        file.extend(8_u32.to_le_bytes());
-        file.extend(1_u64.to_le_bytes());
-        file.extend(text("a"));
-        for (name, kind, start) in [("a", 0_u32, 0_u64), ("b", 2, 128)] {
-            file.extend(text(name));
-            file.extend(1_u32.to_le_bytes());
-            file.extend(32_u64.to_le_bytes());
-            file.extend(kind.to_le_bytes());
-            file.extend(start.to_le_bytes());
-        }
-        file.resize(file.len().next_multiple_of(32) + 128 + 18, 0);
-        file
-    }
-
-    #[test]
-    fn a_header_is_read_and_every_cut_is_seen() {
-        let file = sample();
-        let header = parse(&file, file.len() as u64).unwrap();
-        assert_eq!(header.metadata["general.architecture"], "llama");
-        let seen: Vec<_> = header
-            .tensors
-            .iter()
-            .map(|t| (&*t.name, t.dtype, t.end))
-            .collect();
-        assert_eq!(seen, [("a", "F32", 128), ("b", "Q4_0", 146)]);
-        for len in 0..file.len() {
-            assert!(parse(&file[..len], len as u64).is_err(), "{len}");
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_is_refused() {
-        let refuse = |change: &dyn Fn(&mut Vec<u8>)| {
-            let mut file = sample();
-            change(&mut file);
-            parse(&file, file.len() as u64).unwrap_err()
-        };
-        assert!(matches!(refuse(&|f| f[0] = b'X'), GgufError::Magic));
-        assert!(matches!(
-            refuse(&|f| f[4..8].copy_from_slice(&3_u32.to_be_bytes())),
-            GgufError::Version { .. }
-        ));
-        assert!(matches!(
-            refuse(&|f| f[24..32].copy_from_slice(&u64::MAX.to_le_bytes())),
-            GgufError::Invalid { .. }
-        ));
-        assert!(matches!(
-            refuse(&|f| f[8..16].copy_from_slice(&u64::MAX.to_le_bytes())),
-            GgufError::Invalid { .. }
-                | GgufError::Truncated { .. }
-                | GgufError::DuplicateKey { .. }
-                | GgufError::UnknownType { .. }
-        ));
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), len in any::<u64>()) {
-            let _ = parse(&bytes, len);
-        }
-
-        #[test]
-        fn no_damage_makes_it_panic(at in 0..300_usize, with in any::<[u8; 8]>()) {
-            let mut file = sample();
-            let at = at.min(file.len() - 8);
-            file[at..at + 8].copy_from_slice(&with);
-            let _ = parse(&file, file.len() as u64);
-        }
-    }
-}
+mod tests;

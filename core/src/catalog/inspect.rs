@@ -16,8 +16,38 @@ use super::weights::Container;
 use crate::ids::ModelName;
 use crate::units::Bytes;
 
-/// Why an entry cannot be loaded. Only its text is kept.
-pub(super) type Reason = String;
+/// Why an entry cannot be loaded.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Reason {
+    pub(super) text: String,
+    /// Bytes or files are missing that may still come.
+    pub(super) incomplete: bool,
+}
+
+impl From<String> for Reason {
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            incomplete: false,
+        }
+    }
+}
+
+impl From<&str> for Reason {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl Reason {
+    /// What is missing.
+    pub(super) fn missing(text: String) -> Self {
+        Self {
+            text,
+            incomplete: true,
+        }
+    }
+}
 
 /// Makes the catalogue entry of a unit.
 pub(super) fn inspect(unit: &Unit, name: ModelName, known: &Known<'_>) -> Model {
@@ -44,13 +74,16 @@ pub(super) fn inspect(unit: &Unit, name: ModelName, known: &Known<'_>) -> Model 
             error,
             ..
         } => match error {
-            Some(error) => Err(error.clone()),
+            Some(error) => Err(error.as_str().into()),
             None => pipeline(&mut model, class.as_deref(), parts, known),
         },
     };
     if let Err(reason) = filled {
         model.components.clear();
-        model.error = Some(reason.into());
+        model.error = Some(reason.text.into());
+        if reason.incomplete {
+            model.presence = Presence::Incomplete;
+        }
     }
     if model.bytes.is_zero() {
         model.bytes = match model.components.is_empty() {
@@ -159,12 +192,12 @@ fn pipeline(
     let mut facts = Facts::default();
     for part in parts {
         let Some(weights) = &part.part else {
-            return Err(format!(
+            return Err(Reason::missing(format!(
                 "component `{}` ({}) has no weights in {}; fetch the model again",
                 part.name,
                 part.class,
                 model.path.join(&*part.name).display()
-            ));
+            )));
         };
         let config = match &part.config {
             Some(file) => {
@@ -172,8 +205,11 @@ fn pipeline(
             }
             None => None,
         };
-        let read: ReadPart = read_part(weights, &mut model.inputs, known)
-            .map_err(|reason| format!("component `{}`: {reason}", part.name))?;
+        let read: ReadPart =
+            read_part(weights, &mut model.inputs, known).map_err(|reason| Reason {
+                text: format!("component `{}`: {}", part.name, reason.text),
+                ..reason
+            })?;
         let mut identity = known.identify(
             &read.contents,
             &Clues {
@@ -202,10 +238,10 @@ fn pipeline(
         model.components.push(Arc::new(component));
     }
     if model.components.is_empty() {
-        return Err(format!(
+        return Err(Reason::missing(format!(
             "none of the components that {} names has weights; fetch the model again",
             model.path.join("model_index.json").display()
-        ));
+        )));
     }
     model.facts = facts;
     Ok(())

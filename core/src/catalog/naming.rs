@@ -4,10 +4,13 @@
 //! take their suffix back, and what still collides is told apart by its root's name, then by a number in the order
 //! of the paths. The same files give the same names whatever order they were found in.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rayon::prelude::*;
 
 use super::hub;
 use super::model::{Component, Model};
@@ -22,7 +25,7 @@ pub(super) struct Named {
 
 /// Renames the entries that need it and sorts all by name.
 pub(super) fn settle(mut entries: Vec<Named>, roots: &[PathBuf]) -> Vec<Arc<Model>> {
-    entries.sort_by(|a, b| (&a.natural, &a.model.path).cmp(&(&b.natural, &b.model.path)));
+    entries.par_sort_by(in_order);
     tell_apart(&mut entries, |entry| {
         let suffix = entry.model.path.extension().and_then(OsStr::to_str)?;
         (!entry.model.format.is_folder()).then(|| format!("{}.{suffix}", entry.natural))
@@ -34,7 +37,8 @@ pub(super) fn settle(mut entries: Vec<Named>, roots: &[PathBuf]) -> Vec<Arc<Mode
         let root = roots.get(entry.root)?.file_name()?.to_string_lossy();
         Some(format!("{root}/{}", entry.natural))
     });
-    let mut seen: HashMap<String, u32> = HashMap::new();
+    let mut seen: HashMap<String, u32, foldhash::quality::RandomState> =
+        HashMap::with_capacity_and_hasher(entries.len(), foldhash::quality::RandomState::default());
     let mut models: Vec<Arc<Model>> = Vec::with_capacity(entries.len());
     for entry in entries {
         let mut name = entry.natural;
@@ -45,13 +49,19 @@ pub(super) fn settle(mut entries: Vec<Named>, roots: &[PathBuf]) -> Vec<Arc<Mode
         seen.insert(name.clone(), 1);
         models.push(renamed(entry.model, &name));
     }
-    models.sort_by(|a, b| a.name.cmp(&b.name));
+    models.par_sort_by(|a, b| a.name.cmp(&b.name));
     models
+}
+
+fn in_order(a: &Named, b: &Named) -> Ordering {
+    let natural = a.natural.cmp(&b.natural);
+    natural.then_with(|| a.model.path.as_os_str().cmp(b.model.path.as_os_str()))
 }
 
 /// Gives entries of one natural name another one each, where `other` has one.
 fn tell_apart(entries: &mut [Named], other: impl Fn(&Named) -> Option<String>) {
     let mut start = 0;
+    let mut any = false;
     while start < entries.len() {
         let same = entries[start..]
             .iter()
@@ -61,12 +71,15 @@ fn tell_apart(entries: &mut [Named], other: impl Fn(&Named) -> Option<String>) {
             for entry in &mut entries[start..start + same] {
                 if let Some(name) = other(entry) {
                     entry.natural = name;
+                    any = true;
                 }
             }
         }
         start += same;
     }
-    entries.sort_by(|a, b| (&a.natural, &a.model.path).cmp(&(&b.natural, &b.model.path)));
+    if any {
+        entries.par_sort_by(in_order);
+    }
 }
 
 fn renamed(model: Arc<Model>, name: &str) -> Arc<Model> {

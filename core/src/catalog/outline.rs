@@ -1,13 +1,23 @@
 //! The outline of a file: its keys with all numbers made equal, so that twenty-four blocks are seen as one.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use smallvec::SmallVec;
 
 use super::signatures::{Dims, Pattern, normalise};
+
+/// The shapes that are kept of one outlined key; more say nothing that these don't.
+const SHAPES_KEPT: usize = 6;
+
+/// The different shapes of the tensors behind one outlined key.
+type Shapes = SmallVec<[Box<[u64]>; 1]>;
 
 /// The keys of a file in outline.
 #[derive(Debug, Default)]
 pub(super) struct Outline {
-    keys: HashMap<Box<str>, Vec<u64>, foldhash::fast::RandomState>,
+    /// In order, so that a pattern looks only at the keys that begin as it does. With the shapes that stand for them.
+    keys: BTreeMap<Box<str>, Shapes>,
     pub(super) tensors: usize,
     dtypes: Vec<&'static str>,
     scratch: String,
@@ -18,7 +28,7 @@ impl Outline {
     pub(super) fn add(
         &mut self,
         name: &str,
-        shape: impl Iterator<Item = u64>,
+        shape: impl Iterator<Item = u64> + Clone,
         dtype: &'static str,
     ) {
         self.tensors += 1;
@@ -26,9 +36,14 @@ impl Outline {
             self.dtypes.push(dtype);
         }
         normalise(name, &mut self.scratch);
-        if !self.keys.contains_key(self.scratch.as_str()) {
-            self.keys
-                .insert(self.scratch.as_str().into(), shape.collect());
+        let Some(known) = self.keys.get_mut(self.scratch.as_str()) else {
+            let shapes = SmallVec::from_iter([shape.collect()]);
+            self.keys.insert(self.scratch.as_str().into(), shapes);
+            return;
+        };
+        let again = known.iter().any(|k| shape.clone().eq(k.iter().copied()));
+        if !again && known.len() < SHAPES_KEPT {
+            known.push(shape.collect());
         }
     }
 
@@ -43,7 +58,7 @@ impl Outline {
         self.shape_where(prefix, pattern, scratch, |_| true)
     }
 
-    /// Whether such a key has this shape.
+    /// Whether a tensor with such a key has this shape.
     pub(super) fn has_shape(
         &self,
         prefix: &str,
@@ -67,24 +82,27 @@ impl Outline {
         scratch: &mut String,
         test: impl Fn(&[u64]) -> bool,
     ) -> bool {
-        match pattern {
-            Pattern::Exact(key) => {
-                scratch.clear();
-                scratch.push_str(prefix);
-                scratch.push_str(key);
-                self.keys
-                    .get(scratch.as_str())
-                    .is_some_and(|shape| test(shape))
-            }
-            Pattern::Glob(_) => self.keys.iter().any(|(key, shape)| {
-                key.strip_prefix(prefix)
-                    .is_some_and(|rest| pattern.matches(rest) && test(shape))
-            }),
+        scratch.clear();
+        scratch.push_str(prefix);
+        scratch.push_str(pattern.start());
+        let start = scratch.as_str();
+        if matches!(pattern, Pattern::Exact(_)) {
+            let shapes = self.keys.get(start);
+            return shapes.is_some_and(|shapes| shapes.iter().any(|shape| test(shape)));
         }
+        self.keys
+            .range::<str, _>((Bound::Included(start), Bound::Unbounded))
+            .take_while(|(key, _)| key.starts_with(start))
+            .any(|(key, shapes)| {
+                pattern.matches(&key[prefix.len()..]) && shapes.iter().any(|shape| test(shape))
+            })
     }
 
-    /// Keys and shapes in outline.
+    /// Keys in outline, each with its first shape.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &[u64])> {
-        self.keys.iter().map(|(key, shape)| (&**key, &**shape))
+        self.keys.iter().map(|(key, shapes)| {
+            let shape: &[u64] = shapes.first().map_or(&[], |shape| shape);
+            (&**key, shape)
+        })
     }
 }

@@ -202,8 +202,15 @@ impl Term {
     }
 }
 
-/// All that free words are looked for in, in lower case: the name first, then what it is.
-pub(super) fn haystack(model: &Model) -> Box<str> {
+/// All that free words are looked for in.
+pub(super) struct Haystack {
+    /// In lower case: the name first, then what the model is.
+    text: Box<str>,
+    /// What [`letters`] says of the text.
+    letters: u64,
+}
+
+pub(super) fn haystack(model: &Model) -> Haystack {
     let mut text = model.name.as_str().to_lowercase();
     let mut add = |word: &str| {
         if !word.is_empty() {
@@ -230,7 +237,10 @@ pub(super) fn haystack(model: &Model) -> Box<str> {
         add(base.architecture.as_deref().unwrap_or_default());
         add(base.name.as_deref().unwrap_or_default());
     }
-    text.into()
+    Haystack {
+        letters: letters(&text),
+        text: text.into(),
+    }
 }
 
 /// How well a word fits a haystack; 0: not at all.
@@ -275,7 +285,7 @@ impl Catalogue {
         for (i, model) in self.models().enumerate() {
             let Some(score) = haystacks.get(i).map_or(Some(0), |haystack| {
                 words.iter().try_fold(0, |sum, (word, finder)| {
-                    match word_score(haystack, word, finder) {
+                    match word_score(&haystack.text, word, finder) {
                         0 => None,
                         score => Some(sum + score),
                     }
@@ -307,10 +317,10 @@ impl Catalogue {
         let mut hits = Vec::new();
         for (i, (haystack, model)) in self.haystacks().iter().zip(self.models()).enumerate() {
             // Most names lack one of the letters, and seeing that is far cheaper than matching.
-            if wanted & !letters(haystack) != 0 {
+            if wanted & !haystack.letters != 0 {
                 continue;
             }
-            let utf32 = Utf32Str::new(haystack, &mut buffer);
+            let utf32 = Utf32Str::new(&haystack.text, &mut buffer);
             if let Some(score) = pattern.score(utf32, &mut matcher)
                 && query.terms.iter().all(|term| term.fits(model))
             {

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::contents::{Contents, Known};
+use super::contents::{Contents, Known, Mark};
 use super::hub;
 use super::identify::Identity;
 use super::inspect::Reason;
@@ -17,6 +17,7 @@ use super::walk::identity_of;
 use super::weights::Container;
 use super::{gguf, safetensors};
 use crate::ids::{ComponentId, ContentId, ModelName};
+use crate::tensor::Dtype;
 use crate::units::Bytes;
 
 /// A thread keeps its buffer for headers up to this size.
@@ -179,14 +180,14 @@ pub(super) fn read_part(
             return Err(
                 "this is a pickle file, which can run code when it is opened; hotset never opens it: \
                  convert it to safetensors in a place that you trust"
-                    .to_owned(),
+                    .into(),
             );
         }
         Container::Onnx => {
             return Err(
                 "ONNX files are listed only: their weights cannot be loaded apart from their graph; \
                  use the model's safetensors files"
-                    .to_owned(),
+                    .into(),
             );
         }
         Container::Gguf | Container::Safetensors => {}
@@ -205,10 +206,16 @@ pub(super) fn read_part(
             path: source.path,
             identity,
         };
-        match part.container {
-            Container::Gguf => reading.gguf(&file, &source, alone)?,
-            _ => reading.safetensors(&file, &source, alone)?,
-        }
+        BUFFER.with_borrow_mut(|buffer| {
+            let done = match part.container {
+                Container::Gguf => reading.gguf(&file, &source, alone, buffer),
+                _ => reading.safetensors(&file, &source, alone, buffer),
+            };
+            if buffer.len() > KEPT_BUFFER {
+                *buffer = Vec::new();
+            }
+            done
+        })?;
         if let Some(input) = inputs.iter_mut().find(|input| input.path == source.path) {
             input.identity = source.identity;
         }
@@ -249,7 +256,7 @@ impl Reading<'_, '_> {
     fn add(
         &mut self,
         name: &str,
-        dtype: &'static str,
+        dtype: Dtype,
         shape: impl Iterator<Item = u64> + Clone,
         start: u64,
         end: u64,
@@ -260,7 +267,7 @@ impl Reading<'_, '_> {
             end,
         };
         self.own
-            .add(self.known.signatures, name, dtype, shape, range);
+            .add(self.known.signatures, name, dtype.name(), shape, range);
         let again = match &mut self.names {
             Some(names) => !names.insert(name.into()),
             None => false,
@@ -268,7 +275,8 @@ impl Reading<'_, '_> {
         if again {
             return Err(format!(
                 "tensor `{name}` is in two shards, so it is unclear which one counts; fetch the model again"
-            ));
+            )
+            .into());
         }
         Ok(())
     }
@@ -280,17 +288,7 @@ impl Reading<'_, '_> {
     }
 
     /// Reads a safetensors header. `alone`: the file is all there is, so what is known of its header is known of the set.
-    fn safetensors(&mut self, file: &File, source: &SourceFile, alone: bool) -> Result<(), Reason> {
-        BUFFER.with_borrow_mut(|buffer| {
-            let done = self.safetensors_into(file, source, alone, buffer);
-            if buffer.len() > KEPT_BUFFER {
-                *buffer = Vec::new();
-            }
-            done
-        })
-    }
-
-    fn safetensors_into(
+    fn safetensors(
         &mut self,
         file: &File,
         source: &SourceFile,
@@ -298,7 +296,10 @@ impl Reading<'_, '_> {
         buffer: &mut Vec<u8>,
     ) -> Result<(), Reason> {
         let file_len = source.identity.size.get();
-        let wrong = |error: safetensors::HeaderError| located(&source.path, &error);
+        let wrong = |error: safetensors::HeaderError| Reason {
+            incomplete: error.is_incomplete(),
+            ..located(&source.path, &error)
+        };
         let header = safetensors::read_header_bytes(file, file_len, buffer).map_err(wrong)?;
         let data_start = 8 + header.len() as u64;
         self.read.data_starts.push(data_start);
@@ -309,9 +310,9 @@ impl Reading<'_, '_> {
         };
         let mark = tensors.map(|tensors| {
             let data_len = file_len.saturating_sub(data_start);
-            self.known.mark(tensors, data_len)
+            Mark::Safetensors(self.known.mark(tensors, data_len))
         });
-        if let Some(contents) = mark.and_then(|mark| self.known.get(&mark)) {
+        if let Some(contents) = mark.as_ref().and_then(|mark| self.known.get(mark)) {
             self.state(metadata);
             self.read.contents = contents;
             return Ok(());
@@ -324,7 +325,7 @@ impl Reading<'_, '_> {
             &mut metadata,
             |name, dtype, shape, start, end| {
                 let shape = shape.iter().map(|&dimension| dimension as u64);
-                if let Err(reason) = self.add(name, dtype_name(dtype), shape, start, end) {
+                if let Err(reason) = self.add(name, dtype, shape, start, end) {
                     twice = Err(reason);
                 }
             },
@@ -333,35 +334,51 @@ impl Reading<'_, '_> {
         twice?;
         self.state(metadata);
         if let Some(mark) = mark {
-            let mut own = std::mem::take(&mut self.own);
-            own.finish();
-            self.read.contents = self.known.remember(mark, own);
+            self.remember(mark);
         }
         Ok(())
     }
 
-    fn gguf(&mut self, file: &File, source: &SourceFile, alone: bool) -> Result<(), Reason> {
+    /// Reads a GGUF header.
+    fn gguf(
+        &mut self,
+        file: &File,
+        source: &SourceFile,
+        alone: bool,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), Reason> {
         let file_len = source.identity.size.get();
-        let header =
-            gguf::read_header(file, file_len).map_err(|error| located(&source.path, &error))?;
-        self.read.data_starts.push(header.data_start);
-        // The header has been checked; what the mark saves is weighing the same keys again.
-        let mark = alone.then(|| self.known.mark_of(&header.tensors));
-        if let Some(contents) = mark.and_then(|mark| self.known.get(&mark)) {
+        let wrong = |error: gguf::GgufError| Reason {
+            incomplete: error.is_incomplete(),
+            ..located(&source.path, &error)
+        };
+        let pairs = gguf::read_pairs(file, file_len, buffer).map_err(wrong)?;
+        self.read.data_starts.push(pairs.data_start());
+        let mark = alone.then(|| {
+            let data_len = file_len.saturating_sub(pairs.data_start());
+            let mark = self.known.mark(pairs.described(buffer), data_len);
+            Mark::Gguf(mark, pairs.reading())
+        });
+        if let Some(contents) = mark.as_ref().and_then(|mark| self.known.get(mark)) {
+            self.state(pairs.metadata);
             self.read.contents = contents;
-        } else {
-            for tensor in &header.tensors {
-                let shape = tensor.shape.iter().copied();
-                self.add(&tensor.name, tensor.dtype, shape, tensor.start, tensor.end)?;
-            }
-            if let Some(mark) = mark {
-                let mut own = std::mem::take(&mut self.own);
-                own.finish();
-                self.read.contents = self.known.remember(mark, own);
-            }
+            return Ok(());
         }
-        self.state(header.metadata);
+        for tensor in pairs.tensors(buffer, file_len).map_err(wrong)? {
+            let shape = tensor.shape.iter().map(|&dimension| dimension as u64);
+            self.add(&tensor.name, tensor.dtype, shape, tensor.start, tensor.end)?;
+        }
+        if let Some(mark) = mark {
+            self.remember(mark);
+        }
+        self.state(pairs.metadata);
         Ok(())
+    }
+
+    fn remember(&mut self, mark: Mark) {
+        let mut own = std::mem::take(&mut self.own);
+        own.finish();
+        self.read.contents = self.known.remember(mark, own);
     }
 }
 
@@ -370,11 +387,11 @@ fn part_files(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Vec<SourceFil
     let Some(index) = &part.index else {
         let expected = part.expected as usize;
         if expected > part.files.len() {
-            return Err(format!(
+            return Err(Reason::missing(format!(
                 "{} of {expected} shards of `{}` are there; fetch the missing ones",
                 part.files.len(),
                 part.stem
-            ));
+            )));
         }
         return Ok(part.files.clone());
     };
@@ -385,11 +402,11 @@ fn part_files(part: &Part, inputs: &mut Vec<SourceFile>) -> Result<Vec<SourceFil
             continue;
         }
         let metadata = std::fs::metadata(&path).map_err(|error| {
-            format!(
+            Reason::missing(format!(
                 "{} names the shard {}, which cannot be found ({error}); fetch it again",
                 index.path.display(),
                 path.display()
-            )
+            ))
         })?;
         let source = SourceFile {
             path: path.into(),
@@ -420,35 +437,5 @@ fn open(path: &Path) -> Result<(File, FileIdentity), Reason> {
 
 fn located(path: &Path, error: &dyn std::fmt::Display) -> Reason {
     let name = path.file_name().unwrap_or(path.as_os_str());
-    format!("{}: {error}", Path::new(name).display())
-}
-
-/// The name of a dtype in a header.
-pub(super) fn dtype_name(dtype: crate::tensor::Dtype) -> &'static str {
-    use crate::tensor::Dtype;
-    match dtype {
-        Dtype::BOOL => "BOOL",
-        Dtype::F4 => "F4",
-        Dtype::F6_E2M3 => "F6_E2M3",
-        Dtype::F6_E3M2 => "F6_E3M2",
-        Dtype::U8 => "U8",
-        Dtype::I8 => "I8",
-        Dtype::F8_E5M2 => "F8_E5M2",
-        Dtype::F8_E4M3 => "F8_E4M3",
-        Dtype::F8_E8M0 => "F8_E8M0",
-        Dtype::F8_E4M3FNUZ => "F8_E4M3FNUZ",
-        Dtype::F8_E5M2FNUZ => "F8_E5M2FNUZ",
-        Dtype::I16 => "I16",
-        Dtype::U16 => "U16",
-        Dtype::F16 => "F16",
-        Dtype::BF16 => "BF16",
-        Dtype::I32 => "I32",
-        Dtype::U32 => "U32",
-        Dtype::F32 => "F32",
-        Dtype::C64 => "C64",
-        Dtype::F64 => "F64",
-        Dtype::I64 => "I64",
-        Dtype::U64 => "U64",
-        _ => "other",
-    }
+    format!("{}: {error}", Path::new(name).display()).into()
 }

@@ -12,12 +12,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use self::json::Cursor;
-use crate::tensor::Dtype;
+use crate::tensor::{Dtype, HeaderTensor};
 
 /// The longest header that is read, as the reference implementation has it.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -40,29 +39,6 @@ pub struct Header {
     pub metadata: BTreeMap<String, String>,
     /// Where the tensors' bytes begin in the file: 8 + the header's length.
     pub data_start: u64,
-}
-
-/// One tensor as the header describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeaderTensor {
-    /// Its name, unique in the file.
-    pub name: Arc<str>,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Dimensions, outermost first.
-    pub shape: Vec<usize>,
-    /// First byte, counted from [`Header::data_start`].
-    pub start: u64,
-    /// End, counted from [`Header::data_start`].
-    pub end: u64,
-}
-
-impl HeaderTensor {
-    /// Length in bytes.
-    #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.end - self.start
-    }
 }
 
 /// What is wrong with a safetensors file.
@@ -190,6 +166,19 @@ pub enum HeaderError {
         #[from]
         source: io::Error,
     },
+}
+
+impl HeaderError {
+    /// Whether the file may only be too short: cut off, or still being written.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        match self {
+            Self::TooShort { .. } | Self::BeyondFile { .. } => true,
+            // Longer than the file, and not longer than any header.
+            Self::HeaderTooLong { header_bytes, .. } => *header_bytes <= MAX_HEADER_BYTES,
+            _ => false,
+        }
+    }
 }
 
 /// One tensor while the header is being read: nothing is copied.
@@ -408,7 +397,9 @@ fn read_tensor<'a>(
                 "dtype" => {
                     once(dtype.is_some(), "dtype")?;
                     let text = cursor.string()?;
-                    dtype = Some(dtype_named(&text).ok_or_else(|| HeaderError::UnknownDtype {
+                    // Types in blocks are GGUF's alone.
+                    let plain = Dtype::from_name(&text).filter(|dtype| dtype.block().0 == 1);
+                    dtype = Some(plain.ok_or_else(|| HeaderError::UnknownDtype {
                         name: name.to_string(),
                         dtype: text.to_string(),
                     })?);
@@ -488,8 +479,7 @@ fn bytes_needed(dtype: Dtype, shape: &[usize]) -> Option<u64> {
     let elements = shape
         .iter()
         .try_fold(1_u64, |n, &dim| n.checked_mul(dim as u64))?;
-    let bits = elements.checked_mul(dtype.bitsize() as u64)?;
-    bits.is_multiple_of(8).then_some(bits / 8)
+    dtype.bytes_of(elements)
 }
 
 fn check_names(tensors: &[RawTensor<'_>]) -> Result<(), HeaderError> {
@@ -541,34 +531,4 @@ fn check_places(
         }),
         std::cmp::Ordering::Equal => Ok(()),
     }
-}
-
-/// The dtype of this name in a header.
-#[must_use]
-pub fn dtype_named(name: &str) -> Option<Dtype> {
-    Some(match name {
-        "BOOL" => Dtype::BOOL,
-        "F4" => Dtype::F4,
-        "F6_E2M3" => Dtype::F6_E2M3,
-        "F6_E3M2" => Dtype::F6_E3M2,
-        "U8" => Dtype::U8,
-        "I8" => Dtype::I8,
-        "F8_E5M2" => Dtype::F8_E5M2,
-        "F8_E4M3" => Dtype::F8_E4M3,
-        "F8_E8M0" => Dtype::F8_E8M0,
-        "F8_E4M3FNUZ" => Dtype::F8_E4M3FNUZ,
-        "F8_E5M2FNUZ" => Dtype::F8_E5M2FNUZ,
-        "I16" => Dtype::I16,
-        "U16" => Dtype::U16,
-        "F16" => Dtype::F16,
-        "BF16" => Dtype::BF16,
-        "I32" => Dtype::I32,
-        "U32" => Dtype::U32,
-        "F32" => Dtype::F32,
-        "C64" => Dtype::C64,
-        "F64" => Dtype::F64,
-        "I64" => Dtype::I64,
-        "U64" => Dtype::U64,
-        _ => return None,
-    })
 }

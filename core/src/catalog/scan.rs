@@ -5,13 +5,14 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 
 use super::contents::Known;
 use super::inspect::inspect;
 use super::layout::{self, Shape, Unit};
-use super::model::{Model, SourceFile};
+use super::model::{Model, Presence, SourceFile};
 use super::naming::{self, Named};
 use super::signatures::{SignatureError, Signatures};
 use super::snapshot::Catalogue;
@@ -31,6 +32,9 @@ pub struct ScanOptions {
     pub threads: usize,
     /// What is known of model files.
     pub signatures: Arc<Signatures>,
+    /// An entry of which something is missing is left out as [`ScanProblem::Incomplete`] while its files have changed in
+    /// this time; `None` lists it with its error.
+    pub patience: Option<Duration>,
 }
 
 impl ScanOptions {
@@ -51,6 +55,7 @@ impl From<&CatalogConfig> for ScanOptions {
             max_depth: config.max_depth,
             threads: config.threads,
             signatures: Signatures::builtin(),
+            patience: None,
         }
     }
 }
@@ -217,7 +222,7 @@ fn run(
     progress: &(dyn Fn(ScanProgress) + Sync),
 ) -> ScanReport {
     let files = AtomicU64::new(0);
-    let (folders, problems) = walk(starts, options.max_depth, &|more| {
+    let (folders, mut problems) = walk(starts, options.max_depth, &|more| {
         let files = files.fetch_add(more, Ordering::Relaxed) + more;
         progress(ScanProgress {
             files,
@@ -281,6 +286,9 @@ fn run(
             }
         })
         .collect();
+    if let Some(patience) = options.patience {
+        problems.extend(hold_back(&mut named, patience));
+    }
     drop_claimed(&mut named);
     for model in kept {
         let root = roots
@@ -340,6 +348,31 @@ fn reads_more_than_listed(unit: &Unit) -> bool {
 
 fn still_there(source: &SourceFile) -> bool {
     std::fs::metadata(&source.path).is_ok_and(|metadata| identity_of(&metadata) == source.identity)
+}
+
+/// Leaves out what is not whole and has changed a short time ago.
+fn hold_back(named: &mut Vec<Named>, patience: Duration) -> Vec<ScanProblem> {
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .saturating_sub(patience);
+    let since = i64::try_from(since.as_nanos()).unwrap_or(i64::MAX);
+    let mut problems = Vec::new();
+    named.retain(|Named { model, .. }| {
+        let waits = model.presence == Presence::Incomplete
+            && model
+                .inputs
+                .iter()
+                .any(|file| file.identity.mtime_ns >= since);
+        if waits {
+            problems.push(ScanProblem::Incomplete {
+                path: model.path.to_path_buf(),
+                reason: model.error.clone().unwrap_or_default(),
+            });
+        }
+        !waits
+    });
+    problems
 }
 
 /// Shards whose names only an index tells were listed as files of their own: they are not.

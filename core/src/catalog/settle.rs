@@ -99,6 +99,16 @@ impl Settler {
         }
     }
 
+    /// A path was looked at and is not whole: it is due again after `wait`, or when it has changed and come to rest.
+    pub fn postponed(&mut self, path: PathBuf, now: Instant, wait: Duration) {
+        if self.everything.is_none() {
+            self.waiting.entry(path).or_insert(Waiting {
+                since: now + wait,
+                size: None,
+            });
+        }
+    }
+
     /// Events were lost, so everything has to be looked at.
     pub fn lost(&mut self, now: Instant) {
         self.waiting.clear();

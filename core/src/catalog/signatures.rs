@@ -117,6 +117,14 @@ impl Pattern {
         }
     }
 
+    /// What every text that matches begins with.
+    pub(super) fn start(&self) -> &str {
+        match self {
+            Self::Exact(text) => text,
+            Self::Glob(parts) => parts.first().map_or("", String::as_str),
+        }
+    }
+
     pub(super) fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => exact == text,
@@ -139,18 +147,26 @@ impl Pattern {
     }
 }
 
-/// Replaces each run of digits by one `#`, so that a key stands for its likes in all blocks.
+/// Replaces each number that stands alone between dots, underscores and the like by `#`, so that a key stands for its
+/// likes in all blocks. Digits in a word, as in `attn2`, tell parts of one block apart and stay.
 pub(super) fn normalise(key: &str, into: &mut String) {
     into.clear();
-    let mut rest = key;
-    while let Some(digit) = rest.bytes().position(|b| b.is_ascii_digit()) {
-        into.push_str(&rest[..digit]);
-        into.push('#');
-        let after = &rest[digit..];
-        let end = after.bytes().position(|b| !b.is_ascii_digit());
-        rest = &after[end.unwrap_or(after.len())..];
+    let bytes = key.as_bytes();
+    let mut copied = 0;
+    let mut at = 0;
+    while at < bytes.len() {
+        let start = at;
+        while at < bytes.len() && bytes[at].is_ascii_alphanumeric() {
+            at += 1;
+        }
+        if at > start && bytes[start..at].iter().all(u8::is_ascii_digit) {
+            into.push_str(&key[copied..start]);
+            into.push('#');
+            copied = at;
+        }
+        at += 1;
     }
-    into.push_str(rest);
+    into.push_str(&key[copied..]);
 }
 
 #[derive(Deserialize)]

@@ -21,15 +21,18 @@ pub struct Catalogue {
     inner: Arc<Inner>,
 }
 
+/// Places in the list of models. Names come from strangers' files, so the hash is seeded at random.
+type Numbers<K> = HashMap<K, u32, foldhash::quality::RandomState>;
+
 #[derive(Default)]
 struct Inner {
     generation: u64,
     /// Sorted by name; names and paths are unique.
     models: Vec<Arc<Model>>,
-    by_name: HashMap<ModelName, u32>,
-    by_path: HashMap<PathKey, u32>,
+    by_name: Numbers<ModelName>,
+    by_path: Numbers<PathKey>,
     /// What free words are looked for in, made at the first search.
-    haystacks: OnceLock<Vec<Box<str>>>,
+    haystacks: OnceLock<Vec<query::Haystack>>,
 }
 
 /// A path compared by its bytes: quicker than `Path`, which takes it apart first.
@@ -110,6 +113,7 @@ impl Catalogue {
 
     /// A catalogue of these models, which must have names of their own.
     pub(crate) fn new(generation: u64, mut models: Vec<Arc<Model>>) -> Self {
+        // Found sorted in most cases, which costs one pass.
         models.sort_by(|a, b| a.name.cmp(&b.name));
         let numbered = || (0_u32..).zip(&models);
         let by_name = numbered().map(|(i, m)| (m.name.clone(), i)).collect();
@@ -162,7 +166,7 @@ impl Catalogue {
         self.at(*self.inner.by_path.get(path.as_os_str())?)
     }
 
-    pub(super) fn haystacks(&self) -> &[Box<str>] {
+    pub(super) fn haystacks(&self) -> &[query::Haystack] {
         self.inner
             .haystacks
             .get_or_init(|| self.models().map(|model| query::haystack(model)).collect())

@@ -58,6 +58,14 @@ pub enum ScanProblem {
         /// The limit.
         max_depth: usize,
     },
+    /// A file or folder that is still being written.
+    #[error("{} is not whole yet ({reason}); it is listed once it is", path.display())]
+    Incomplete {
+        /// The entry's file or folder.
+        path: PathBuf,
+        /// What is missing.
+        reason: Arc<str>,
+    },
     /// More files than a catalogue holds.
     #[error("more than {limit} files below {}: the rest was left out; scan fewer folders", path.display())]
     TooManyFiles {
@@ -145,12 +153,14 @@ pub(super) fn is_relevant(name: &[u8]) -> bool {
             b"config.json" | b"model_index.json" | b"adapter_config.json" | b"modules.json"
         ) || name.windows(6).any(|w| w == b".index");
     }
+    if suffix.starts_with(b"onnx_data") || name.ends_with(b".onnx.data") {
+        return true;
+    }
     any(&[
         b"safetensors",
         b"sft",
         b"gguf",
         b"onnx",
-        b"onnx_data",
         b"ckpt",
         b"pt",
         b"pth",

@@ -137,6 +137,13 @@ impl WeightSet {
     }
 }
 
+/// Whether a file holds external data of the ONNX graph of this name: `x.onnx_data`, `x.onnx_data_1`, `x.onnx.data`.
+fn is_onnx_data(name: &std::ffi::OsStr, graph: &std::ffi::OsStr) -> bool {
+    name.as_bytes()
+        .strip_prefix(graph.as_bytes())
+        .is_some_and(|rest| rest.starts_with(b"_data") || rest == b".data")
+}
+
 /// All sets of weights in a folder: shards with their index, single files alone. Sorted by name.
 pub(super) fn sets(folder: &Folder) -> Vec<WeightSet> {
     let mut sets: Vec<WeightSet> = Vec::new();
@@ -165,6 +172,18 @@ pub(super) fn sets(folder: &Folder) -> Vec<WeightSet> {
                 expected: 0,
             }),
         }
+    }
+    for set in sets
+        .iter_mut()
+        .filter(|set| set.container == Container::Onnx)
+    {
+        // The graph says where its data lie; every exporter puts them beside it under its own name.
+        let graph = set.files[0].name.clone();
+        let data = folder
+            .files
+            .iter()
+            .filter(|file| is_onnx_data(&file.name, &graph));
+        set.files.extend(data.cloned());
     }
     for ((stem, total, container), mut files) in shards {
         files.sort_by_key(|(number, _)| *number);
@@ -301,6 +320,25 @@ mod tests {
         );
         assert_eq!(chosen(&["my_lora.safetensors"]), None);
         assert_eq!(chosen(&["pytorch_model.bin"]), Some("pytorch_model".into()));
+    }
+
+    #[test]
+    fn onnx_graphs_have_their_data_with_them() {
+        let names = [
+            "a.onnx",
+            "a.onnx_data",
+            "a.onnx_data_1",
+            "b.onnx",
+            "b.onnx.data",
+        ];
+        let sets = sets(&folder(&names));
+        let files: Vec<usize> = sets.iter().map(|set| set.files.len()).collect();
+        assert_eq!(files, [3, 2]);
+        assert!(
+            names
+                .iter()
+                .all(|name| crate::catalog::walk::is_relevant(name.as_bytes()))
+        );
     }
 
     #[test]

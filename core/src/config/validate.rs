@@ -31,15 +31,27 @@ impl Config {
         for (i, gpu) in self.gpu.iter().enumerate() {
             let at = format!("gpu.{i}");
             budget(&format!("{at}.budget"), gpu.budget)?;
+            share(&format!("{at}.share"), gpu.share)?;
             watermarks(&at, gpu.low_watermark, gpu.high_watermark)?;
             some_bytes(&format!("{at}.sim.memory"), gpu.sim.memory)?;
             some_bytes(&format!("{at}.sim.granularity"), gpu.sim.granularity)?;
             some_bytes(&format!("{at}.sim.bandwidth"), gpu.sim.bandwidth)?;
         }
+        share("cuda.share", self.cuda.share)?;
         above_zero("load.concurrency", self.load.concurrency)?;
         above_zero("load.reads", self.load.reads)?;
         some_time("load.deadline", self.load.deadline)?;
         pages("load.piece", self.load.piece, IMAGE_ALIGN)?;
+        check(
+            "load.in_flight",
+            self.load.in_flight >= self.load.piece,
+            || {
+                format!(
+                    "{} is less than one piece, {}; give at least that",
+                    self.load.in_flight, self.load.piece
+                )
+            },
+        )?;
         // Each half of the ring is read into by itself.
         pages("load.ring", self.load.ring, 2 * IMAGE_ALIGN)?;
         above_zero("sessions.max_sessions", self.sessions.max_sessions)?;
@@ -48,6 +60,20 @@ impl Config {
             self.sessions.max_loads_per_session,
         )?;
         above_zero("sessions.max_loads", self.sessions.max_loads)?;
+        above_zero("bridge.max_requests", self.bridge.max_requests)?;
+        some_bytes("bridge.max_behind", self.bridge.max_behind)?;
+        let guarded = self
+            .http
+            .token
+            .as_ref()
+            .is_some_and(|token| !token.is_empty());
+        let open = self.http.listen.filter(|at| !at.ip().is_loopback());
+        check("http.token", guarded || open.is_none(), || {
+            format!(
+                "http.listen can be reached from other machines{}; set a token, or listen on 127.0.0.1",
+                open.map(|at| format!(" ({at})")).unwrap_or_default()
+            )
+        })?;
         some_time("predict.horizon", self.predict.horizon)?;
         check(
             "predict.threshold",
@@ -74,6 +100,16 @@ impl Config {
                 format!(
                     "{:?} is too short; give at least {SHORTEST_INTERVAL:?}",
                     self.monitor.interval
+                )
+            },
+        )?;
+        check(
+            "monitor.gpu_interval",
+            self.monitor.gpu_interval >= SHORTEST_INTERVAL,
+            || {
+                format!(
+                    "{:?} is too short; give at least {SHORTEST_INTERVAL:?}",
+                    self.monitor.gpu_interval
                 )
             },
         )
@@ -111,6 +147,12 @@ fn some_time(key: &str, value: Duration) -> Result<(), InvalidConfig> {
 
 fn budget(key: &str, value: Option<Bytes>) -> Result<(), InvalidConfig> {
     value.map_or(Ok(()), |bytes| some_bytes(key, bytes))
+}
+
+fn share(key: &str, value: f64) -> Result<(), InvalidConfig> {
+    check(key, value > 0.0 && value <= 1.0, || {
+        format!("{value} is no share of a GPU's memory; give more than 0 and at most 1")
+    })
 }
 
 fn watermarks(section: &str, low: f64, high: f64) -> Result<(), InvalidConfig> {
@@ -156,7 +198,7 @@ mod tests {
     #[test]
     fn each_wrong_value_is_named() {
         type Spoil = fn(&mut Config);
-        let cases: [(&str, Spoil); 14] = [
+        let cases: [(&str, Spoil); 18] = [
             ("ram.low_watermark", |c| c.ram.low_watermark = 0.99),
             ("ram.high_watermark", |c| c.ram.high_watermark = 1.5),
             ("ram.high_watermark", |c| c.ram.high_watermark = f64::NAN),
@@ -167,6 +209,7 @@ mod tests {
             }),
             ("load.concurrency", |c| c.load.concurrency = 0),
             ("load.piece", |c| c.load.piece = Bytes(5000)),
+            ("load.in_flight", |c| c.load.in_flight = Bytes::mib(1)),
             ("load.ring", |c| c.load.ring = Bytes(4096)),
             ("load.deadline", |c| c.load.deadline = Duration::ZERO),
             ("sessions.max_loads", |c| c.sessions.max_loads = 0),
@@ -175,6 +218,11 @@ mod tests {
                 c.supervision.max_backoff = Duration::from_millis(1);
             }),
             ("monitor.interval", |c| c.monitor.interval = Duration::ZERO),
+            ("monitor.gpu_interval", |c| {
+                c.monitor.gpu_interval = Duration::ZERO;
+            }),
+            ("gpu.0.share", |c| c.gpu[0].share = 0.0),
+            ("cuda.share", |c| c.cuda.share = f64::NAN),
         ];
         for (key, spoil) in cases {
             let mut config = Config {

@@ -9,7 +9,9 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::{Allocation, Device, DeviceDescription, DeviceError};
+use super::{
+    Allocation, Device, DeviceDescription, DeviceError, FigureSource, Figures, Granules, Kept,
+};
 use crate::config::SimDeviceConfig;
 use crate::ids::GpuIndex;
 use crate::memory::HostRange;
@@ -89,6 +91,13 @@ impl SimDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn free_in(&self, state: &State) -> Bytes {
+        self.config
+            .memory
+            .saturating_sub(state.used)
+            .saturating_sub(state.foreign)
+    }
+
     fn alive(&self, state: &State) -> Result<(), DeviceError> {
         state.lost.as_ref().map_or(Ok(()), |reason| {
             Err(DeviceError::Lost {
@@ -116,20 +125,35 @@ impl Device for SimDevice {
         DeviceDescription {
             gpu: self.gpu,
             name: format!("simulated GPU of {}", self.config.memory),
+            uuid: String::new(),
             driver: "sim",
             memory: self.config.memory,
-            granularity: Bytes(self.config.granularity.get().max(1)),
+            granules: Granules::whole(Bytes(self.config.granularity.get().max(1))),
         }
     }
 
-    fn free(&self) -> Result<Bytes, DeviceError> {
-        let state = self.lock();
-        self.alive(&state)?;
-        Ok(self
-            .config
-            .memory
-            .saturating_sub(state.used)
-            .saturating_sub(state.foreign))
+    fn figures(&self) -> BoxFuture<'_, Result<Figures, DeviceError>> {
+        async move {
+            let state = self.lock();
+            self.alive(&state)?;
+            Ok(Figures {
+                source: FigureSource::Sim,
+                total: self.config.memory,
+                free: self.free_in(&state),
+                allocated: state.used,
+                overhead: Bytes::ZERO,
+                context: None,
+                foreign: state.foreign,
+                processes: Vec::new(),
+                temperature_c: None,
+                throttling: Vec::new(),
+                pcie: None,
+                ecc_uncorrected: None,
+                mig: None,
+                xids: Vec::new(),
+            })
+        }
+        .boxed()
     }
 
     fn allocate(
@@ -137,11 +161,11 @@ impl Device for SimDevice {
         bytes: Bytes,
     ) -> BoxFuture<'static, Result<Allocation, DeviceError>> {
         async move {
-            let granularity = self.config.granularity.get().max(1);
-            let bytes = Bytes(bytes.get().max(1)).round_up(granularity);
-            let free = self.free()?;
+            let bytes = self.describe().granules.footprint(bytes);
             let address = {
                 let mut state = self.lock();
+                self.alive(&state)?;
+                let free = self.free_in(&state);
                 if bytes > free {
                     return Err(DeviceError::OutOfMemory {
                         gpu: self.gpu,
@@ -159,7 +183,8 @@ impl Device for SimDevice {
                 state.allocations.insert(address, Block { bytes, contents });
                 address
             };
-            Ok(Allocation::new(self, address, bytes))
+            let gpu = self.gpu;
+            Ok(Allocation::new(self, gpu, address, address, bytes))
         }
         .boxed()
     }
@@ -210,11 +235,24 @@ impl Device for SimDevice {
         .boxed()
     }
 
-    fn release(&self, address: u64) {
-        let mut state = self.lock();
-        if let Some(block) = state.allocations.remove(&address) {
-            state.used -= block.bytes;
-        }
+    fn lost(&self) -> Option<Arc<str>> {
+        self.lock().lost.clone()
+    }
+
+    fn recover(&self) -> BoxFuture<'_, Result<(), DeviceError>> {
+        async move { self.alive(&self.lock()) }.boxed()
+    }
+
+    fn release(&self, id: u64, kept: Kept) {
+        let gone = {
+            let mut state = self.lock();
+            let gone = state.allocations.remove(&id);
+            if let Some(block) = &gone {
+                state.used -= block.bytes;
+            }
+            gone
+        };
+        drop((gone, kept));
     }
 }
 

@@ -5,8 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use super::{ReadError, owned};
-use crate::catalog::safetensors::read_header;
-use crate::catalog::{Component, IMAGE_ALIGN, SourceFile, identity_of};
+use crate::catalog::{Component, IMAGE_ALIGN, SourceFile, identity_of, read_tensors};
 use crate::tensor::{TensorEntry, TensorTable};
 use crate::units::Bytes;
 
@@ -83,8 +82,9 @@ impl ImagePlan {
                 path: owned(&source.path),
                 source: error,
             };
-            let header = read_header(file, source.identity.size.get()).map_err(broken)?;
-            for tensor in header.tensors {
+            let (data_start, tensors) =
+                read_tensors(file, source.identity.size.get()).map_err(broken)?;
+            for tensor in tensors {
                 if component
                     .selection
                     .as_ref()
@@ -93,10 +93,7 @@ impl ImagePlan {
                     continue;
                 }
                 // The header is valid for the file's size, so this cannot overflow.
-                let (start, end) = (
-                    header.data_start + tensor.start,
-                    header.data_start + tensor.end,
-                );
+                let (start, end) = (data_start + tensor.start, data_start + tensor.end);
                 // Sorted by file and start, so the only candidate is the last that begins no later.
                 let after = plan
                     .extents
@@ -119,6 +116,10 @@ impl ImagePlan {
                     bytes: end - start,
                 });
             }
+        }
+        for (_, file) in &plan.files {
+            // Who reads the rest through the page cache wants it read ahead.
+            advise(file, rustix::fs::Advice::Normal);
         }
         let table = TensorTable::new(entries).map_err(|tensor| ReadError::DuplicateTensor {
             component: component.id.to_string(),
@@ -161,7 +162,16 @@ fn open_checked(source: &SourceFile) -> Result<File, ReadError> {
             source: error,
         })?;
     check_identity(&file, source, "since it was scanned")?;
+    // The header alone is read through the page cache: reading ahead could be megabytes of every small file.
+    advise(&file, rustix::fs::Advice::Random);
     Ok(file)
+}
+
+/// Advice that a file system may ignore.
+fn advise(file: &File, advice: rustix::fs::Advice) {
+    if let Err(error) = rustix::fs::fadvise(file, 0, None, advice) {
+        tracing::debug!(%error, ?advice, "fadvise");
+    }
 }
 
 /// Whether an open file is still in the state in which it was scanned.

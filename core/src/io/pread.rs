@@ -137,6 +137,3 @@ impl OpenComponent for OpenFiles {
         .boxed()
     }
 }
-
-#[cfg(test)]
-mod tests;

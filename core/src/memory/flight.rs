@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::ledger::{Charge, EntryKey, Held, Ledger, Memory};
 use super::slab::Slab;
 use crate::device::DeviceError;
-use crate::io::ReadError;
+use crate::io::{ReadError, Urgency};
 use crate::memory::SlabError;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
@@ -70,11 +70,13 @@ pub struct Flight {
     state: watch::Sender<FlightState>,
     image: OnceLock<Image>,
     cancel: CancellationToken,
+    urgency: Urgency,
 }
 
 impl Flight {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(urgency: Urgency) -> Arc<Self> {
         Arc::new(Self {
+            urgency,
             state: watch::Sender::new(FlightState::Waiting),
             image: OnceLock::new(),
             cancel: CancellationToken::new(),
@@ -91,6 +93,12 @@ impl Flight {
     #[must_use]
     pub fn image(&self) -> Option<&Image> {
         self.image.get()
+    }
+
+    /// How urgent it is; whoever joins may raise it.
+    #[must_use]
+    pub const fn urgency(&self) -> &Urgency {
+        &self.urgency
     }
 
     pub(super) fn begin(&self) {
@@ -142,6 +150,19 @@ impl FlightTicket {
     #[must_use]
     pub fn cancelled(&self) -> CancellationToken {
         self.flight.cancel.clone()
+    }
+
+    /// How urgent it is, by all who wait for it.
+    #[must_use]
+    pub fn urgency(&self) -> &Urgency {
+        &self.flight.urgency
+    }
+
+    /// The memory turned out to take this much, since it comes in whole pages: from now on the books say so.
+    pub fn settle(&mut self, held: Bytes) {
+        if let Some(charge) = &mut self.charge {
+            self.ledger.resize(&self.key, charge, held);
+        }
     }
 
     /// Shows the memory that is about to be filled, so that others can follow its watermark.

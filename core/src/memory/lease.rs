@@ -108,6 +108,12 @@ impl Lease {
         self.session
     }
 
+    /// Why its bytes are gone, where they are: the device that held them was lost.
+    #[must_use]
+    pub fn revoked(&self) -> Option<Arc<str>> {
+        self.claim.ledger().revoked(self.id)
+    }
+
     /// The component.
     #[must_use]
     pub const fn component(&self) -> &Arc<Component> {
@@ -136,6 +142,12 @@ impl Lease {
             Memory::Host(_) => None,
             Memory::Device(allocation) => Some(allocation),
         }
+    }
+
+    /// The tensors, with offsets into the memory that they lie in. The same value as long as the residency lasts.
+    #[must_use]
+    pub const fn table(&self) -> &Arc<TensorTable> {
+        &self.table
     }
 
     /// The tensor of this name.

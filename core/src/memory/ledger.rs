@@ -18,6 +18,7 @@ use super::slab::Slab;
 use crate::catalog::Component;
 use crate::device::Allocation;
 use crate::ids::{ContentId, LeaseId, SessionId, Tier};
+use crate::io::Urgency;
 use crate::policy::Candidate;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
@@ -37,11 +38,16 @@ pub enum Memory {
 pub struct Held {
     // The order of the fields is the order of their drops.
     memory: Memory,
-    charge: Charge,
+    charge: Arc<Charge>,
 }
 
 impl Held {
-    pub(super) const fn new(memory: Memory, charge: Charge) -> Self {
+    pub(super) fn new(memory: Memory, charge: Charge) -> Self {
+        let charge = Arc::new(charge);
+        // A device frees later than it is told to; the bytes come back when it has.
+        if let Memory::Device(allocation) = &memory {
+            allocation.keep_until_freed(Box::new(charge.clone()));
+        }
         Self { memory, charge }
     }
 
@@ -221,7 +227,15 @@ struct Books {
     next_entry: u64,
     next_lease: u64,
     /// Live leases, for status; a lease's own drop removes it.
-    leases: HashMap<LeaseId, SessionId>,
+    leases: HashMap<LeaseId, LeaseRow>,
+}
+
+/// A live lease.
+#[derive(Debug)]
+struct LeaseRow {
+    owner: SessionId,
+    tier: Tier,
+    revoked: Option<Arc<str>>,
 }
 
 /// The ledger. See the module's page.
@@ -380,7 +394,17 @@ impl Claim {
         let mut books = self.ledger.lock();
         let id = LeaseId(books.next_lease);
         books.next_lease += 1;
-        books.leases.insert(id, owner);
+        // It was forgotten after the claim was looked at: its tier is lost.
+        let gone = books.entry(&self.key).is_none();
+        let revoked = gone.then(|| "its memory is lost".into());
+        books.leases.insert(
+            id,
+            LeaseRow {
+                owner,
+                tier: self.key.tier,
+                revoked,
+            },
+        );
         if let Some(entry) = books.entry_mut(&self.key) {
             entry.leases += 1;
         }
@@ -616,6 +640,13 @@ impl Ledger {
             bytes,
             evicting: AtomicBool::new(false),
         };
+        let urgency = || {
+            if prefetch {
+                Urgency::prefetch()
+            } else {
+                Urgency::default()
+            }
+        };
         let mut scratch = Bytes::ZERO;
         for want in wants {
             match want {
@@ -631,7 +662,7 @@ impl Ledger {
                         component: component.clone(),
                         bytes: *bytes,
                         state: State::Reserved {
-                            flight: Flight::new(),
+                            flight: Flight::new(urgency()),
                             charge: charge(*bytes),
                         },
                         pins: 0,
@@ -648,6 +679,11 @@ impl Ledger {
                         entry.uses += 1;
                         entry.last_used = now;
                         entry.prefetched = false;
+                        if let State::Reserved { flight, .. } | State::Loading { flight } =
+                            &entry.state
+                        {
+                            flight.urgency().raise(None);
+                        }
                     }
                     reservation.claims.push(Claim {
                         ledger: self.clone(),
@@ -751,6 +787,22 @@ impl Ledger {
             entry.load_time = Some(now.saturating_sub(entry.loading_since));
         }
         if let Some(tier) = books.tiers.get(&key.tier) {
+            tier.wake_if_wanted();
+        }
+    }
+
+    /// Charges `bytes` in the place of what was charged, free or not: it says what is, not what may be.
+    pub(super) fn resize(&self, key: &EntryKey, charge: &mut Charge, bytes: Bytes) {
+        let mut books = self.lock();
+        if let Some(tier) = books.tiers.get_mut(&charge.tier) {
+            tier.committed = tier
+                .committed
+                .saturating_sub(charge.bytes)
+                .saturating_add(bytes);
+            if let Some(entry) = tier.entries.get_mut(&key.number) {
+                entry.bytes = bytes;
+            }
+            charge.bytes = bytes;
             tier.wake_if_wanted();
         }
     }
@@ -869,10 +921,42 @@ impl Ledger {
     pub fn leases(&self) -> BTreeMap<SessionId, usize> {
         let books = self.lock();
         let mut counts = BTreeMap::new();
-        for owner in books.leases.values() {
-            *counts.entry(*owner).or_insert(0) += 1;
+        for lease in books.leases.values() {
+            *counts.entry(lease.owner).or_insert(0) += 1;
         }
         counts
+    }
+
+    /// The live leases in a tier, with their owners.
+    #[must_use]
+    pub fn leases_in(&self, tier: Tier) -> Vec<(LeaseId, SessionId)> {
+        let books = self.lock();
+        let mut leases: Vec<_> = books
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.tier == tier && lease.revoked.is_none())
+            .map(|(id, lease)| (*id, lease.owner))
+            .collect();
+        leases.sort_unstable();
+        leases
+    }
+
+    /// Revokes all leases in a tier whose memory is lost, and forgets what was there. Gives the leases, with their owners.
+    pub fn revoke_tier(&self, tier: Tier, reason: &Arc<str>) -> Vec<(LeaseId, SessionId)> {
+        // First what was there goes, so that no lease on it can begin any more.
+        self.forget_tier(tier);
+        let leases = self.leases_in(tier);
+        let mut books = self.lock();
+        for (id, _) in &leases {
+            if let Some(lease) = books.leases.get_mut(id) {
+                lease.revoked = Some(reason.clone());
+            }
+        }
+        leases
+    }
+
+    pub(super) fn revoked(&self, id: LeaseId) -> Option<Arc<str>> {
+        self.lock().leases.get(&id)?.revoked.clone()
     }
 }
 

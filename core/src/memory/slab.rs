@@ -1,14 +1,12 @@
 //! Host memory of one component: a memfd, mapped once by the owner, mapped read-only by whoever leases it.
 
-use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
-
+use super::arena::Home;
+use super::mapping::{MappedRange, Mapping, MappingObserver, Pages};
+use super::writer::SlabWriter;
 use crate::units::Bytes;
 
 /// Why host memory could not be had or shared.
@@ -26,6 +24,18 @@ pub enum SlabError {
         step: &'static str,
         /// What the system said.
         error: rustix::io::Errno,
+    },
+    /// The machine has no room for it, whatever the budget says.
+    #[error(
+        "the machine has {room} for {bytes}, beside {reserve} that stay free; end what else uses memory, or lower ram.budget"
+    )]
+    NoRoom {
+        /// How much was wanted.
+        bytes: Bytes,
+        /// How much there is, less what is kept free.
+        room: Bytes,
+        /// What is kept free.
+        reserve: Bytes,
     },
     /// The finished slab could not be made read-only.
     #[error("cannot seal a slab of {bytes}: {error}")]
@@ -53,67 +63,84 @@ pub enum SlabError {
 
 /// Host memory that holds one component's image. Bytes below the watermark never change again, so readers may follow
 /// the [`SlabWriter`] while it still writes above it.
+///
+/// When the last handle is gone, the memory goes back to the [`Arena`](super::Arena) that it came from.
 #[derive(Debug)]
 pub struct Slab {
-    start: NonNull<u8>,
+    /// `None` only while it is dropped.
+    mapping: Option<Mapping>,
     bytes: usize,
     /// The watermark: everything below is written and stays as it is. Stored with release, loaded with acquire.
-    filled: AtomicUsize,
-    memfd: OwnedFd,
+    pub(super) filled: AtomicUsize,
+    home: Option<Home>,
 }
 
-// SAFETY: the mapping is owned by the slab for its whole life and not tied to a thread. Shared access goes through
-// `filled`, which hands out only bytes below the watermark; the one `SlabWriter` writes only above it.
-unsafe impl Send for Slab {}
-// SAFETY: as above.
-unsafe impl Sync for Slab {}
-
 impl Slab {
-    /// New memory of this many bytes, all zero, with its one writer. A slab of zero bytes is one page long.
+    /// New memory of this many bytes that belongs to no arena, with its one writer.
     ///
     /// # Errors
     /// [`SlabError::Allocate`] where the system has no more memory or descriptors.
     pub fn create(label: &str, bytes: Bytes) -> Result<SlabWriter, SlabError> {
-        let refused = |step| move |error| SlabError::Allocate { bytes, step, error };
-        let len = usize::try_from(bytes.get().max(1))
-            .map_err(|_| refused("size")(rustix::io::Errno::NOMEM))?;
-        let memfd =
-            rustix::fs::memfd_create(label, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-                .map_err(refused("memfd_create"))?;
-        rustix::fs::ftruncate(&memfd, len as u64).map_err(refused("ftruncate"))?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice, of a memfd that nobody else knows yet and that
-        // can no longer shrink once sealed; it is unmapped in `drop` alone.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &memfd,
-                0,
-            )
-        }
-        .map_err(refused("mmap"))?;
-        // Sealed against shrinking from the first byte on: nothing can pull pages away under a reader.
-        let slab = Self {
-            start: NonNull::new(start.cast())
-                .ok_or_else(|| refused("mmap")(rustix::io::Errno::NOMEM))?,
-            bytes: len,
-            filled: AtomicUsize::new(0),
-            memfd,
-        };
-        rustix::fs::fcntl_add_seals(&slab.memfd, SealFlags::SHRINK | SealFlags::GROW)
-            .map_err(refused("seal"))?;
-        Ok(SlabWriter {
-            slab: Arc::new(slab),
-            wanted: usize::try_from(bytes.get()).unwrap_or(len),
-        })
+        let len = usize::try_from(bytes.get().max(1)).map_err(|_| SlabError::Allocate {
+            bytes,
+            step: "size",
+            error: rustix::io::Errno::NOMEM,
+        })?;
+        let len = len.next_multiple_of(Pages::Small.granule() as usize);
+        let mut mapping = Mapping::create(label, len, Pages::Small)?;
+        mapping.fit(bytes.get() as usize);
+        Ok(Self::on(mapping, bytes.get() as usize, None))
     }
 
-    /// The size.
+    /// A slab of `bytes` on a mapping that was made to fit.
+    pub(super) fn on(mapping: Mapping, bytes: usize, home: Option<Home>) -> SlabWriter {
+        debug_assert!(bytes <= mapping.len());
+        SlabWriter::new(Arc::new(Self {
+            mapping: Some(mapping),
+            bytes,
+            filled: AtomicUsize::new(0),
+            home,
+        }))
+    }
+
+    pub(super) fn mapping(&self) -> &Mapping {
+        // Taken in `drop` alone, after which nobody can call this.
+        match &self.mapping {
+            Some(mapping) => mapping,
+            None => unreachable!("a slab that is used while it is dropped"),
+        }
+    }
+
+    /// The size of the image.
     #[must_use]
-    pub fn bytes(&self) -> Bytes {
+    pub const fn bytes(&self) -> Bytes {
         Bytes(self.bytes as u64)
+    }
+
+    /// The memory that it takes of the machine: its image in whole pages.
+    #[must_use]
+    pub fn held(&self) -> Bytes {
+        self.mapping().held()
+    }
+
+    /// The memory that it still needs, as far as it is not there.
+    pub(super) fn unfilled(&self) -> Bytes {
+        let there = self.filled().len().max(self.mapping().present());
+        Bytes(self.bytes.saturating_sub(there) as u64)
+    }
+
+    /// The pages that it lies on.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        self.mapping().pages()
+    }
+
+    /// Where it lies in this process: its bytes are the first of this range, which outlives the slab. A device that
+    /// registers the range once finds later slabs of its size registered already; see
+    /// [`MappingObserver`](super::MappingObserver) for when it ends.
+    #[must_use]
+    pub fn range(&self) -> MappedRange {
+        self.mapping().range()
     }
 
     /// The bytes below the watermark. They never change again.
@@ -122,120 +149,34 @@ impl Slab {
         let filled = self.filled.load(Ordering::Acquire);
         // SAFETY: the mapping is live as long as `self`, `filled` never exceeds its length, and the only writer has
         // finished with these bytes before it raised the watermark (release/acquire).
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), filled) }
+        unsafe { std::slice::from_raw_parts(self.mapping().start().as_ptr(), filled) }
     }
 
     /// The memfd itself; writable, so for the owner only.
     #[must_use]
     pub fn memfd(&self) -> BorrowedFd<'_> {
-        self.memfd.as_fd()
+        self.mapping().memfd()
     }
 
-    /// A descriptor through which another process can map the bytes, but never write them.
+    /// A descriptor through which another process can map the bytes, but never write them. From the first one on, the
+    /// kernel refuses every new writer, this process included.
     ///
     /// # Errors
-    /// [`SlabError::Reopen`] where `/proc` is missing or descriptors ran out.
+    /// [`SlabError::Reopen`] where `/proc` is missing or descriptors ran out, [`SlabError::Seal`] where the system
+    /// refuses.
     pub fn read_only_descriptor(&self) -> Result<OwnedFd, SlabError> {
-        use std::os::fd::AsRawFd;
-        let path = format!("/proc/self/fd/{}", self.memfd.as_raw_fd());
-        File::open(path)
-            .map(OwnedFd::from)
-            .map_err(|error| SlabError::Reopen {
-                error: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::NOENT),
-            })
+        self.mapping().share()
     }
 }
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        // SAFETY: this is the mapping made in `create`, and no borrow of it can outlive the slab.
-        let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
-        if let Err(error) = unmapped {
-            tracing::error!(%error, bytes = self.bytes, "munmap of a slab failed");
-        }
-    }
-}
-
-/// The one writer of a [`Slab`]. Fills it from the start to the end.
-#[derive(Debug)]
-pub struct SlabWriter {
-    slab: Arc<Slab>,
-    /// What `create` was asked for; the slab itself may be a byte longer.
-    wanted: usize,
-}
-
-impl SlabWriter {
-    /// The slab, for those who follow its watermark.
-    #[must_use]
-    pub fn slab(&self) -> &Arc<Slab> {
-        &self.slab
-    }
-
-    /// How many bytes are written.
-    #[must_use]
-    pub fn filled(&self) -> Bytes {
-        Bytes(self.slab.filled.load(Ordering::Relaxed) as u64)
-    }
-
-    /// The bytes that are still to be written, from the watermark to the end.
-    pub fn spare(&mut self) -> &mut [u8] {
-        let filled = self.slab.filled.load(Ordering::Relaxed);
-        // SAFETY: only this writer touches bytes at or above the watermark, it is unique and borrowed mutably, and
-        // `filled <= wanted <= bytes` of a live mapping.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.slab.start.as_ptr().add(filled),
-                self.wanted - filled,
-            )
-        }
-    }
-
-    /// Raises the watermark by `bytes`, which the caller has just written at the start of [`spare`](Self::spare).
-    ///
-    /// # Panics
-    /// If that would pass the end.
-    pub fn advance(&mut self, bytes: usize) {
-        let filled = self.slab.filled.load(Ordering::Relaxed);
-        assert!(
-            bytes <= self.wanted - filled,
-            "watermark past the end of a slab"
-        );
-        self.slab.filled.store(filled + bytes, Ordering::Release);
-    }
-
-    /// Ends writing for good: from here on nobody can write the slab, not even through the descriptor, except by this
-    /// process's own mapping, which no safe code can reach any more.
-    ///
-    /// # Errors
-    /// [`SlabError::Incomplete`] where bytes are missing, [`SlabError::Seal`] where the system refuses.
-    pub fn seal(self) -> Result<Arc<Slab>, SlabError> {
-        let filled = self.filled();
-        if filled.get() != self.wanted as u64 {
-            return Err(SlabError::Incomplete {
-                bytes: Bytes(self.wanted as u64),
-                filled,
-            });
-        }
-        // Plain WRITE would fail with EBUSY while the owner's own writable mapping lives.
-        rustix::fs::fcntl_add_seals(&self.slab.memfd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)
-            .map_err(|error| SlabError::Seal {
-                bytes: self.slab.bytes(),
-                error,
-            })?;
-        Ok(self.slab)
-    }
-
-    /// Starts again from the first byte, for memory that is used over and over as a stage.
-    ///
-    /// # Errors
-    /// The writer itself, unchanged, while somebody else still holds the slab.
-    pub fn rewind(self) -> Result<Self, Self> {
-        if Arc::strong_count(&self.slab) == 1 {
-            // No other handle exists and none can appear, since this one is owned.
-            self.slab.filled.store(0, Ordering::Release);
-            Ok(self)
-        } else {
-            Err(self)
+        if let Some(mapping) = self.mapping.take() {
+            mapping.is_present(*self.filled.get_mut());
+            match &self.home {
+                Some(home) => home.take_back(mapping),
+                None => drop(mapping),
+            }
         }
     }
 }
@@ -267,11 +208,23 @@ impl HostRange {
     pub fn bytes(&self) -> Bytes {
         Bytes((self.end - self.start) as u64)
     }
+
+    /// The mapping that they lie in.
+    #[must_use]
+    pub fn mapping(&self) -> MappedRange {
+        self.slab.range()
+    }
+
+    /// Tells `observer` before the pages of that mapping go.
+    pub fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        self.slab.mapping().observe(observer);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::{Read, Seek, SeekFrom, Write};
 
     fn filled_slab(contents: &[u8]) -> Arc<Slab> {
@@ -312,7 +265,9 @@ mod tests {
         let mut file = File::from(slab.read_only_descriptor().unwrap());
         let mut read = Vec::new();
         file.read_to_end(&mut read).unwrap();
-        assert_eq!(read, b"weights");
+        // The file is as long as whole pages are.
+        assert_eq!(&read[..7], b"weights");
+        assert!(read[7..].iter().all(|byte| *byte == 0));
         file.seek(SeekFrom::Start(0)).unwrap();
         assert!(file.write_all(b"x").is_err());
         // The owner's own descriptor is sealed as well.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::graph::DependencyGraph;
 use super::set::Target;
 use crate::catalog::Component;
+use crate::device::Granules;
 use crate::ids::{ComponentId, ContentId, GpuIndex, Tier};
 use crate::memory::{ResidencyView, TierView, Want};
 use crate::policy::{Candidate, EvictionPolicy, select};
@@ -242,8 +243,8 @@ const RING_SHARE: f64 = 0.25;
 pub struct Planner<'a> {
     /// All tiers, at one instant.
     pub tiers: &'a [TierView],
-    /// The allocation granularity of each GPU.
-    pub granularity: &'a BTreeMap<GpuIndex, Bytes>,
+    /// How each GPU rounds allocations up.
+    pub granules: &'a BTreeMap<GpuIndex, Granules>,
     /// Host memory for a streamed component.
     pub ring: Bytes,
     /// Time since the start of the system.
@@ -323,8 +324,10 @@ impl Planner<'_> {
         match tier {
             Tier::Ram => component.ram_bytes(),
             Tier::Vram(gpu) => {
-                let granularity = self.granularity.get(&gpu).map_or(1, |bytes| bytes.get());
-                Bytes(component.device_bytes().get().max(1)).round_up(granularity.max(1))
+                let bytes = component.device_bytes();
+                self.granules
+                    .get(&gpu)
+                    .map_or(bytes, |granules| granules.footprint(bytes))
             }
         }
     }

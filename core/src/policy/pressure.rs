@@ -14,6 +14,38 @@ pub struct HostMemory {
     /// Share of the last ten seconds in which every task waited for memory, in percent: `full avg10` of
     /// `/proc/pressure/memory`. `None` where the kernel has no PSI.
     pub full_avg10: Option<f64>,
+    /// The bound of the control groups that this process is in, where one has a limit.
+    pub cgroup: Option<CgroupMemory>,
+}
+
+/// The tightest bound of all groups that the process is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CgroupMemory {
+    /// The least of all limits, `memory.high` among them, since the kernel slows down whoever passes that one.
+    pub limit: Bytes,
+    /// What is left in the group that has least left. The page cache counts as left, as far as it can be dropped.
+    pub room: Bytes,
+    /// What has happened since the groups were made.
+    pub events: CgroupEvents,
+}
+
+/// What the kernel had to do to keep groups within their limits, counted since they were made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct CgroupEvents {
+    /// Processes were slowed down at `memory.high`.
+    pub high: u64,
+    /// Memory was reclaimed at `memory.max`.
+    pub max: u64,
+    /// Processes were killed.
+    pub oom_kill: u64,
+}
+
+impl CgroupEvents {
+    /// Whether more has happened than by `before`.
+    #[must_use]
+    pub const fn is_worse_than(&self, before: &Self) -> bool {
+        self.high > before.high || self.max > before.max || self.oom_kill > before.oom_kill
+    }
 }
 
 /// What the figures mean.
@@ -27,6 +59,10 @@ pub enum Judgement {
 
 /// Below this share of the total, what is available counts as used up: the kernel begins to reclaim in earnest.
 const LOW_SHARE: f64 = 0.03;
+/// The same for a control group that has just met its limit.
+const TIGHT_SHARE: f64 = 0.1;
+/// Below this share of what is usable, waiting for memory means that there is too little of it.
+const SCARCE_SHARE: f64 = 0.2;
 /// Percent of time stalled from which the machine counts as thrashing; systemd-oomd's default for `MemoryPressure` is in
 /// the same region for a far longer window.
 const STALLED: f64 = 10.0;
@@ -51,16 +87,50 @@ impl HostMemory {
             total: figure("MemTotal:")?,
             available: figure("MemAvailable:")?,
             full_avg10,
+            cgroup: None,
         })
     }
 }
 
-/// Judges the figures.
+impl HostMemory {
+    /// What this process may use in all: the machine's memory, or what its control groups allow of it.
+    #[must_use]
+    pub fn usable(&self) -> Bytes {
+        self.cgroup
+            .map_or(self.total, |cgroup| cgroup.limit.min(self.total))
+    }
+
+    /// What it can have beyond what it has.
+    #[must_use]
+    pub fn room(&self) -> Bytes {
+        self.cgroup
+            .map_or(self.available, |cgroup| cgroup.room.min(self.available))
+    }
+
+    /// What has to stay free, so that the kernel need not find memory by killing.
+    #[must_use]
+    pub fn reserve(&self) -> Bytes {
+        self.usable().share(LOW_SHARE)
+    }
+}
+
+/// Judges the figures, beside those of the last time. `alarm`: the kernel says that tasks wait for memory just now.
 #[must_use]
-pub fn judge(host: &HostMemory) -> Judgement {
+pub fn judge(host: &HostMemory, before: Option<&HostMemory>, alarm: bool) -> Judgement {
     let low = host.available < host.total.share(LOW_SHARE);
-    let stalled = host.full_avg10.is_some_and(|percent| percent > STALLED);
-    if low || stalled {
+    let stalled = alarm || host.full_avg10.is_some_and(|percent| percent > STALLED);
+    // Tasks also wait for memory where there is plenty, while the kernel drops cached files for them.
+    let stalled = stalled && host.room() < host.usable().share(SCARCE_SHARE);
+    let bounded = host.cgroup.is_some_and(|cgroup| {
+        let before = before.and_then(|before| before.cgroup);
+        let worse = before.is_some_and(|before| cgroup.events.is_worse_than(&before.events));
+        // The kernel meets a limit all the time where a group reads files, and drops some of them: no harm in that.
+        let tight = cgroup
+            .limit
+            .share(if worse { TIGHT_SHARE } else { LOW_SHARE });
+        cgroup.room < tight
+    });
+    if low || stalled || bounded {
         Judgement::Pressure
     } else {
         Judgement::Enough
@@ -80,7 +150,7 @@ mod tests {
         let host = HostMemory::parse(MEMINFO, Some(pressure)).unwrap();
         assert_eq!(host.available, Bytes::kib(1_200_000));
         assert_eq!(host.full_avg10, Some(3.5));
-        assert_eq!(judge(&host), Judgement::Enough);
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
         assert_eq!(HostMemory::parse("MemTotal: x kB", None), None);
     }
 
@@ -88,9 +158,51 @@ mod tests {
     fn scarcity_and_stalls_are_pressure() {
         let mut host = HostMemory::parse(MEMINFO, None).unwrap();
         host.available = Bytes::kib(100_000);
-        assert_eq!(judge(&host), Judgement::Pressure);
+        assert_eq!(judge(&host, None, false), Judgement::Pressure);
         host.available = host.total;
         host.full_avg10 = Some(20.0);
-        assert_eq!(judge(&host), Judgement::Pressure);
+        assert_eq!(
+            judge(&host, None, true),
+            Judgement::Enough,
+            "there is plenty"
+        );
+        host.available = host.total.share(0.1);
+        host.full_avg10 = None;
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
+        assert_eq!(judge(&host, None, true), Judgement::Pressure);
+        host.full_avg10 = Some(20.0);
+        assert_eq!(judge(&host, None, false), Judgement::Pressure);
+    }
+
+    #[test]
+    fn a_control_group_bounds_what_the_machine_has() {
+        let mut host = HostMemory::parse(MEMINFO, None).unwrap();
+        let group = |room, max| CgroupMemory {
+            limit: Bytes::gib(2),
+            room,
+            events: CgroupEvents {
+                max,
+                ..CgroupEvents::default()
+            },
+        };
+        assert_eq!((host.usable(), host.room()), (host.total, host.available));
+        host.cgroup = Some(group(Bytes::mib(100), 7));
+        assert_eq!(
+            (host.usable(), host.room()),
+            (Bytes::gib(2), Bytes::mib(100))
+        );
+        assert_eq!(judge(&host, None, false), Judgement::Enough);
+        let before = HostMemory {
+            cgroup: Some(group(Bytes::gib(1), 6)),
+            ..host
+        };
+        assert_eq!(
+            judge(&host, Some(&before), false),
+            Judgement::Pressure,
+            "it met its limit"
+        );
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Enough);
+        host.cgroup = Some(group(Bytes::mib(10), 7));
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Pressure);
     }
 }

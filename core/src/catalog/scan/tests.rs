@@ -2,6 +2,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
+use proptest::prelude::*;
+
 use super::super::test_utils::{put, safetensors};
 use super::super::{Change, FindError, Format, Kind};
 use super::*;
@@ -479,4 +481,60 @@ fn a_download_under_way_is_not_listed() {
     assert_eq!(names(&scan_of(root.path())), ["c"]);
     std::fs::remove_file(root.path().join("a.safetensors.aria2")).unwrap();
     assert_eq!(names(&scan_of(root.path())), ["a", "c"]);
+}
+
+/// JSON of any shape, with the words that the readers look for.
+fn json() -> impl Strategy<Value = serde_json::Value> {
+    let word = prop_oneof![
+        Just("weight_map"),
+        Just("architectures"),
+        Just("model_type"),
+        Just("_class_name"),
+        Just("unet"),
+        Just("diffusers"),
+        Just("quantization_config"),
+        Just("../../etc/passwd"),
+        Just("model-00001-of-00002.safetensors"),
+        Just("\u{0}\u{202e}"),
+    ]
+    .prop_map(str::to_owned);
+    let leaf = prop_oneof![
+        Just(serde_json::Value::Null),
+        any::<i64>().prop_map(Into::into),
+        any::<f64>().prop_map(Into::into),
+        word.clone().prop_map(Into::into),
+    ];
+    leaf.prop_recursive(4, 40, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..5).prop_map(serde_json::Value::Array),
+            proptest::collection::vec((word.clone(), inner), 0..6)
+                .prop_map(|members| serde_json::Value::Object(members.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// The stable twin of the fuzz target `index`.
+    #[test]
+    fn no_index_and_no_configuration_harms_the_scan(values in proptest::collection::vec(json(), 3), cut in 0..40_usize) {
+        let root = tempfile::tempdir().unwrap();
+        put(root.path(), "whole.safetensors", weights());
+        let names = ["m/model.safetensors.index.json", "m/config.json", "p/model_index.json"];
+        for (name, value) in names.iter().zip(&values) {
+            let text = value.to_string();
+            // Every other one is cut off somewhere.
+            let end = if cut % 2 == 0 { text.len() } else { text.floor_char_boundary(text.len().saturating_sub(cut)) };
+            put(root.path(), name, &text[..end]);
+        }
+        put(root.path(), "m/model-00001-of-00002.safetensors", weights());
+        let report = scan_of(root.path());
+        prop_assert_eq!(&model(&report, "whole").error, &None);
+        for found in report.catalogue.models() {
+            for file in &found.inputs {
+                prop_assert!(file.path.starts_with(root.path()), "{}", file.path.display());
+            }
+        }
+    }
 }

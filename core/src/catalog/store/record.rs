@@ -48,6 +48,7 @@ struct Record<'a> {
     components: Vec<ComponentRecord<'a>>,
     base: Option<(Option<&'a str>, Option<&'a str>)>,
     error: Option<&'a str>,
+    presence: Presence,
     facts: FactsRecord<'a>,
     inputs: Vec<FileRecord<'a>>,
 }
@@ -107,6 +108,7 @@ pub(super) fn encode(model: &Model) -> Option<Vec<u8>> {
             .as_ref()
             .map(|base| (base.architecture.as_deref(), base.name.as_deref())),
         error: model.error.as_deref(),
+        presence: model.presence,
         facts: FactsRecord {
             texts: [
                 facts.variant.as_deref(),
@@ -229,7 +231,7 @@ pub(super) fn decode(bytes: &[u8], interner: &mut Interner) -> Option<Model> {
                 .collect(),
         },
         inputs,
-        presence: Presence::Present,
+        presence: record.presence,
         name,
     })
 }

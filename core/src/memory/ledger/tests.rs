@@ -308,3 +308,36 @@ proptest! {
         prop_assert!(view.residencies.is_empty());
     }
 }
+
+#[test]
+fn the_books_say_what_memory_takes_once_it_is_there() {
+    let ledger = ledger(100);
+    let component = component(1, 40);
+    let reservation = reserve(&ledger, &[want(&component)]).unwrap();
+    let mut ticket = ledger.start(Tier::Ram, &component.content_id).unwrap();
+    for held in [64, 120, 48] {
+        ticket.settle(Bytes(held));
+        let view = ledger.view(Tier::Ram).unwrap();
+        assert_eq!(
+            (view.committed, view.residencies[0].bytes),
+            (Bytes(held), Bytes(held))
+        );
+        assert_eq!(ticket.promised(), Bytes(held));
+    }
+    drop(ticket);
+    drop(reservation);
+    assert_eq!(ledger.view(Tier::Ram).unwrap().committed, Bytes::ZERO);
+}
+
+#[test]
+fn a_demand_makes_a_prefetch_urgent() {
+    let ledger = ledger(100);
+    let component = component(1, 40);
+    let Ok(Reserved::Granted(_guess)) = ledger.reserve(Tier::Ram, &[want(&component)], true) else {
+        panic!("there is room");
+    };
+    let ticket = ledger.start(Tier::Ram, &component.content_id).unwrap();
+    assert!(ticket.urgency().is_prefetch());
+    let _demand = reserve(&ledger, &[want(&component)]).unwrap();
+    assert!(!ticket.urgency().is_prefetch());
+}

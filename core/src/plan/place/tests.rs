@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::catalog::Kind;
+use crate::device::Granules;
 use crate::memory::ResidencyView;
 use crate::plan::{resolve, test_utils};
 use crate::policy::lru::Lru;
@@ -50,10 +51,10 @@ fn tier(tier: Tier, mib: u64, holds: &[(&Arc<Component>, bool)]) -> TierView {
     }
 }
 
-fn planner<'a>(tiers: &'a [TierView], granularity: &'a BTreeMap<GpuIndex, Bytes>) -> Planner<'a> {
+fn planner<'a>(tiers: &'a [TierView], granules: &'a BTreeMap<GpuIndex, Granules>) -> Planner<'a> {
     Planner {
         tiers,
-        granularity,
+        granules,
         ring: Bytes::mib(1),
         now: Duration::from_secs(100),
     }
@@ -119,9 +120,9 @@ fn the_arithmetic_of_a_refusal_adds_up() {
 
 #[test]
 fn device_memory_is_counted_in_granules() {
-    let granularity = BTreeMap::from([(GpuIndex(0), Bytes::mib(2))]);
+    let granules = BTreeMap::from([(GpuIndex(0), Granules::whole(Bytes::mib(2)))]);
     let tiers = [tier(GPU, 8, &[]), tier(Tier::Ram, 16, &[])];
-    let plan = planner(&tiers, &granularity)
+    let plan = planner(&tiers, &granules)
         .plan(&set(&[component(1, 10), component(2, 2049)]), Target::Best)
         .unwrap();
     assert_eq!(plan.steps[0].bytes, Bytes::mib(2));

@@ -1,0 +1,594 @@
+//! One memfd and its mapping in this process: the memory behind a slab, used by one slab after another.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
+
+use super::slab::SlabError;
+use crate::units::{Bytes, MIB};
+
+/// Bytes of a huge page on every machine that hotset runs on with 4 KiB base pages.
+pub const HUGE_PAGE: u64 = 2 * MIB;
+
+/// Bytes of an ordinary page.
+const PAGE: u64 = 4096;
+
+/// From this size on a slab lies on huge pages, where there are any: below, rounding up to them would cost more than an
+/// eighth of the slab.
+pub(super) const HUGE_FROM: u64 = 16 * MIB;
+
+/// The pages that host memory lies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pages {
+    /// 2 MiB pages that the administrator reserved (`vm.nr_hugepages`).
+    Hugetlb,
+    /// 2 MiB pages where the kernel finds some, since it may give them to shared memory.
+    Transparent,
+    /// 2 MiB pages that the kernel makes of small ones when asked to (`MADV_COLLAPSE`), whatever is configured for shared
+    /// memory; the rest behind the last whole one is on 4 KiB pages.
+    Collapsed,
+    /// 4 KiB pages.
+    Small,
+}
+
+impl std::fmt::Display for Pages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Hugetlb => "reserved 2 MiB",
+            Self::Transparent => "2 MiB",
+            Self::Collapsed => "collapsed 2 MiB",
+            Self::Small => "4 KiB",
+        })
+    }
+}
+
+impl Pages {
+    /// The unit in which memory is taken.
+    pub(super) const fn granule(self) -> u64 {
+        match self {
+            Self::Hugetlb | Self::Transparent => HUGE_PAGE,
+            Self::Collapsed | Self::Small => PAGE,
+        }
+    }
+
+    /// What the kernel allows for shared memory without reserved pages.
+    pub(super) fn of_shared_memory() -> Self {
+        let read = |name: &str| {
+            std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{name}"))
+                .unwrap_or_default()
+        };
+        let allowed = Self::parse(
+            &read("shmem_enabled"),
+            &read("hugepages-2048kB/shmem_enabled"),
+        );
+        // Where pages are huge from the start there is nothing to collapse.
+        if allowed == Self::Small && can_collapse() {
+            Self::Collapsed
+        } else {
+            allowed
+        }
+    }
+
+    /// The two texts are the setting for all sizes and the one for 2 MiB, which may defer to the first. The chosen word
+    /// of each is in brackets.
+    fn parse(overall: &str, huge: &str) -> Self {
+        let chosen = |text: &str| -> Option<String> {
+            let (_, rest) = text.split_once('[')?;
+            Some(rest.split_once(']')?.0.to_owned())
+        };
+        let setting = match chosen(huge).as_deref() {
+            None | Some("inherit") => chosen(overall),
+            Some(own) => Some(own.to_owned()),
+        };
+        match setting.as_deref() {
+            Some("always" | "within_size" | "advise" | "force") => Self::Transparent,
+            _ => Self::Small,
+        }
+    }
+}
+
+/// `madvise(2)`, Linux 6.1 and later.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// Bytes that are made present at once.
+const STRIDE: usize = 64 << 20;
+
+/// Whether the kernel makes huge pages of shared memory when asked to.
+fn can_collapse() -> bool {
+    let huge = HUGE_PAGE as usize;
+    Mapping::create("hotset-probe", huge, Pages::Small).is_ok_and(|probe| {
+        // SAFETY: a mapping of one huge page, on its border, that nobody else knows.
+        unsafe {
+            probe.start.as_ptr().write_volatile(0);
+            libc::madvise(probe.start.as_ptr().cast(), huge, MADV_COLLAPSE) == 0
+        }
+    })
+}
+
+/// Tells one mapping from every other one of this process, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MappingId(u64);
+
+/// Somebody who has to know when host memory goes: a device that has it pinned.
+pub trait MappingObserver: Send + Sync + std::fmt::Debug {
+    /// The pages of the range are about to go, or to become others. Nobody uses its bytes now; who registered the range
+    /// must undo that before this returns. Called once, from the thread that is about to change them.
+    fn unmapping(&self, range: MappedRange);
+}
+
+/// Where the memory of a mapping lies in this process. It stays there until [`MappingObserver::unmapping`], however many
+/// slabs use it one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedRange {
+    /// Which mapping.
+    pub mapping: MappingId,
+    /// The address of its first byte.
+    pub address: usize,
+    /// How long it is: the slab's bytes in whole pages.
+    pub bytes: usize,
+}
+
+/// A memfd, mapped. Unmapped and closed when dropped.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    id: MappingId,
+    start: NonNull<u8>,
+    len: usize,
+    pages: Pages,
+    memfd: OwnedFd,
+    /// Nothing at or above this has memory behind it.
+    touched: AtomicUsize,
+    /// Everything below this has memory behind it.
+    present: AtomicUsize,
+    populating: Mutex<()>,
+    /// A descriptor left this process's hands: from then on nobody can write through a new one.
+    shared: AtomicBool,
+    /// What was handed out last, to be handed out again: opening it by name costs ten times a duplicate.
+    handed_out: Mutex<Option<OwnedFd>>,
+    /// One for each device that has the memory pinned.
+    observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
+}
+
+// SAFETY: the mapping is owned by this value for its whole life and is not tied to a thread; who may touch which bytes
+// is the business of `Slab` and its writer.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// Mappings made in this process so far. Only used to tell them apart.
+static MAPPINGS: AtomicU64 = AtomicU64::new(0);
+
+impl Mapping {
+    /// A new one of this many bytes, without memory yet, on pages of this kind. It never changes its length.
+    pub(super) fn create(label: &str, len: usize, pages: Pages) -> Result<Self, SlabError> {
+        let refused = |step| {
+            move |error| SlabError::Allocate {
+                bytes: Bytes(len as u64),
+                step,
+                error,
+            }
+        };
+        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        if pages == Pages::Hugetlb {
+            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        }
+        let memfd = rustix::fs::memfd_create(label, flags).map_err(refused("memfd_create"))?;
+        rustix::fs::ftruncate(&memfd, len as u64).map_err(refused("ftruncate"))?;
+        // Sealed from the first byte on: nothing can pull pages away under a reader.
+        rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)
+            .map_err(refused("seal"))?;
+        let start = map(&memfd, len, pages).map_err(refused("mmap"))?;
+        let mapping = Self {
+            id: MappingId(MAPPINGS.fetch_add(1, Ordering::Relaxed)),
+            start,
+            len,
+            pages,
+            memfd,
+            touched: AtomicUsize::new(0),
+            present: AtomicUsize::new(0),
+            populating: Mutex::new(()),
+            shared: AtomicBool::new(false),
+            handed_out: Mutex::default(),
+            observers: Mutex::default(),
+        };
+        if pages == Pages::Transparent {
+            mapping.advise(Advice::LinuxHugepage);
+        }
+        // A forked child needs none of it, and pages that a device has pinned must not be copied on write.
+        mapping.advise(Advice::LinuxDontFork);
+        Ok(mapping)
+    }
+
+    /// Gives advice for the whole mapping; a kernel that knows it not goes without.
+    fn advise(&self, advice: Advice) {
+        let start = self.start.as_ptr().cast();
+        // SAFETY: the range is this mapping, and none of the advice changes what it holds.
+        let advised = unsafe { rustix::mm::madvise(start, self.len, advice) };
+        if let Err(error) = advised {
+            tracing::debug!(%error, ?advice, "madvise");
+        }
+    }
+
+    pub(super) fn range(&self) -> MappedRange {
+        MappedRange {
+            mapping: self.id,
+            address: self.start.as_ptr() as usize,
+            bytes: match self.touched.load(Ordering::Relaxed) {
+                // Made without a slab: nobody has been told how long one will be.
+                0 => self.len,
+                touched => touched,
+            },
+        }
+    }
+
+    /// Tells `observer` before the pages go.
+    pub(super) fn observe(&self, observer: Arc<dyn MappingObserver>) {
+        let observers = self.observers.lock();
+        observers
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(observer);
+    }
+
+    /// Tells all observers that the pages go. They are asked anew before anybody uses what comes.
+    fn tell(&mut self) {
+        let range = self.range();
+        let observers = self.observers.get_mut();
+        for observer in observers.unwrap_or_else(PoisonError::into_inner).drain(..) {
+            observer.unmapping(range);
+        }
+    }
+
+    pub(super) const fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    pub(super) const fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) const fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    pub(super) fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    /// The memory that it takes, or will take once it is filled.
+    pub(super) fn held(&self) -> Bytes {
+        Bytes(match self.pages {
+            // Reserved by the mapping, whether used or not.
+            Pages::Hugetlb => self.len as u64,
+            Pages::Transparent | Pages::Collapsed | Pages::Small => {
+                self.touched.load(Ordering::Relaxed) as u64
+            }
+        })
+    }
+
+    /// What is in use at least of the last bytes taken, rounded up to whole pages.
+    pub(super) fn wholly(&self, bytes: usize) -> usize {
+        bytes
+            .next_multiple_of(self.pages.granule() as usize)
+            .min(self.len)
+    }
+
+    /// Whether descriptors of it were handed out.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Acquire)
+    }
+
+    /// Whether a slab of `bytes` can lie here without holding more memory than it needs.
+    pub(super) fn suits(&self, bytes: usize) -> bool {
+        // Seals against writers forbid holes as well, so what lies behind the slab could not be given back.
+        bytes <= self.len
+            && (!self.is_shared() || self.touched.load(Ordering::Relaxed) <= self.wholly(bytes))
+    }
+
+    /// Makes ready for a slab of `bytes`: memory behind it goes back to the system, and what else an earlier slab left
+    /// behind the new one's end is zeroed. `false` where that cannot be, and the mapping is of no use for this size.
+    pub(super) fn fit(&mut self, bytes: usize) -> bool {
+        let (kept, touched) = (self.wholly(bytes), self.touched.load(Ordering::Relaxed));
+        if kept != touched {
+            // A device that has pinned pages would go on with those that are punched out, and lacks those that come.
+            self.tell();
+        }
+        if !self.suits(bytes) || (kept < touched && !self.punch(kept, touched)) {
+            return false;
+        }
+        let stale = touched.min(kept);
+        if bytes < stale {
+            // SAFETY: `bytes..stale` is inside the mapping, and nobody else can see it: the mapping is owned mutably
+            // here, so no slab has it.
+            unsafe { self.start.as_ptr().add(bytes).write_bytes(0, stale - bytes) };
+        }
+        self.touched.store(kept, Ordering::Relaxed);
+        self.present.fetch_min(kept, Ordering::Relaxed);
+        true
+    }
+
+    /// Everything below this has memory behind it.
+    pub(super) fn present(&self) -> usize {
+        self.present.load(Ordering::Relaxed)
+    }
+
+    /// Everything below `bytes` was written, or made present.
+    pub(super) fn is_present(&self, bytes: usize) {
+        self.present.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    fn punch(&self, from: usize, to: usize) -> bool {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.memfd, hole, from as u64, (to - from) as u64)
+            .inspect_err(|error| tracing::warn!(%error, from, to, "cannot give memory back"))
+            .is_ok()
+    }
+
+    /// Puts memory behind everything below `to` now, so that who writes there later need not wait for it. Blocks.
+    pub(super) fn populate(&self, to: usize) -> Result<(), Errno> {
+        let to = to.min(self.touched.load(Ordering::Relaxed));
+        // One thread at a time: it is faster than any disk, and the others want the same memory.
+        let _alone = self
+            .populating
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let huge = HUGE_PAGE as usize;
+        loop {
+            let from = self.present();
+            if from >= to {
+                return Ok(());
+            }
+            // A call costs as much for one page as for many, and who asks for some soon wants the rest.
+            let most = self.touched.load(Ordering::Relaxed);
+            let end = from.saturating_add(STRIDE).min(most);
+            if self.pages == Pages::Collapsed {
+                let first = from.next_multiple_of(huge);
+                self.collapse(first, end / huge * huge);
+            }
+            // SAFETY: the range is inside the mapping; the call makes pages present without changing what they hold.
+            unsafe {
+                rustix::mm::madvise(
+                    self.start.as_ptr().add(from).cast(),
+                    end - from,
+                    Advice::LinuxPopulateWrite,
+                )
+            }?;
+            self.is_present(end);
+        }
+    }
+
+    /// Asks for huge pages behind a range that nobody has written yet. Where there are none, small ones come as they are
+    /// needed.
+    fn collapse(&self, from: usize, to: usize) {
+        // The kernel collapses no hole, so there has to be something of each page.
+        for page in (from..to).step_by(HUGE_PAGE as usize) {
+            // SAFETY: a page inside the mapping; the call makes it present without changing what it holds.
+            let touched = unsafe {
+                rustix::mm::madvise(
+                    self.start.as_ptr().add(page).cast(),
+                    PAGE as usize,
+                    Advice::LinuxPopulateRead,
+                )
+            };
+            if let Err(error) = touched {
+                tracing::debug!(%error, "no page for a slab");
+                return;
+            }
+        }
+        if from < to {
+            // SAFETY: the range is inside the mapping; collapsing changes the pages, not what they hold.
+            let failed = unsafe {
+                libc::madvise(
+                    self.start.as_ptr().add(from).cast(),
+                    to - from,
+                    MADV_COLLAPSE,
+                )
+            };
+            if failed != 0 {
+                let error = std::io::Error::last_os_error();
+                tracing::debug!(%error, bytes = to - from, "no huge pages for a slab");
+            }
+        }
+    }
+
+    /// A descriptor through which another process can map the bytes, but never write them. From the first one on, the
+    /// kernel refuses every new writer.
+    pub(super) fn share(&self) -> Result<OwnedFd, SlabError> {
+        if !self.shared.swap(true, Ordering::AcqRel) {
+            // Plain WRITE would fail with EBUSY while the owner's own writable mapping lives.
+            rustix::fs::fcntl_add_seals(&self.memfd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)
+                .map_err(|error| SlabError::Seal {
+                    bytes: Bytes(self.len as u64),
+                    error,
+                })?;
+        }
+        let mut kept = self.handed_out();
+        let descriptor = match &*kept {
+            Some(descriptor) => descriptor,
+            None => kept.insert(self.reopen().map_err(|error| SlabError::Reopen { error })?),
+        };
+        rustix::io::fcntl_dupfd_cloexec(descriptor, 0).map_err(|error| SlabError::Reopen { error })
+    }
+
+    fn handed_out(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.handed_out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reopen(&self) -> Result<OwnedFd, Errno> {
+        File::open(format!("/proc/self/fd/{}", self.memfd.as_raw_fd()))
+            .map(OwnedFd::from)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOENT))
+    }
+
+    /// Whether nobody else has a descriptor of it or maps it any more, in any process.
+    ///
+    /// The kernel grants a write lease (`fcntl(F_SETLEASE)`) on the only open description of a file alone, and a mapping
+    /// keeps its description open. The memfd itself does not count, since it was not opened by name.
+    pub(super) fn is_alone(&self) -> bool {
+        if !self.is_shared() {
+            return true;
+        }
+        // Our own one would count as a holder.
+        drop(self.handed_out().take());
+        let Ok(probe) = self.reopen() else {
+            return false;
+        };
+        // SAFETY: the call takes a live descriptor and plain numbers. The lease ends with the descriptor, below.
+        unsafe { libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) == 0 }
+    }
+}
+
+/// A fresh shared mapping, on a border of huge pages where it is long enough for one.
+fn map(memfd: &OwnedFd, len: usize, pages: Pages) -> Result<NonNull<u8>, Errno> {
+    let huge = HUGE_PAGE as usize;
+    let aligned = pages != Pages::Hugetlb && len >= huge;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    if !aligned {
+        // SAFETY: a fresh mapping at an address of the kernel's choice, of a memfd that nobody else knows yet and that
+        // can no longer shrink.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                protection,
+                MapFlags::SHARED,
+                memfd,
+                0,
+            )
+        }?;
+        return NonNull::new(start.cast()).ok_or(Errno::NOMEM);
+    }
+    // Addresses with room for the border, then the mapping inside of them.
+    // SAFETY: a fresh anonymous mapping without access, at an address of the kernel's choice.
+    let room = unsafe {
+        rustix::mm::mmap_anonymous(
+            std::ptr::null_mut(),
+            len + huge,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
+    }?;
+    let before = (room as usize).next_multiple_of(huge) - room as usize;
+    let start = room.cast::<u8>().wrapping_add(before);
+    // SAFETY: replaces a part of the anonymous mapping made above, which nobody else knows. The rest of it, before and
+    // behind, is unmapped; what fails there costs addresses only.
+    let mapped = unsafe {
+        let mapped = rustix::mm::mmap(
+            start.cast(),
+            len,
+            protection,
+            MapFlags::SHARED | MapFlags::FIXED,
+            memfd,
+            0,
+        );
+        if before > 0 {
+            let _ = rustix::mm::munmap(room, before);
+        }
+        let _ = rustix::mm::munmap(start.wrapping_add(len).cast(), huge - before);
+        if mapped.is_err() {
+            let _ = rustix::mm::munmap(start.cast(), len);
+        }
+        mapped
+    }?;
+    NonNull::new(mapped.cast()).ok_or(Errno::NOMEM)
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.tell();
+        // SAFETY: this is the mapping made in `create`; the slab that used it is gone, and with it every borrow.
+        let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
+        if let Err(error) = unmapped {
+            tracing::error!(%error, bytes = self.len, "munmap of a slab failed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_word_on_huge_pages_is_read() {
+        let overall = "always within_size advise [never] deny force\n";
+        let advise = "always within_size [advise] never deny force\n";
+        let inherit = "always [inherit] within_size advise never\n";
+        let own = "always inherit within_size [advise] never\n";
+        assert_eq!(Pages::parse(overall, inherit), Pages::Small);
+        assert_eq!(Pages::parse(overall, own), Pages::Transparent);
+        assert_eq!(Pages::parse(advise, inherit), Pages::Transparent);
+        assert_eq!(Pages::parse(advise, ""), Pages::Transparent);
+        assert_eq!(Pages::parse("", ""), Pages::Small);
+    }
+
+    #[test]
+    fn another_holder_is_noticed_however_it_holds() {
+        let mapping = Mapping::create("test", 1 << 20, Pages::Small).unwrap();
+        assert!(mapping.is_alone());
+        let descriptor = mapping.share().unwrap();
+        assert!(!mapping.is_alone(), "a descriptor is out");
+        // SAFETY: a read-only mapping of a file of this length that cannot shrink, unmapped below.
+        let mapped = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                1 << 20,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                &descriptor,
+                0,
+            )
+        }
+        .unwrap();
+        drop(descriptor);
+        assert!(!mapping.is_alone(), "it is still mapped");
+        // SAFETY: made above, and not used any more.
+        unsafe { rustix::mm::munmap(mapped, 1 << 20) }.unwrap();
+        assert!(mapping.is_alone());
+    }
+
+    #[test]
+    fn what_an_earlier_slab_left_is_gone_behind_the_next_ones_end() {
+        let mut mapping = Mapping::create("test", 1 << 20, Pages::Small).unwrap();
+        assert!(mapping.fit(1 << 20));
+        // SAFETY: the whole mapping, which nobody else uses.
+        unsafe { mapping.start().as_ptr().write_bytes(7, 1 << 20) };
+        assert!(mapping.fit(10_000));
+        assert_eq!(mapping.held(), Bytes(12_288));
+        // SAFETY: as above.
+        let seen = unsafe { std::slice::from_raw_parts(mapping.start().as_ptr(), 1 << 20) };
+        assert!(seen[..10_000].iter().all(|byte| *byte == 7));
+        assert!(seen[10_000..].iter().all(|byte| *byte == 0));
+        assert!(!mapping.fit((1 << 20) + 1));
+    }
+
+    #[test]
+    fn mappings_begin_on_a_border_of_huge_pages() {
+        let mapping = Mapping::create("test", 3 << 20, Pages::Small).unwrap();
+        assert_eq!(mapping.range().address % HUGE_PAGE as usize, 0);
+    }
+
+    #[test]
+    fn memory_is_there_before_it_is_written_and_is_still_zero() {
+        for pages in [Pages::Small, Pages::Collapsed, Pages::Transparent] {
+            let len = 5 << 20;
+            let mut mapping = Mapping::create("test", len, pages).unwrap();
+            assert!(mapping.fit(len));
+            assert_eq!(mapping.present(), 0);
+            // Where the kernel has no huge pages, small ones do.
+            assert_eq!(mapping.populate(1 << 20), Ok(()));
+            assert_eq!(mapping.present(), len);
+            // SAFETY: the whole mapping, which nobody else uses.
+            let seen = unsafe { std::slice::from_raw_parts(mapping.start().as_ptr(), len) };
+            assert!(seen.iter().all(|byte| *byte == 0));
+        }
+    }
+}

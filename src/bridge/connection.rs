@@ -1,0 +1,634 @@
+//! One connection: one task that reads requests, has them done, and writes replies and events.
+//!
+//! Requests are taken in their order; those that take long (loads, questions to actors) go on beside the reading, each as a future of
+//! this task, so that nothing here needs a lock and all of it ends with the task.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::FuturesUnordered;
+use hotset_core::LeaseId;
+use hotset_core::memory::Lease;
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::answers::{self, document, refusal};
+use super::channel::{ChannelError, Inbox, Outbox};
+use super::events::{Event, Events};
+use super::leases::{Exported, Leases, exported};
+use super::mapped::Mapped;
+use super::wire::{
+    Cancelled, ClientMessage, Empty, ErrorReply, Goodbye, Hello, Limits, Load, MAX_NAMES,
+    MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MAX_TEXT_BYTES, PlanReply, Released, Revoke, Scanned,
+    ServerMessage, StatusReply, Subscribed, UsageReply, VERSIONS, Welcome,
+};
+use super::{FAREWELL, FrameError, Shared};
+use crate::{GpuEvent, LoadError, LoadEvent, Loading, Session, SessionId, Shortage, Tier};
+
+/// How long a client may take to say `hello`.
+const HELLO_TIME: Duration = Duration::from_secs(10);
+/// Silence after which a client that promised signs of life is taken for hung, as a multiple of its promise.
+const SILENCES: u32 = 3;
+/// The longest promise; a longer one is as good as none.
+const LONGEST_PROMISE: Duration = Duration::from_secs(24 * 3600);
+
+/// A connection that was let in.
+#[derive(Debug)]
+pub(super) struct Connection {
+    shared: Arc<Shared>,
+    inbox: Inbox,
+    outbox: Arc<Outbox>,
+    pid: Option<i32>,
+}
+
+/// Why a connection ends.
+enum End {
+    /// The client is gone, or the socket is.
+    Gone(ChannelError),
+    /// With a farewell.
+    Told(&'static str, String),
+}
+
+impl From<ChannelError> for End {
+    fn from(error: ChannelError) -> Self {
+        match error {
+            ChannelError::Closed | ChannelError::Io(_) => Self::Gone(error),
+            ChannelError::SlowReader { .. } => Self::Told("slow-reader", error.to_string()),
+            ChannelError::Frame(_) | ChannelError::Descriptors { .. } => {
+                Self::Told("protocol", error.to_string())
+            }
+        }
+    }
+}
+
+impl Connection {
+    pub(super) fn new(shared: Arc<Shared>, stream: UnixStream, pid: Option<i32>) -> Self {
+        let socket = Arc::new(stream);
+        let behind = usize::try_from(shared.config.max_behind.get()).unwrap_or(usize::MAX);
+        Self {
+            inbox: Inbox::new(socket.clone(), MAX_REQUEST_BYTES),
+            outbox: Arc::new(Outbox::new(socket, behind)),
+            shared,
+            pid,
+        }
+    }
+
+    /// The whole of it. What the connection holds is dropped with it.
+    pub(super) async fn run(mut self) {
+        let end = match self.greet().await {
+            Ok((session, promise)) => {
+                Talk::new(&self, session, promise)
+                    .run(&mut self.inbox)
+                    .await
+            }
+            Err(end) => end,
+        };
+        match end {
+            End::Gone(error) => {
+                tracing::debug!(pid = self.pid, reason = %error, "a client is gone");
+            }
+            End::Told(code, message) => {
+                tracing::info!(pid = self.pid, code, message, "ended a client's connection");
+                let goodbye = ServerMessage::Goodbye(Goodbye {
+                    code: code.into(),
+                    message,
+                });
+                if let Ok(frame) = goodbye.encode(0) {
+                    self.outbox.send_last(frame);
+                    let read = async {
+                        tokio::select! {
+                            () = self.outbox.drained() => {}
+                            () = self.inbox.discard() => {}
+                        }
+                    };
+                    let _ = tokio::time::timeout(FAREWELL, read).await;
+                }
+            }
+        }
+    }
+
+    /// Waits for `hello`, and opens the session.
+    async fn greet(&mut self) -> Result<(Session, Option<Duration>), End> {
+        let waited = tokio::time::timeout(HELLO_TIME, self.hello()).await;
+        let (id, hello) =
+            waited.map_err(|_| End::Told("refused", "`hello` did not come in time".into()))??;
+        let refuse = |connection: &Self, error: ErrorReply| {
+            let message = error.message.clone();
+            let _ = send(&connection.outbox, id, &ServerMessage::Error(error));
+            End::Told("refused", message)
+        };
+        let Some(version) = VERSIONS.into_iter().find(|v| hello.versions.contains(v)) else {
+            let error = refusal(
+                "version",
+                format!(
+                    "this server speaks versions {VERSIONS:?} of the protocol, the client {:?}",
+                    hello.versions
+                ),
+            );
+            return Err(refuse(self, error));
+        };
+        if let Err(error) = answers::check_text("the label", &hello.label) {
+            return Err(refuse(self, error));
+        }
+        let label = match (hello.label.as_str(), self.pid) {
+            ("", Some(pid)) => format!("pid {pid}"),
+            (label, Some(pid)) => format!("{label} (pid {pid})"),
+            (label, None) => label.to_owned(),
+        };
+        let session = match self.shared.hotset.session(label).await {
+            Ok(session) => session,
+            Err(error) => return Err(refuse(self, answers::session_error(&error))),
+        };
+        let config = &self.shared.config;
+        let welcome = Welcome {
+            version,
+            server: concat!("hotset ", env!("CARGO_PKG_VERSION")).into(),
+            instance: self.shared.instance.clone(),
+            session: session.id().0,
+            limits: Limits {
+                request_bytes: MAX_REQUEST_BYTES as u64,
+                reply_bytes: MAX_REPLY_BYTES as u64,
+                names: MAX_NAMES as u64,
+                text_bytes: MAX_TEXT_BYTES as u64,
+                requests: config.max_requests as u64,
+                behind_bytes: config.max_behind.get(),
+                quota_bytes: config.quota.map(crate::Bytes::get),
+            },
+        };
+        tracing::debug!(session = %session.id(), pid = self.pid, software = hello.software, "a client is here");
+        send(&self.outbox, id, &ServerMessage::Welcome(welcome))?;
+        let promise = (hello.keep_alive_ms > 0)
+            .then(|| Duration::from_millis(hello.keep_alive_ms).min(LONGEST_PROMISE));
+        Ok((session, promise))
+    }
+
+    async fn hello(&mut self) -> Result<(u64, Hello), End> {
+        loop {
+            match self.inbox.next_frame()? {
+                None => self.inbox.receive().await?,
+                Some(frame) => {
+                    return match ClientMessage::decode(frame) {
+                        Ok((id, ClientMessage::Hello(hello))) => Ok((id, hello)),
+                        Ok((id, other)) => {
+                            let message =
+                                format!("the first message is `hello`, not `{}`", other.kind());
+                            let error = refusal("hello-first", message.clone());
+                            send(&self.outbox, id, &ServerMessage::Error(error))?;
+                            Err(End::Told("refused", message))
+                        }
+                        Err(error) => {
+                            let (id, reply) = answers::frame_error(&error);
+                            send(&self.outbox, id, &ServerMessage::Error(reply))?;
+                            Err(End::Told("refused", error.to_string()))
+                        }
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Sends a message without descriptors.
+fn send(outbox: &Outbox, id: u64, message: &ServerMessage) -> Result<(), ChannelError> {
+    outbox.send(message.encode(id)?)
+}
+
+/// What goes on beside the reading.
+enum Finished {
+    Load {
+        id: u64,
+        reserved: u64,
+        preemptible: bool,
+        outcome: Result<Vec<(Lease, Option<Exported>)>, LoadError>,
+    },
+    Answer {
+        id: u64,
+        message: ServerMessage,
+    },
+    /// The client is too slow for what the work sends.
+    Failed(ChannelError),
+}
+
+/// A connection with its session open.
+struct Talk {
+    shared: Arc<Shared>,
+    outbox: Arc<Outbox>,
+    session: Session,
+    leases: Leases,
+    mapped: Mapped,
+    events: Events,
+    work: FuturesUnordered<BoxFuture<'static, Finished>>,
+    /// The loads under way: what cancels each.
+    loads: HashMap<u64, oneshot::Sender<()>>,
+    /// Bytes of loads under way, as far as a quota asks for them.
+    reserved: u64,
+    /// Leases that were asked back, and until when.
+    revoked: Option<(Instant, Vec<u64>)>,
+    promise: Option<Duration>,
+    heard: Instant,
+    pinged: bool,
+}
+
+impl Talk {
+    fn new(connection: &Connection, session: Session, promise: Option<Duration>) -> Self {
+        Self {
+            shared: connection.shared.clone(),
+            outbox: connection.outbox.clone(),
+            session,
+            leases: Leases::default(),
+            mapped: Mapped::default(),
+            events: Events::new(),
+            work: FuturesUnordered::new(),
+            loads: HashMap::new(),
+            reserved: 0,
+            revoked: None,
+            promise,
+            heard: Instant::now(),
+            pinged: false,
+        }
+    }
+
+    async fn run(mut self, inbox: &mut Inbox) -> End {
+        let outbox = self.outbox.clone();
+        let stop = self.shared.stop.clone();
+        let mut flushing = std::pin::pin!(outbox.flush());
+        loop {
+            let alarm = self.alarm();
+            let outcome = tokio::select! {
+                biased;
+                () = stop.cancelled() => Err(End::Told("draining", "the server ends".into())),
+                Some(finished) = self.work.next(), if !self.work.is_empty() => self.finished(finished),
+                error = &mut flushing => Err(error.into()),
+                received = inbox.receive() => match received {
+                    Ok(()) => self.received(inbox),
+                    Err(error) => Err(error.into()),
+                },
+                event = self.events.next() => self.event(event),
+                () = until(alarm) => self.alarmed(),
+            };
+            if let Err(end) = outcome {
+                return end;
+            }
+        }
+    }
+
+    /// Handles all frames that are whole.
+    fn received(&mut self, inbox: &mut Inbox) -> Result<(), End> {
+        self.heard = Instant::now();
+        self.pinged = false;
+        while let Some(frame) = inbox.next_frame()? {
+            match ClientMessage::decode(frame) {
+                Ok((id, message)) => {
+                    let count = match &message {
+                        ClientMessage::StillMapped(still) => still.memories.len(),
+                        _ => 0,
+                    };
+                    let descriptors = inbox.take_descriptors(count);
+                    self.handle(id, message, &descriptors)?;
+                }
+                Err(error @ FrameError::TooLong { .. }) => {
+                    return Err(ChannelError::Frame(error).into());
+                }
+                Err(error) => {
+                    let (id, reply) = answers::frame_error(&error);
+                    self.reply(id, ServerMessage::Error(reply))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn reply(&self, id: u64, message: ServerMessage) -> Result<(), End> {
+        Ok(send(&self.outbox, id, &message)?)
+    }
+
+    fn handle(
+        &mut self,
+        id: u64,
+        message: ClientMessage,
+        descriptors: &[OwnedFd],
+    ) -> Result<(), End> {
+        let hotset = &self.shared.hotset;
+        let answer = match message {
+            ClientMessage::Pong(_) => return Ok(()),
+            ClientMessage::Ping(_) => Ok(ServerMessage::Pong(Empty {})),
+            ClientMessage::Hello(_) => Err(refusal("malformed", "`hello` was said already")),
+            ClientMessage::List(list) => answers::list(hotset, &list),
+            ClientMessage::Show(show) => answers::show(hotset, &show.name),
+            ClientMessage::Plan(set) => answers::plan(hotset, &set),
+            ClientMessage::Why(why) => answers::why(hotset, &why),
+            ClientMessage::Load(load) => match self.load(id, load) {
+                Ok(()) => return Ok(()),
+                Err(error) => Err(error),
+            },
+            ClientMessage::Cancel(cancel) => {
+                let found = self.loads.remove(&cancel.request).is_some();
+                Ok(ServerMessage::Cancelled(Cancelled { found }))
+            }
+            ClientMessage::Release(release) => {
+                let leases = self.leases.release(&release.leases);
+                Ok(ServerMessage::Released(Released { leases }))
+            }
+            ClientMessage::Subscribe(subscribe) => self
+                .events
+                .subscribe(hotset, id, &subscribe.topics)
+                .map(|()| self.subscribed()),
+            ClientMessage::Unsubscribe(unsubscribe) => {
+                self.events.unsubscribe(&unsubscribe.topics);
+                Ok(self.subscribed())
+            }
+            ClientMessage::StillMapped(still) => self
+                .mapped
+                .add(hotset.ledger(), &still.memories, descriptors)
+                .map(ServerMessage::Counted),
+            ClientMessage::Unmapped(unmapped) => Ok(ServerMessage::Counted(
+                self.mapped.remove(&unmapped.mappings),
+            )),
+            ClientMessage::Drain(_) => {
+                self.shared.drain.notify_one();
+                Ok(ServerMessage::Draining(Empty {}))
+            }
+            question @ (ClientMessage::Status(_)
+            | ClientMessage::Analyse(_)
+            | ClientMessage::Scan(_)) => match self.ask(id, question) {
+                Ok(()) => return Ok(()),
+                Err(error) => Err(error),
+            },
+        };
+        self.reply(id, answer.unwrap_or_else(ServerMessage::Error))
+    }
+
+    fn subscribed(&self) -> ServerMessage {
+        ServerMessage::Subscribed(Subscribed {
+            topics: self.events.topics(),
+        })
+    }
+
+    /// Whether one more may go on beside the reading.
+    fn check_room(&self) -> Result<(), ErrorReply> {
+        let limit = self.shared.config.max_requests;
+        if self.work.len() < limit {
+            return Ok(());
+        }
+        let retry_after = self.shared.hotset.config().sessions.retry_after;
+        Err(answers::session_error(&crate::SessionError::Busy {
+            what: "this connection has too many requests under way",
+            limit,
+            retry_after,
+        }))
+    }
+
+    /// Questions to actors.
+    fn ask(&self, id: u64, question: ClientMessage) -> Result<(), ErrorReply> {
+        self.check_room()?;
+        let hotset = self.shared.hotset.clone();
+        let asked = async move {
+            let message = match question {
+                ClientMessage::Status(_) => ServerMessage::Status(StatusReply {
+                    status: document(&hotset.status().await),
+                }),
+                ClientMessage::Analyse(_) => ServerMessage::Usage(UsageReply {
+                    usage: document(&hotset.analyse_usage().await),
+                }),
+                _ => match hotset.scan().await {
+                    Ok(summary) => ServerMessage::Scanned(Scanned {
+                        summary: document(&summary),
+                    }),
+                    Err(error) => ServerMessage::Error(answers::session_error(&error)),
+                },
+            };
+            Finished::Answer { id, message }
+        };
+        self.work.push(asked.boxed());
+        Ok(())
+    }
+
+    /// Begins a load.
+    fn load(&mut self, id: u64, load: Load) -> Result<(), ErrorReply> {
+        self.check_room()?;
+        if self.loads.contains_key(&id) {
+            return Err(refusal(
+                "malformed",
+                format!("the load {id} is still under way; give each its own id"),
+            ));
+        }
+        let (progress, preemptible) = (load.progress, load.preemptible);
+        let set = answers::load_of(load)?;
+        let mut reserved = 0;
+        if let Some(quota) = self.shared.config.quota {
+            let graph = self.shared.hotset.dependencies(&set);
+            let graph = graph.map_err(|error| answers::load_error(&error))?;
+            reserved = graph.order().iter().map(|c| c.bytes.get()).sum();
+            let held = self.leases.bytes() + self.reserved;
+            if held.saturating_add(reserved) > quota.get() {
+                return Err(refusal(
+                    "quota",
+                    format!(
+                        "this client may have {quota} leased; it has {} leased or under way, and the set takes {}: release some",
+                        crate::Bytes(held),
+                        crate::Bytes(reserved)
+                    ),
+                ));
+            }
+            self.reserved += reserved;
+        }
+        self.events.watch_gpus(&self.shared.hotset);
+        if preemptible {
+            self.events.watch_shortages(&self.shared.hotset);
+        }
+        let (cancel, cancelled) = oneshot::channel();
+        self.loads.insert(id, cancel);
+        let loading = self.session.load(set);
+        let outbox = self.outbox.clone();
+        let pumped = async move {
+            match pump(id, loading, cancelled, progress, &outbox).await {
+                Ok(outcome) => Finished::Load {
+                    id,
+                    reserved,
+                    preemptible,
+                    outcome: match outcome {
+                        Ok(leases) => Ok(exported(leases).await),
+                        Err(error) => Err(error),
+                    },
+                },
+                Err(error) => Finished::Failed(error),
+            }
+        };
+        self.work.push(pumped.boxed());
+        Ok(())
+    }
+
+    fn finished(&mut self, finished: Finished) -> Result<(), End> {
+        match finished {
+            Finished::Failed(error) => Err(error.into()),
+            Finished::Answer { id, message } => self.reply(id, message),
+            Finished::Load {
+                id,
+                reserved,
+                preemptible,
+                outcome,
+            } => {
+                self.loads.remove(&id);
+                self.reserved -= reserved;
+                let leased = outcome
+                    .map_err(|error| answers::load_error(&error))
+                    .and_then(|leases| self.leases.add(leases, preemptible, &self.shared.tables));
+                match leased {
+                    Err(error) => self.reply(id, ServerMessage::Error(error)),
+                    Ok((leased, descriptors)) => {
+                        let frame = ServerMessage::Leased(leased)
+                            .encode(id)
+                            .map_err(ChannelError::from)?;
+                        Ok(self.outbox.send_with(frame, descriptors)?)
+                    }
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), End> {
+        match event {
+            Event::Message(id, message) => self.reply(id, message),
+            Event::Shortage(shortage) => self.revoke(&shortage),
+            Event::Gpu(GpuEvent::Lost {
+                tier,
+                reason,
+                leases,
+            }) => self.lost(tier, &reason, &leases),
+            // One that is back has nothing of this client's; what others take comes as a shortage too.
+            Event::Gpu(_) => Ok(()),
+        }
+    }
+
+    /// Tells of leases whose memory is gone with its GPU.
+    fn lost(
+        &mut self,
+        tier: Tier,
+        reason: &str,
+        leases: &[(LeaseId, SessionId)],
+    ) -> Result<(), End> {
+        let own = |session: &SessionId| *session == self.session.id();
+        let leases: Vec<u64> = leases
+            .iter()
+            .filter(|(_, session)| own(session))
+            .map(|(lease, _)| lease.0)
+            .collect();
+        if leases.is_empty() {
+            return Ok(());
+        }
+        let grace = Instant::now() + self.shared.config.grace;
+        self.revoked.get_or_insert((grace, leases.clone()));
+        self.reply(
+            0,
+            ServerMessage::Revoke(Revoke {
+                leases,
+                grace_ms: 0,
+                reason: format!("{tier} is lost, and what these leases held with it: {reason}"),
+            }),
+        )
+    }
+
+    /// Asks for leases back that were promised to be given.
+    fn revoke(&mut self, shortage: &Shortage) -> Result<(), End> {
+        if shortage.session == self.session.id() || self.revoked.is_some() {
+            return Ok(());
+        }
+        let leases = self.leases.preemptible(shortage.tier);
+        if leases.is_empty() {
+            return Ok(());
+        }
+        let grace = self.shared.config.grace;
+        self.revoked = Some((Instant::now() + grace, leases.clone()));
+        self.reply(
+            0,
+            ServerMessage::Revoke(Revoke {
+                leases,
+                grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+                reason: format!(
+                    "{} waits for {} more of {}",
+                    shortage.session, shortage.missing, shortage.tier
+                ),
+            }),
+        )
+    }
+
+    /// When to look at promises and grace periods next.
+    fn alarm(&self) -> Option<Instant> {
+        let silence = self.promise.map(|promise| {
+            let silences = if self.pinged { SILENCES } else { 1 };
+            self.heard + promise * silences
+        });
+        let grace = self.revoked.as_ref().map(|(until, _)| *until);
+        silence.into_iter().chain(grace).min()
+    }
+
+    fn alarmed(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        if let Some((until, leases)) = &self.revoked
+            && now >= *until
+        {
+            if self.leases.holds_any(leases) {
+                let message = "leases were not given back within the grace period".into();
+                return Err(End::Told("revoked", message));
+            }
+            self.revoked = None;
+        }
+        if let Some(promise) = self.promise {
+            if self.pinged && now >= self.heard + promise * SILENCES {
+                let message = format!("nothing was heard for {:?}", promise * SILENCES);
+                return Err(End::Told("silent", message));
+            }
+            if !self.pinged && now >= self.heard + promise {
+                self.pinged = true;
+                return self.reply(0, ServerMessage::Ping(Empty {}));
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => pending().await,
+    }
+}
+
+/// Follows a load to its end, and tells of its progress where that is wanted and the client keeps up.
+async fn pump(
+    id: u64,
+    mut loading: Loading,
+    cancelled: oneshot::Receiver<()>,
+    progress: bool,
+    outbox: &Outbox,
+) -> Result<Result<Vec<Lease>, LoadError>, ChannelError> {
+    let mut leases = Vec::new();
+    let mut cancelled = cancelled.fuse();
+    loop {
+        tokio::select! {
+            biased;
+            event = loading.next() => match event {
+                Some(Ok(LoadEvent::Leased(lease))) => leases.push(lease),
+                Some(Ok(LoadEvent::Done)) => return Ok(Ok(leases)),
+                Some(Ok(LoadEvent::Planned(plan))) if progress => {
+                    let plan = document(&*plan);
+                    send(outbox, id, &ServerMessage::Planned(PlanReply { plan }))?;
+                }
+                Some(Ok(LoadEvent::Progress(now))) if progress && !outbox.is_behind() => {
+                    send(outbox, id, &ServerMessage::Progress((&now).into()))?;
+                }
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Ok(Err(error)),
+                None => return Ok(Err(LoadError::Restarted)),
+            },
+            // The sender goes when the client cancels, and when the load has ended.
+            _ = &mut cancelled => loading.cancel(),
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! `hotset bench attach`: how long it takes to lease and map what is resident already, in this process, from another one, and from Python.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use hotset::bridge::Bridge;
+use hotset::client::{Client, LoadOptions};
+use hotset::{Bytes, ComponentSet, Config, Hotset, Target};
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::output::{self, line, table};
+use super::{CliError, Global, serve};
+
+/// How to measure attaching.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Components in the set; a diffusion pipeline with its adapters has seven
+    #[arg(long, default_value_t = 7)]
+    components: usize,
+    /// Tensors in each
+    #[arg(long, default_value_t = 200)]
+    tensors: usize,
+    /// Size of each component
+    #[arg(long, default_value = "8MiB")]
+    size: Bytes,
+    /// Connections that ask at the same time, for the rate
+    #[arg(long, default_value_t = 64)]
+    connections: usize,
+    /// How long each measurement takes
+    #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
+    time: Duration,
+    /// The Python with the hotset package
+    #[arg(long, default_value = "python3", value_name = "FILE")]
+    python: PathBuf,
+    /// Measure as a client of the server on this socket; this is what the command itself starts
+    #[arg(long, hide = true, value_name = "SOCKET")]
+    against: Option<PathBuf>,
+}
+
+/// Times of one operation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Times {
+    p50_us: f64,
+    p99_us: f64,
+    count: usize,
+}
+
+/// What a client in a process of its own measures.
+#[derive(Debug, Serialize, Deserialize)]
+struct Remote {
+    #[serde(flatten)]
+    times: Times,
+    /// The round trip that carries nothing: what of it the socket and two processes cost.
+    ping_p50_us: f64,
+    connections: usize,
+    /// Loads of one resident component and releases, each answered.
+    requests_per_s: f64,
+    /// Of which loads that were answered with a lease, and mapped.
+    leases_per_s: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    components: usize,
+    tensors: usize,
+    bytes: Bytes,
+    embedded: Times,
+    bridge: Remote,
+    python: Option<Times>,
+    /// Why there is no figure for Python.
+    python_missing: Option<String>,
+}
+
+fn times(mut seconds: Vec<f64>) -> Times {
+    seconds.sort_by(f64::total_cmp);
+    let at = |share: f64| {
+        let index = (seconds.len().saturating_sub(1) as f64 * share).round() as usize;
+        seconds.get(index).copied().unwrap_or(f64::NAN) * 1e6
+    };
+    Times {
+        p50_us: at(0.50),
+        p99_us: at(0.99),
+        count: seconds.len(),
+    }
+}
+
+fn name(component: usize) -> String {
+    format!("component-{component}")
+}
+
+/// `hotset bench attach`
+pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliError> {
+    if args.components == 0 || args.tensors == 0 || args.connections == 0 {
+        return Err(CliError::Usage(
+            "there is nothing to measure with 0 components, tensors or connections".into(),
+        ));
+    }
+    if let Some(socket) = &args.against {
+        return output::json(&remote(args, socket).await?);
+    }
+    let folder = tempfile::tempdir().map_err(CliError::Output)?;
+    library(args, folder.path())?;
+    let mut config = Config::default();
+    config.catalog.roots = vec![folder.path().join("models")];
+    config.catalog.watch = false;
+    config.ram.budget = Some(Bytes(
+        args.size.get() * args.components as u64 * 2 + (1 << 26),
+    ));
+    let socket = folder.path().join("run/hotset.sock");
+    config.bridge.socket = Some(socket.clone());
+    let hotset = Arc::new(serve::start(config).await?);
+    let bridge = Bridge::open(hotset.clone()).await?;
+    let embedded = embedded(args, &hotset).await?;
+    let remote = child(args, &socket).await?;
+    let (python, python_missing) = match python(args, &socket).await {
+        Ok(times) => (Some(times), None),
+        Err(reason) => (None, Some(reason)),
+    };
+    bridge.close().await;
+    if let Some(hotset) = Arc::into_inner(hotset) {
+        hotset.drain().await;
+    }
+    let report = Report {
+        components: args.components,
+        tensors: args.tensors,
+        bytes: args.size,
+        embedded,
+        bridge: remote,
+        python,
+        python_missing,
+    };
+    if global.json {
+        return output::json(&report);
+    }
+    print(&report)
+}
+
+/// Files of one component each.
+fn library(args: &AttachArgs, folder: &Path) -> Result<(), CliError> {
+    let models = folder.join("models");
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| CliError::File { path, source }
+    };
+    std::fs::create_dir_all(&models).map_err(at(&models))?;
+    let each = usize::try_from(args.size.get()).unwrap_or(usize::MAX) / args.tensors / 2 * 2;
+    for component in 0..args.components {
+        let bytes = vec![component as u8; each];
+        let names = (0..args.tensors).map(|i| format!("model.layers.{i}.self_attn.q_proj.weight"));
+        let tensors: Result<Vec<_>, _> = names
+            .map(|name| {
+                TensorView::new(Dtype::F16, vec![each / 2], &bytes).map(|view| (name, view))
+            })
+            .collect();
+        let path = models.join(format!("{}.safetensors", name(component)));
+        tensors
+            .and_then(|tensors| safetensors::serialize_to_file(tensors, None, &path))
+            .map_err(|error| at(&path)(std::io::Error::other(error)))?;
+    }
+    Ok(())
+}
+
+/// In this process.
+async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Times, CliError> {
+    let session = hotset.session("bench").await?;
+    let set = ComponentSet::new((0..args.components).map(name)).on(Target::Ram);
+    session.load(set.clone()).leases().await?;
+    let mut seconds = Vec::new();
+    let end = Instant::now() + args.time;
+    while Instant::now() < end {
+        let began = Instant::now();
+        let leases = session.load(set.clone()).leases().await?;
+        let first = leases
+            .iter()
+            .filter_map(|lease| lease.slab()?.filled().first());
+        std::hint::black_box(first.fold(0_u8, |sum, byte| sum ^ byte));
+        seconds.push(began.elapsed().as_secs_f64());
+        drop(leases);
+    }
+    Ok(times(seconds))
+}
+
+/// This command once more, as a client in a process of its own.
+async fn child(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
+    let program = std::env::current_exe().map_err(CliError::Output)?;
+    let mut command = std::process::Command::new(program);
+    command
+        .args(["--json", "bench", "attach", "--against"])
+        .arg(socket)
+        .args(["--components", &args.components.to_string()])
+        .args(["--connections", &args.connections.to_string()])
+        .args(["--time", &format!("{}ms", args.time.as_millis())])
+        .stderr(Stdio::inherit());
+    let output = tokio::task::spawn_blocking(move || command.output()).await;
+    let output = output
+        .map_err(|error| CliError::Usage(format!("the client failed: {error}")))?
+        .map_err(CliError::Output)?;
+    serde_json::from_slice(&output.stdout).map_err(CliError::Answer)
+}
+
+/// As a client.
+async fn remote(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
+    let client = Client::connect_to(socket, "bench").await?;
+    let set = LoadOptions::new((0..args.components).map(name)).on("ram");
+    let mut seconds = Vec::new();
+    let end = Instant::now() + args.time;
+    while Instant::now() < end {
+        let began = Instant::now();
+        let leases = client.load(&set).await?;
+        let mut seen = 0_u8;
+        for lease in &leases {
+            seen ^= lease.mapping()?.as_slice().first().copied().unwrap_or(0);
+        }
+        std::hint::black_box(seen);
+        seconds.push(began.elapsed().as_secs_f64());
+        drop(leases);
+        // The release is its own request, and not timed: let it be done before the next one begins.
+        client.ping().await?;
+    }
+    let mut pings = Vec::new();
+    for _ in 0..2000 {
+        let began = Instant::now();
+        client.ping().await?;
+        pings.push(began.elapsed().as_secs_f64());
+    }
+    let mut asking = Vec::new();
+    let began = Instant::now();
+    let end = began + args.time;
+    for i in 0..args.connections {
+        let client = Client::connect_to(socket, "bench").await?;
+        let one = LoadOptions::new([name(i % args.components)]).on("ram");
+        asking.push(tokio::spawn(async move {
+            let mut leases = 0_u64;
+            while Instant::now() < end {
+                let leased = client.load(&one).await?;
+                std::hint::black_box(leased.first().map(|lease| lease.mapping().is_ok()));
+                leases += 1;
+            }
+            // Releases are answered in order: after this, all are.
+            client.ping().await?;
+            Ok::<u64, hotset::client::ClientError>(leases)
+        }));
+    }
+    let mut leases = 0;
+    for asked in asking {
+        leases += asked
+            .await
+            .map_err(|error| CliError::Usage(format!("a client failed: {error}")))??;
+    }
+    let elapsed_s = began.elapsed().as_secs_f64();
+    Ok(Remote {
+        times: times(seconds),
+        ping_p50_us: times(pings).p50_us,
+        connections: args.connections,
+        requests_per_s: 2.0 * leases as f64 / elapsed_s,
+        leases_per_s: leases as f64 / elapsed_s,
+    })
+}
+
+/// The same in Python: lease, and one byte of each memory.
+const SCRIPT: &str = r#"
+import json, sys, time
+import hotset
+socket, components, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+hs = hotset.connect(socket, "bench")
+names = [f"component-{i}" for i in range(components)]
+times, end = [], time.monotonic() + seconds
+while time.monotonic() < end:
+    began = time.perf_counter()
+    leased = hs.load(*names, device="cpu")
+    seen = [component.memory()[0] for component in leased.components]
+    times.append(time.perf_counter() - began)
+    leased.release()
+    del leased
+    hs._call("ping")
+times.sort()
+at = lambda share: times[round((len(times) - 1) * share)] * 1e6
+print(json.dumps({"p50_us": at(0.5), "p99_us": at(0.99), "count": len(times)}))
+"#;
+
+async fn python(args: &AttachArgs, socket: &Path) -> Result<Times, String> {
+    let mut command = std::process::Command::new(&args.python);
+    command
+        .args(["-c", SCRIPT])
+        .arg(socket)
+        .arg(args.components.to_string())
+        .arg(args.time.as_secs_f64().to_string());
+    let output = tokio::task::spawn_blocking(move || command.output()).await;
+    let output = output
+        .map_err(|error| error.to_string())?
+        .map_err(|error| format!("{}: {error}", args.python.display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last = said.lines().last().unwrap_or("it failed");
+        return Err(format!(
+            "{}: {last}; pip install ./python, or give --python",
+            args.python.display()
+        ));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+}
+
+fn print(report: &Report) -> Result<(), CliError> {
+    let right = ["p50", "p99"];
+    let mut rows = table(&["lease and map from", "p50", "p99", "beside it"], &right);
+    let us = |figure: f64| format!("{figure:.1} us");
+    let embedded = &report.embedded;
+    rows.add_row([
+        "this process",
+        &us(embedded.p50_us),
+        &us(embedded.p99_us),
+        "nothing is mapped anew",
+    ]);
+    let bridge = &report.bridge;
+    rows.add_row([
+        "another process",
+        &us(bridge.times.p50_us),
+        &us(bridge.times.p99_us),
+        &format!("an empty round trip takes {}", us(bridge.ping_p50_us)),
+    ]);
+    match (&report.python, &report.python_missing) {
+        (Some(times), _) => {
+            rows.add_row(["Python", &us(times.p50_us), &us(times.p99_us), ""]);
+        }
+        (None, reason) => {
+            rows.add_row(["Python", "-", "-", reason.as_deref().unwrap_or_default()]);
+        }
+    }
+    line(rows.to_string())?;
+    line(format!(
+        "{:.0} requests/s over {} connections, half of them leases of one component, half releases",
+        bridge.requests_per_s, bridge.connections
+    ))
+}

@@ -1,0 +1,413 @@
+//! The connection itself: sends requests, hands replies to who waits for them, and knows memory by its numbers.
+//!
+//! A task of its own reads. Memory numbers are forgotten when `released` is read and not before: a reply that the server wrote earlier
+//! may still name them.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use hotset_core::Bytes;
+use hotset_core::device::Export;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, broadcast, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::ClientError;
+use super::lease::{Memory, RemoteLease, Table};
+use super::mapping::Mapping;
+use crate::bridge::channel::{Inbox, Outbox};
+use crate::bridge::wire::{
+    self, ClientMessage, Empty, Hello, Leased, MAX_REPLY_BYTES, Release, ServerMessage, Welcome,
+};
+
+/// Requests that may wait to be written, in bytes: a server that does not read is lost.
+const MAX_BEHIND: usize = 64 << 20;
+/// Events that a slow listener may be behind.
+const EVENTS_KEPT: usize = 256;
+
+/// What comes for a request.
+#[derive(Debug)]
+pub(super) enum Reply {
+    Message(ServerMessage),
+    Leased(Result<Vec<RemoteLease>, ClientError>),
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Who waits, by request; `None` once the connection is lost.
+    waiting: HashMap<u64, mpsc::UnboundedSender<Reply>>,
+    memories: HashMap<u64, (Memory, u32)>,
+    /// The memory of each lease.
+    leases: HashMap<u64, u64>,
+    /// Leases that were dropped, and are still to be told to the server.
+    dropped: Vec<u64>,
+    tables: HashMap<u64, Arc<Table>>,
+    lost: Option<Arc<str>>,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub(super) struct Link {
+    outbox: Arc<Outbox>,
+    known: Mutex<Known>,
+    next: AtomicU64,
+    welcome: OnceLock<Welcome>,
+    events: broadcast::Sender<ServerMessage>,
+    /// Told when leases were dropped.
+    dropped: Arc<Notify>,
+    /// The connection is lost.
+    gone: CancellationToken,
+    /// Ends the reading task with the last handle.
+    closed: CancellationToken,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.closed.cancel();
+    }
+}
+
+impl Link {
+    /// Connects, and says hello.
+    pub(super) async fn open(path: &Path, hello: Hello) -> Result<Arc<Self>, ClientError> {
+        let stream = UnixStream::connect(path)
+            .await
+            .map_err(|source| ClientError::Connect {
+                path: path.to_owned(),
+                source,
+            })?;
+        let socket = Arc::new(stream);
+        let link = Arc::new(Self {
+            outbox: Arc::new(Outbox::new(socket.clone(), MAX_BEHIND)),
+            known: Mutex::default(),
+            next: AtomicU64::new(1),
+            welcome: OnceLock::new(),
+            events: broadcast::Sender::new(EVENTS_KEPT),
+            dropped: Arc::new(Notify::new()),
+            gone: CancellationToken::new(),
+            closed: CancellationToken::new(),
+        });
+        tokio::spawn(read(
+            Arc::downgrade(&link),
+            link.outbox.clone(),
+            Inbox::new(socket, MAX_REPLY_BYTES),
+            link.dropped.clone(),
+            link.closed.clone(),
+        ));
+        let (_, mut replies) = link.ask(&ClientMessage::Hello(hello))?;
+        match link.reply(&mut replies).await? {
+            Reply::Message(ServerMessage::Welcome(welcome)) => {
+                // This is the only place that sets it.
+                let _ = link.welcome.set(welcome);
+                Ok(link)
+            }
+            Reply::Message(other) => Err(super::unexpected(other)),
+            Reply::Leased(_) => Err(ClientError::Protocol {
+                reason: "leases in answer to `hello`".into(),
+            }),
+        }
+    }
+
+    pub(super) fn welcome(&self) -> &Welcome {
+        static NONE: OnceLock<Welcome> = OnceLock::new();
+        self.welcome.get().unwrap_or_else(|| {
+            // `open` gives nobody a link without it.
+            NONE.get_or_init(|| Welcome {
+                version: 0,
+                server: String::new(),
+                instance: String::new(),
+                session: 0,
+                limits: wire::Limits {
+                    request_bytes: 0,
+                    reply_bytes: 0,
+                    names: 0,
+                    text_bytes: 0,
+                    requests: 0,
+                    behind_bytes: 0,
+                    quota_bytes: None,
+                },
+            })
+        })
+    }
+
+    pub(super) fn events(&self) -> broadcast::Receiver<ServerMessage> {
+        self.events.subscribe()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a request; gives its number and where its replies come.
+    pub(super) fn ask(
+        &self,
+        message: &ClientMessage,
+    ) -> Result<(u64, mpsc::UnboundedReceiver<Reply>), ClientError> {
+        self.ask_with(message, Vec::new())
+    }
+
+    /// The same, with descriptors.
+    pub(super) fn ask_with(
+        &self,
+        message: &ClientMessage,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(u64, mpsc::UnboundedReceiver<Reply>), ClientError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let frame = message.encode(id)?;
+        // Bounded by what the server sends for one request: it leaves progress out for a reader that is behind.
+        let (sender, receiver) = mpsc::unbounded_channel();
+        {
+            let mut known = self.lock();
+            if let Some(reason) = &known.lost {
+                return Err(ClientError::Lost {
+                    reason: reason.clone(),
+                });
+            }
+            known.waiting.insert(id, sender);
+        }
+        if let Err(error) = self.outbox.send_with(frame, descriptors) {
+            self.lock().waiting.remove(&id);
+            return Err(error.into());
+        }
+        Ok((id, receiver))
+    }
+
+    /// Sends a request whose reply nobody waits for.
+    pub(super) fn tell(&self, message: &ClientMessage) -> Result<(), ClientError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.outbox.send(message.encode(id)?)?;
+        Ok(())
+    }
+
+    /// The next reply; the error where the connection is lost first.
+    pub(super) async fn reply(
+        &self,
+        replies: &mut mpsc::UnboundedReceiver<Reply>,
+    ) -> Result<Reply, ClientError> {
+        replies.recv().await.ok_or_else(|| ClientError::Lost {
+            reason: self
+                .lock()
+                .lost
+                .clone()
+                .unwrap_or_else(|| "it was closed".into()),
+        })
+    }
+
+    /// A lease was dropped.
+    pub(super) fn release(&self, lease: u64) {
+        self.lock().dropped.push(lease);
+        // The leases of a set are dropped one after the other, and go in one message.
+        self.dropped.notify_one();
+    }
+
+    fn tell_dropped(&self) {
+        let leases = std::mem::take(&mut self.lock().dropped);
+        if !leases.is_empty() {
+            // On a lost connection they have ended already.
+            let _ = self.tell(&ClientMessage::Release(Release { leases }));
+        }
+    }
+
+    /// Waits until the connection is lost.
+    pub(super) async fn lost(&self) -> ClientError {
+        self.gone.cancelled().await;
+        let reason = self.lock().lost.clone();
+        ClientError::Lost {
+            reason: reason.unwrap_or_else(|| "it was closed".into()),
+        }
+    }
+
+    fn lose(&self, reason: &str) {
+        let mut known = self.lock();
+        known.lost.get_or_insert_with(|| reason.into());
+        known.waiting.clear();
+        known.memories.clear();
+        known.leases.clear();
+        self.gone.cancel();
+    }
+
+    /// Hands a message to who waits for it.
+    fn dispatch(self: &Arc<Self>, id: u64, message: ServerMessage, descriptors: Vec<OwnedFd>) {
+        let last = !matches!(
+            message,
+            ServerMessage::Planned(_) | ServerMessage::Progress(_)
+        );
+        match message {
+            ServerMessage::Leased(leased) => {
+                let leases = self.take(leased, descriptors);
+                let waiting = self.lock().waiting.remove(&id);
+                // Where nobody waits any more, dropping them releases them.
+                if let Some(waiting) = waiting {
+                    let _ = waiting.send(Reply::Leased(leases));
+                }
+            }
+            ServerMessage::Released(released) => {
+                let mut known = self.lock();
+                for lease in released.leases {
+                    known.forget(lease);
+                }
+            }
+            ServerMessage::Ping(_) => {
+                let _ = self.tell(&ClientMessage::Pong(Empty {}));
+            }
+            ServerMessage::Goodbye(goodbye) => {
+                self.lock().lost.get_or_insert_with(|| {
+                    format!("{} ({})", goodbye.message, goodbye.code).into()
+                });
+                let _ = self.events.send(ServerMessage::Goodbye(goodbye));
+            }
+            ServerMessage::Catalogue(_)
+            | ServerMessage::Decision(_)
+            | ServerMessage::Pressure(_)
+            | ServerMessage::Revoke(_) => {
+                // Nobody has to listen.
+                let _ = self.events.send(message);
+            }
+            message => {
+                let mut known = self.lock();
+                let waiting = if last {
+                    known.waiting.remove(&id)
+                } else {
+                    known.waiting.get(&id).cloned()
+                };
+                drop(known);
+                if let Some(waiting) = waiting {
+                    let _ = waiting.send(Reply::Message(message));
+                }
+            }
+        }
+    }
+
+    /// Makes leases out of what came.
+    fn take(
+        self: &Arc<Self>,
+        leased: Leased,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Vec<RemoteLease>, ClientError> {
+        let mut guard = self.lock();
+        let known = &mut *guard;
+        for table in leased.tables {
+            let new = Arc::new(Table::new(table.tensors));
+            known.tables.insert(table.table, new);
+        }
+        let mut descriptors = descriptors.into_iter();
+        for memory in leased.memories {
+            let mapped = match (memory.descriptor, memory.reason) {
+                (true, _) => match descriptors.next() {
+                    Some(descriptor) if let Some(uuid) = memory.gpu => {
+                        Memory::Device(Arc::new(Export {
+                            descriptor,
+                            mapped: Bytes(memory.mapped),
+                            offset: memory.offset,
+                            bytes: Bytes(memory.bytes),
+                            uuid,
+                        }))
+                    }
+                    Some(descriptor) => Mapping::new(&descriptor, memory.offset, memory.bytes)
+                        .map(|mapping| Memory::Mapped(Arc::new(mapping)))
+                        .unwrap_or_else(|reason| Memory::Elsewhere(reason.into())),
+                    None => Memory::Elsewhere("its descriptor did not arrive".into()),
+                },
+                (false, reason) => Memory::Elsewhere(reason.unwrap_or_default().into()),
+            };
+            known.memories.insert(memory.memory, (mapped, 0));
+        }
+        let mut leases = Vec::with_capacity(leased.leases.len());
+        let mut unknown = None;
+        for leased in leased.leases {
+            let table = known.tables.get(&leased.table).cloned();
+            let memory = known.memories.get_mut(&leased.memory);
+            let (Some(table), Some((memory, held))) = (table, memory) else {
+                unknown = Some(leased.component);
+                continue;
+            };
+            *held += 1;
+            let memory = memory.clone();
+            known.leases.insert(leased.lease, leased.memory);
+            leases.push(RemoteLease {
+                link: self.clone(),
+                leased,
+                memory,
+                table,
+            });
+        }
+        // Dropping leases takes no lock, but sends.
+        drop(guard);
+        match unknown {
+            None => Ok(leases),
+            Some(component) => Err(ClientError::Protocol {
+                reason: format!("the memory or the table of {component} has an unknown number"),
+            }),
+        }
+    }
+}
+
+impl Known {
+    fn forget(&mut self, lease: u64) {
+        let Some(memory) = self.leases.remove(&lease) else {
+            return;
+        };
+        if let Some((_, held)) = self.memories.get_mut(&memory) {
+            *held = held.saturating_sub(1);
+            if *held == 0 {
+                self.memories.remove(&memory);
+            }
+        }
+    }
+}
+
+/// Reads until the connection is lost or nobody holds it any more.
+async fn read(
+    link: Weak<Link>,
+    outbox: Arc<Outbox>,
+    mut inbox: Inbox,
+    dropped: Arc<Notify>,
+    closed: CancellationToken,
+) {
+    let mut flushing = std::pin::pin!(outbox.flush());
+    let reason = loop {
+        let received = tokio::select! {
+            () = closed.cancelled() => return,
+            received = inbox.receive() => received,
+            error = &mut flushing => Err(error),
+            () = dropped.notified() => {
+                let Some(link) = link.upgrade() else { return };
+                link.tell_dropped();
+                continue;
+            }
+        };
+        if let Err(error) = received {
+            break error.to_string();
+        }
+        let Some(link) = link.upgrade() else { return };
+        let handled = loop {
+            let decoded = match inbox.next_frame() {
+                Ok(None) => break Ok(()),
+                Ok(Some(frame)) => ServerMessage::decode(frame),
+                Err(error) => break Err(error.to_string()),
+            };
+            match decoded {
+                Ok((id, message)) => {
+                    let count = match &message {
+                        ServerMessage::Leased(leased) => leased.descriptors,
+                        _ => 0,
+                    };
+                    let descriptors =
+                        inbox.take_descriptors(usize::try_from(count).unwrap_or(usize::MAX));
+                    link.dispatch(id, message, descriptors);
+                }
+                // A later server may send more; what is asked for is answered in known words.
+                Err(error) => tracing::debug!(%error, "a message that is not understood"),
+            }
+        };
+        if let Err(reason) = handled {
+            break reason;
+        }
+    };
+    if let Some(link) = link.upgrade() {
+        link.lose(&reason);
+    }
+}
