@@ -432,6 +432,9 @@ fn open(path: &Path) -> Result<(File, FileIdentity), Reason> {
     if !metadata.is_file() {
         return Err(located(path, &"is no longer a file"));
     }
+    // Weights follow the header, and reading ahead would drag them into the page cache: for a library that is more bytes
+    // than its headers are, and pushes out what others have there. Where the advice is refused, the reads are right too.
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
     Ok((file, identity_of(&metadata)))
 }
 
