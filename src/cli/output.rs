@@ -1,7 +1,7 @@
 //! Tables that fit the terminal, JSON documents, progress bars.
 
 use std::collections::HashMap;
-use std::io::{IsTerminal, Write};
+use std::io::{BufWriter, IsTerminal, Write};
 use std::time::Duration;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
@@ -33,10 +33,13 @@ pub(crate) fn note(global: &super::Global, text: String) {
 
 /// Writes the one JSON document of a command.
 pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
-    let mut out = std::io::stdout().lock();
+    // Standard output flushes at each line by itself, which for a large library is a million writes.
+    let mut out = BufWriter::new(std::io::stdout().lock());
     serde_json::to_writer_pretty(&mut out, value)
         .map_err(|error| CliError::Output(error.into()))?;
-    writeln!(out).map_err(CliError::Output)
+    writeln!(out)
+        .and_then(|()| out.flush())
+        .map_err(CliError::Output)
 }
 
 /// The part of a document that a table shows.

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::OnceLock;
 
+use memchr::memmem;
 use smallvec::SmallVec;
 
 use super::signatures::{Dims, Pattern, normalise};
@@ -20,6 +22,8 @@ pub(super) struct Outline {
     keys: BTreeMap<Box<str>, Shapes>,
     pub(super) tensors: usize,
     dtypes: Vec<&'static str>,
+    /// All keys, one a line: shows at once that no key has a text in it, which is so for most patterns.
+    lines: OnceLock<String>,
     scratch: String,
 }
 
@@ -39,6 +43,7 @@ impl Outline {
         let Some(known) = self.keys.get_mut(self.scratch.as_str()) else {
             let shapes = SmallVec::from_iter([shape.collect()]);
             self.keys.insert(self.scratch.as_str().into(), shapes);
+            self.lines.take();
             return;
         };
         let again = known.iter().any(|k| shape.clone().eq(k.iter().copied()));
@@ -82,6 +87,11 @@ impl Outline {
         scratch: &mut String,
         test: impl Fn(&[u64]) -> bool,
     ) -> bool {
+        if let Some(part) = pattern.longest_part()
+            && memmem::find(self.lines().as_bytes(), part.as_bytes()).is_none()
+        {
+            return false;
+        }
         scratch.clear();
         scratch.push_str(prefix);
         scratch.push_str(pattern.start());
@@ -96,6 +106,17 @@ impl Outline {
             .any(|(key, shapes)| {
                 pattern.matches(&key[prefix.len()..]) && shapes.iter().any(|shape| test(shape))
             })
+    }
+
+    fn lines(&self) -> &str {
+        self.lines.get_or_init(|| {
+            let mut lines = String::new();
+            for key in self.keys.keys() {
+                lines.push_str(key);
+                lines.push('\n');
+            }
+            lines
+        })
     }
 
     /// Keys in outline, each with its first shape.

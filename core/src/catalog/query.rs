@@ -8,6 +8,7 @@ use std::sync::Arc;
 use memchr::memmem::Finder;
 use nucleo_matcher::pattern::{AtomKind, CaseMatching, Normalization, Pattern};
 use nucleo_matcher::{Config, Matcher, Utf32Str};
+use rayon::prelude::*;
 
 use super::model::Model;
 use super::naming::last_segment;
@@ -16,6 +17,9 @@ use crate::units::Bytes;
 
 /// The most words of a query that count.
 const MAX_WORDS: usize = 16;
+
+/// So many texts at least are matched fuzzily by one thread: fewer are done before another has begun.
+const FUZZY_SHARE: usize = 2048;
 
 /// A query that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -312,21 +316,26 @@ impl Catalogue {
             AtomKind::Fuzzy,
         );
         let wanted = letters(&text);
-        let mut matcher = Matcher::new(Config::DEFAULT.match_paths());
-        let mut buffer = Vec::new();
-        let mut hits = Vec::new();
-        for (i, (haystack, model)) in self.haystacks().iter().zip(self.models()).enumerate() {
+        let matching = || (Matcher::new(Config::DEFAULT.match_paths()), Vec::new());
+        let mut hits: Vec<(u32, usize)> = self
+            .haystacks()
+            .par_iter()
+            .enumerate()
+            .with_min_len(FUZZY_SHARE)
             // Most names lack one of the letters, and seeing that is far cheaper than matching.
-            if wanted & !haystack.letters != 0 {
-                continue;
-            }
-            let utf32 = Utf32Str::new(&haystack.text, &mut buffer);
-            if let Some(score) = pattern.score(utf32, &mut matcher)
-                && query.terms.iter().all(|term| term.fits(model))
-            {
-                hits.push((score, i));
-            }
-        }
+            .filter(|(_, haystack)| wanted & !haystack.letters == 0)
+            .map_init(matching, |(matcher, buffer), (i, haystack)| {
+                let utf32 = Utf32Str::new(&haystack.text, buffer);
+                Some((pattern.score(utf32, matcher)?, i))
+            })
+            .flatten_iter()
+            .collect();
+        let models: Vec<&Arc<Model>> = self.models().collect();
+        hits.retain(|(_, i)| {
+            models
+                .get(*i)
+                .is_some_and(|model| query.terms.iter().all(|term| term.fits(model)))
+        });
         hits
     }
 

@@ -125,6 +125,14 @@ impl Pattern {
         }
     }
 
+    /// The longest text that everything that matches has in it; `None` where a look-up is as quick as a search.
+    pub(super) fn longest_part(&self) -> Option<&str> {
+        match self {
+            Self::Exact(_) => None,
+            Self::Glob(parts) => parts.iter().map(String::as_str).max_by_key(|p| p.len()),
+        }
+    }
+
     pub(super) fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => exact == text,
