@@ -30,7 +30,7 @@ use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::admission::{Admission, Request, Used};
+use crate::admission::{Admission, Request};
 use crate::counters::add;
 use crate::house::{GpuEvent, House, Shortage};
 use crate::ram_cache::{RamCacheMessage, wake_on};
@@ -54,8 +54,6 @@ pub(crate) enum VramManagerMessage {
     Reserve(Request),
     /// Upload this component, which is promised; nothing where it is there or under way.
     Upload(Arc<Component>, Source),
-    /// A session uses components here.
-    Used(Used),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Evict down to this share of the budget.
@@ -224,11 +222,6 @@ impl VramManager {
             // Not tied to the actor: an upload outlives its restart.
             state.house.tasks.spawn(upload.run(source));
         }
-    }
-
-    #[ractor::message(VramManagerMessage::Used(used))]
-    fn used(&self, used: Used, state: &mut State) {
-        state.admission.used(&used);
     }
 
     #[ractor::message(VramManagerMessage::Woken)]
