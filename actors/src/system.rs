@@ -254,7 +254,8 @@ impl System {
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
         let graph = resolve(&self.catalogue(), &set.names, set.dependencies)?;
         let tiers = self.house.ledger.views();
-        let planner = self.house.planner(&tiers);
+        let links = self.house.links();
+        let planner = self.house.planner(&tiers, &links);
         let mut plan = planner.plan(&graph, set.target)?;
         plan.evictions = planner.foresee(&plan, (self.house.eviction)().as_mut());
         Ok(plan)

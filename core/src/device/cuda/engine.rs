@@ -3,26 +3,36 @@
 //!
 //! Three threads: *control* allocates, frees and registers; *copier* queues copies; *waiter* sleeps on their events and
 //! reports. They end in the order copier, waiter, control, so that the context goes last.
+//!
+//! A driver may never return from a call. Whoever waits for an answer watches the threads' pulses meanwhile, and after too
+//! long gives the GPU up; the threads are left where they are, and end once the call returns.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
 use super::driver::{Driver, Fault, Opaque, Outcome};
 use super::heap::{Heap, Place, granules};
 use super::pins::Pins;
-use super::worker::Worker;
+use super::worker::{Pulse, Worker};
+use crate::catalog::DEVICE_TENSOR_ALIGN;
 use crate::device::{DeviceError, Granules, Kept};
 use crate::ids::GpuIndex;
 use crate::memory::HostRange;
-use crate::units::{Bytes, MIB};
+use crate::units::{Bytes, KIB, MIB};
 
 /// Size of a pinned buffer, through which memory that cannot be registered is copied. From 4 MiB on a copy by DMA runs at
 /// full speed.
 const BUFFER: usize = 4 * MIB as usize;
 /// While one is filled, the other is read by the GPU.
 const BUFFERS: usize = 2;
+/// Neighbours up to this size are put together in a pinned buffer, and go as one copy: for the host that is less work than
+/// queueing one more, and for the link less time.
+const SMALL: u64 = 16 * KIB;
+/// How often those who wait look whether the driver still returns from its calls.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Engines started in this process so far. Only used to tell them apart.
 static ENGINES: AtomicU64 = AtomicU64::new(0);
@@ -34,6 +44,10 @@ pub(super) struct Shared {
     pub(super) driver: Arc<Driver>,
     pub(super) device: i32,
     pub(super) number: u64,
+    /// How long one call of the driver may take.
+    patience: Duration,
+    /// Of the control thread, the copier and the waiter.
+    pulses: [Arc<Pulse>; 3],
     lost: Mutex<Option<Arc<str>>>,
     /// Odd while memory is being allocated or freed.
     sequence: AtomicU64,
@@ -95,6 +109,31 @@ impl Shared {
             .map_or(Ok(()), |reason| Err(self.lost_error(reason)))
     }
 
+    /// How long the driver has not returned from a call, where that is too long.
+    pub(super) fn hangs(&self) -> Option<Duration> {
+        let busy = self.pulses.iter().map(|pulse| pulse.busy()).max()?;
+        (busy > self.patience).then_some(busy)
+    }
+
+    /// Waits for the answer of one of the threads, as long as the driver returns from its calls.
+    pub(super) async fn answer<R>(
+        &self,
+        mut receiver: oneshot::Receiver<R>,
+    ) -> Result<R, DeviceError> {
+        loop {
+            match tokio::time::timeout(LOOK, &mut receiver).await {
+                Ok(answer) => return answer.map_err(|_| self.ended()),
+                Err(_) => {
+                    if let Some(busy) = self.hangs() {
+                        let reason =
+                            format!("the driver has not returned from a call for {busy:.1?}");
+                        return Err(self.lost_error(self.lose(reason)));
+                    }
+                }
+            }
+        }
+    }
+
     /// Allocated bytes, bytes lost to chunks that are not full, and a number that changes whenever they do. `None` while
     /// they change.
     pub(super) fn steady(&self) -> Option<(u64, u64, u64)> {
@@ -133,6 +172,10 @@ impl Control {
 
     pub(super) fn worker(&self) -> Worker<Self> {
         self.myself.clone()
+    }
+
+    pub(super) const fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// Lets go of host memory. Not here: where this was the last to hold it, it goes back to its arena, whose lock may be
@@ -183,8 +226,25 @@ struct Waiting {
 /// A pinned buffer.
 struct Buffer {
     address: usize,
+    /// Recorded behind the last copy that reads it.
     event: Opaque,
+    /// What is in use from its beginning.
+    used: usize,
+    /// It is full, and copies may still read it.
     busy: bool,
+}
+
+/// A part of an upload: host bytes, where they go, and whether the GPU reads them by itself.
+pub(super) struct Part {
+    pub(super) to: u64,
+    pub(super) from: HostRange,
+    pub(super) registered: bool,
+}
+
+impl Part {
+    fn end(&self) -> u64 {
+        self.to + self.from.bytes().get()
+    }
 }
 
 /// The state of the copying thread.
@@ -223,31 +283,43 @@ impl Engine {
         ordinal: i32,
         pins: Arc<Pins>,
         reset: bool,
+        patience: Duration,
+        starting: &mut Option<Arc<Shared>>,
     ) -> Result<Self, DeviceError> {
         let no_thread = |error: std::io::Error| DeviceError::Lost {
             gpu,
             reason: format!("no thread for its driver: {error}").into(),
         };
-        let (begun, begins) = oneshot::channel::<Result<(Arc<Shared>, Begun), DeviceError>>();
+        let shared = Arc::new(Shared {
+            gpu,
+            driver,
+            device: ordinal,
+            number: ENGINES.fetch_add(1, Ordering::Relaxed),
+            patience,
+            pulses: Default::default(),
+            lost: Mutex::new(None),
+            sequence: AtomicU64::new(0),
+            allocated: AtomicU64::new(0),
+            slack: AtomicU64::new(0),
+        });
+        *starting = Some(shared.clone());
+        let (begun, begins) = oneshot::channel::<Result<Begun, DeviceError>>();
         let (ended, ends) = watch::channel(false);
         let (own, handle) = mpsc::channel::<Worker<Control>>();
+        let [pulse, ..] = shared.pulses.clone();
+        let of_thread = shared.clone();
         let control = Worker::start(
             format!("cuda-{gpu}"),
+            pulse,
             move || {
+                let shared = of_thread;
                 let myself = handle.recv().ok()?;
-                let shared = Arc::new(Shared {
-                    gpu,
-                    driver,
-                    device: ordinal,
-                    number: ENGINES.fetch_add(1, Ordering::Relaxed),
-                    lost: Mutex::new(None),
-                    sequence: AtomicU64::new(0),
-                    allocated: AtomicU64::new(0),
-                    slack: AtomicU64::new(0),
-                });
                 match begin(&shared, &pins, myself, reset) {
                     Ok((control, found)) => {
-                        let _ = begun.send(Ok((shared, found)));
+                        if let Err(Ok((copier, ..))) = begun.send(Ok(found)) {
+                            // It took so long that nobody wants it any more.
+                            copier.stop();
+                        }
                         Some(control)
                     }
                     Err(fault) => {
@@ -264,11 +336,8 @@ impl Engine {
         )
         .map_err(no_thread)?;
         let _ = own.send(control.clone());
-        let (shared, (copier, context, granules)) =
-            begins.await.map_err(|_| DeviceError::Lost {
-                gpu,
-                reason: "its driver thread ended at its start".into(),
-            })??;
+        let (copier, context, granules) = shared.answer(begins).await??;
+        *starting = None;
         Ok(Self {
             shared,
             context,
@@ -336,9 +405,10 @@ fn start_copier(
     let (waiter, queue) = mpsc::channel::<Waiting>();
     let waiting = {
         let (shared, spare) = (shared.clone(), spare.clone());
+        let [.., pulse] = shared.pulses.clone();
         std::thread::Builder::new()
             .name(format!("cuda-{}-wait", shared.gpu))
-            .spawn(move || wait_for_events(&shared, context, &queue, &spare))
+            .spawn(move || wait_for_events(&shared, &pulse, context, &queue, &spare))
             .map_err(no_thread)?
     };
     let copier = Copier {
@@ -355,8 +425,10 @@ fn start_copier(
     };
     let gpu = shared.gpu;
     let shared = shared.clone();
+    let [_, pulse, _] = shared.pulses.clone();
     Worker::start(
         format!("cuda-{gpu}-copy"),
+        pulse,
         move || {
             if let Err(fault) = shared.driver.enter(context) {
                 // Each copy will say so again.
@@ -371,6 +443,7 @@ fn start_copier(
 
 fn wait_for_events(
     shared: &Shared,
+    pulse: &Pulse,
     context: Opaque,
     queue: &mpsc::Receiver<Waiting>,
     spare: &Mutex<Vec<Opaque>>,
@@ -381,7 +454,7 @@ fn wait_for_events(
     while let Ok(Waiting { event, done }) = queue.recv() {
         // Events are waited for in the order of their copies, over all streams: a copy that has ended may be reported
         // late, never early.
-        let outcome = shared.driver.wait(event);
+        let outcome = pulse.during(|| shared.driver.wait(event));
         spare
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -421,56 +494,84 @@ impl Copier {
         }
     }
 
-    /// Copies host bytes to a device address, and calls `done` when they are there. Until then `from` lives.
+    /// Copies parts, in rising order of their places, and calls `done` when all are there. Until then their bytes live.
     pub(super) fn upload(
         &mut self,
-        to: u64,
-        from: HostRange,
-        registered: bool,
+        parts: Vec<Part>,
         done: impl FnOnce(Outcome<()>) + Send + 'static,
     ) {
-        let queued = if registered {
-            let bytes = from.as_slice();
-            let driver = &self.shared.driver;
-            driver.upload(to, bytes.as_ptr() as usize, bytes.len(), self.up)
-        } else {
-            self.through_buffers(to, from.as_slice())
-        };
-        // Also after a failure: a part may be under way.
+        let queued = self.queue(&parts);
+        // Also after a failure: some may be under way.
         self.report(self.up, move |waited| {
-            drop(from);
+            drop(parts);
             done(queued.and(waited));
         });
     }
 
-    fn through_buffers(&mut self, to: u64, bytes: &[u8]) -> Outcome<()> {
-        let mut at = to;
-        for piece in bytes.chunks(BUFFER) {
-            let (i, address) = self.buffer()?;
-            // SAFETY: the buffer has `BUFFER` bytes, which `piece` does not exceed; the copy that read it last is done,
-            // since `buffer` waits for that, and only this thread writes to buffers.
-            unsafe {
-                std::ptr::copy_nonoverlapping(piece.as_ptr(), address as *mut u8, piece.len());
+    fn queue(&mut self, mut parts: &[Part]) -> Outcome<()> {
+        while let Some(part) = parts.first() {
+            let (near, rest) = parts.split_at(neighbours(parts));
+            if part.registered && near.len() == 1 {
+                let bytes = part.from.as_slice();
+                let driver = &self.shared.driver;
+                driver.upload(part.to, bytes.as_ptr() as usize, bytes.len(), self.up)?;
+            } else {
+                self.through_buffers(near)?;
             }
-            let driver = &self.shared.driver;
-            driver.upload(at, address, piece.len(), self.up)?;
-            let buffer = &mut self.buffers[i];
-            buffer.busy = true;
-            driver.record(buffer.event, self.up)?;
-            at += piece.len() as u64;
+            parts = rest;
         }
         Ok(())
     }
 
-    /// The next pinned buffer that no copy uses: which, and where.
-    fn buffer(&mut self) -> Outcome<(usize, usize)> {
+    /// Puts neighbours together in pinned buffers as they will lie on the GPU, and copies them from there.
+    fn through_buffers(&mut self, near: &[Part]) -> Outcome<()> {
+        let (Some(first), Some(last)) = (near.first(), near.last()) else {
+            return Ok(());
+        };
+        let (mut at, end) = (first.to, last.end());
+        while at < end {
+            let bytes = (end - at).min(BUFFER as u64) as usize;
+            let address = self.room(bytes)?;
+            // SAFETY: `room` gives that many bytes of a pinned buffer, which no copy reads; only this thread writes there.
+            let into = unsafe { std::slice::from_raw_parts_mut(address as *mut u8, bytes) };
+            if near.len() > 1 {
+                // What lies between tensors shall not be what lay here before.
+                into.fill(0);
+            }
+            for part in near {
+                let (from, until) = (part.to.max(at), part.end().min(at + bytes as u64));
+                if from < until {
+                    let source = (from - part.to) as usize..(until - part.to) as usize;
+                    let target = (from - at) as usize..(until - at) as usize;
+                    into[target].copy_from_slice(&part.from.as_slice()[source]);
+                }
+            }
+            self.shared.driver.upload(at, address, bytes, self.up)?;
+            at += bytes as u64;
+        }
+        Ok(())
+    }
+
+    /// So many bytes of a pinned buffer that no copy uses; at most a whole one.
+    fn room(&mut self, bytes: usize) -> Outcome<usize> {
         let driver = &self.shared.driver;
-        if self.buffers.len() < BUFFERS {
+        if let Some(buffer) = self.buffers.get_mut(self.next) {
+            let start = buffer.used.next_multiple_of(DEVICE_TENSOR_ALIGN as usize);
+            if start + bytes <= BUFFER {
+                buffer.used = start + bytes;
+                return Ok(buffer.address + start);
+            }
+            // Full; free again once all that was queued until now has been read.
+            driver.record(buffer.event, self.up)?;
+            buffer.busy = true;
+        }
+        let next = if self.buffers.len() < BUFFERS {
             let event = driver.event()?;
             match driver.host_alloc(BUFFER) {
                 Ok(address) => self.buffers.push(Buffer {
                     address,
                     event,
+                    used: 0,
                     busy: false,
                 }),
                 Err(fault) => {
@@ -479,29 +580,34 @@ impl Copier {
                     return Err(fault);
                 }
             }
-            let last = self.buffers.len() - 1;
-            return Ok((last, self.buffers[last].address));
-        }
-        self.next = (self.next + 1) % BUFFERS;
-        let buffer = &mut self.buffers[self.next];
+            self.buffers.len() - 1
+        } else {
+            (self.next + 1) % BUFFERS
+        };
+        let buffer = &mut self.buffers[next];
         if buffer.busy {
             driver.wait(buffer.event)?;
             buffer.busy = false;
         }
-        Ok((self.next, buffer.address))
+        buffer.used = bytes;
+        self.next = next;
+        Ok(buffer.address)
     }
 
     /// Reads at most one buffer's bytes back. The thread waits for them.
     pub(super) fn download(&mut self, from: u64, bytes: usize) -> Outcome<Vec<u8>> {
         let bytes = bytes.min(BUFFER);
-        let (i, address) = self.buffer()?;
+        let address = self.room(bytes)?;
+        let event = self.event()?;
         let driver = &self.shared.driver;
-        driver.download(address, from, bytes, self.down)?;
-        let buffer = &mut self.buffers[i];
-        buffer.busy = true;
-        driver.record(buffer.event, self.down)?;
-        driver.wait(buffer.event)?;
-        buffer.busy = false;
+        let copied = driver
+            .download(address, from, bytes, self.down)
+            .and_then(|()| driver.record(event, self.down))
+            .and_then(|()| driver.wait(event));
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        spare.push(event);
+        drop(spare);
+        copied?;
         let mut read = vec![0; bytes];
         // SAFETY: the buffer has `BUFFER` bytes, of which the copy that has just ended wrote `bytes`.
         unsafe {
@@ -558,6 +664,19 @@ impl Copier {
         }
         control.stop();
     }
+}
+
+/// How many parts at the beginning go as one copy: small ones, and those that the GPU cannot read by itself, which lie so
+/// close together on the GPU that nothing else is between them.
+fn neighbours(parts: &[Part]) -> usize {
+    let small = |part: &Part| !part.registered || part.from.bytes().get() <= SMALL;
+    let near = |pair: &&[Part]| {
+        small(&pair[0])
+            && small(&pair[1])
+            && pair[1].to >= pair[0].end()
+            && pair[1].to - pair[0].end() < DEVICE_TENSOR_ALIGN
+    };
+    1 + parts.windows(2).take_while(near).count()
 }
 
 /// An allocation as its engine knows it; freed when the last copy that uses it is done.
