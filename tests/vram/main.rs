@@ -9,6 +9,7 @@
 mod library;
 
 mod binary;
+mod bundle;
 mod clients;
 mod faults;
 mod memory;
