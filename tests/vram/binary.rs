@@ -106,3 +106,76 @@ fn bench_load_measures_the_gpu_beside_raw_copies_and_compares_what_came() {
         assert!(!table.status.success() && said.contains("vram:5"), "{said}");
     });
 }
+
+#[test]
+fn status_tells_errors_throttling_mig_and_the_link() {
+    run(this_test!(), gpus(1), |machine| {
+        let library = Library::new();
+        let mut config = config(&library);
+        let place = tempfile::tempdir().unwrap();
+        let socket = place.path().join("run/hotset.sock");
+        config.bridge.socket = Some(socket.clone());
+        block_on(async {
+            let hotset = Arc::new(start(config).await);
+            let bridge = Bridge::open(hotset.clone()).await.unwrap();
+            let gpu = machine.gpu(0);
+            gpu.pcie_generation.store(1, SeqCst);
+            gpu.throttle.store(0x40, SeqCst);
+            gpu.ecc_uncorrected.store(3, SeqCst);
+            gpu.mig.store(1, SeqCst);
+            for xid in [13, 31] {
+                gpu.raise_xid(xid);
+            }
+            // Each is told once by the driver, and stays in status.
+            until("both errors to be heard", async || {
+                let figures = tier(&hotset, GPU).await.figures;
+                figures.is_some_and(|figures| figures.xids == [13, 31])
+            })
+            .await;
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            let shown = tokio::task::spawn_blocking(move || {
+                Command::new(env!("CARGO_BIN_EXE_hotset"))
+                    .arg("status")
+                    .env("HOTSET_BRIDGE__SOCKET", socket)
+                    .output()
+                    .unwrap()
+            });
+            let shown = shown.await.unwrap();
+            let said = String::from_utf8_lossy(&shown.stdout);
+            for part in [
+                "PCIe 1 x16 of 4 x16",
+                "slowed down: hw thermal slowdown",
+                "3 uncorrected memory errors",
+                "the driver reported Xid 13, 31",
+                "divided by MIG",
+                "(says NVML)",
+            ] {
+                assert!(said.contains(part), "no `{part}` in:\n{said}");
+            }
+            soon("close", bridge.close()).await;
+            end(Arc::into_inner(hotset).unwrap()).await;
+        });
+    });
+}
+
+#[test]
+fn without_nvml_status_has_the_drivers_own_figures() {
+    let without = Isolated {
+        nvml: false,
+        ..Isolated::default()
+    };
+    run(this_test!(), without, |machine| {
+        machine.gpu(0).foreign.store(300 << 20, SeqCst);
+        let output = Command::new(env!("CARGO_BIN_EXE_hotset"))
+            .args(["status", "--vram-headroom", "100MiB"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}");
+        assert!(said.contains("688.0 MiB free of 1.0 GiB"), "{said}");
+        assert!(
+            said.contains("(says the driver, since NVML is missing)"),
+            "{said}"
+        );
+    });
+}

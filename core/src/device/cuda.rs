@@ -3,6 +3,7 @@
 //! [`Cuda::detect`] finds the driver and its GPUs, [`Cuda::open`] makes a [`CudaDevice`] of one. All calls are made on
 //! threads of the device's own (`engine`); device memory is managed in `heap`, pinned host memory in `pins`.
 
+mod copier;
 mod driver;
 mod engine;
 mod heap;
@@ -26,8 +27,9 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 
+use self::copier::Part;
 use self::driver::Driver;
-use self::engine::{Block, Engine, Part, Shared};
+use self::engine::{Block, Engine, Shared};
 use self::pins::Pins;
 use super::nvml::{Answer, NvmlWatch, Reading};
 use super::{

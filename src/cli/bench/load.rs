@@ -4,6 +4,7 @@
 //! Every load goes the whole way, through a session to its leases, and ends with the bytes in memory. What is loaded is
 //! evicted again, so that each load reads; its memory stays warm, as it does in a system that runs.
 
+mod compare;
 mod files;
 mod floor;
 mod peers;
