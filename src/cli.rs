@@ -5,6 +5,8 @@ mod bench;
 mod catalog;
 mod config;
 mod demo;
+mod harness;
+mod heap;
 mod kept;
 mod load;
 pub(crate) mod log;
@@ -101,6 +103,11 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Show the configuration in force, and where each value was said
     Config,
+    /// Disturb a system on purpose, and check that nothing is lost
+    Chaos(harness::ChaosArgs),
+    /// A worker of `chaos`
+    #[command(hide = true)]
+    ChaosWorker(harness::worker::WorkerArgs),
     /// Measure this machine, with the physical limit beside each figure
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -168,6 +175,12 @@ pub(crate) enum CliError {
         /// What the system said.
         source: io::Error,
     },
+    /// What must never be was seen.
+    #[error("{violated} violation(s); the report names each")]
+    Violations {
+        /// How many.
+        violated: u64,
+    },
     /// Standard output is gone.
     #[error("cannot write the output: {0}")]
     Output(io::Error),
@@ -207,6 +220,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Drain => serve::drain(global).await,
         Command::Replay(args) => replay::run(&args, global),
         Command::Config => config::run(global),
+        Command::Chaos(args) => harness::chaos(&args, global).await,
+        Command::ChaosWorker(args) => harness::worker::run(&args).await,
         Command::Bench(command) => bench::run(&command, global).await,
     }
 }

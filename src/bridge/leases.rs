@@ -59,7 +59,8 @@ impl Leases {
         self.bytes
     }
 
-    /// Takes the leases of a load over; gives the reply and the descriptors that go with it.
+    /// Takes the leases of a load over; gives the reply and the descriptors that go with it. Where that fails, none of them
+    /// is held, and no number is given that the client would not hear of.
     pub(super) fn add(
         &mut self,
         leases: Vec<(Lease, Option<Exported>)>,
@@ -70,13 +71,34 @@ impl Leases {
             leases: Vec::with_capacity(leases.len()),
             ..Leased::default()
         };
+        let descriptors = self
+            .take(leases, preemptible, tables, &mut reply)
+            .inspect_err(|_| {
+                let taken: Vec<u64> = reply.leases.iter().map(|leased| leased.lease).collect();
+                self.release(&taken);
+                let unheard = reply.tables.iter().map(|table| table.table);
+                let unheard: Vec<u64> = unheard.collect();
+                self.tables
+                    .retain(|_, (number, _)| !unheard.contains(number));
+            })?;
+        reply.descriptors = descriptors.len() as u64;
+        Ok((reply, descriptors))
+    }
+
+    fn take(
+        &mut self,
+        leases: Vec<(Lease, Option<Exported>)>,
+        preemptible: bool,
+        tables: &Tables,
+        reply: &mut Leased,
+    ) -> Result<Vec<OwnedFd>, ErrorReply> {
         let mut descriptors = Vec::new();
         if self.tables.len() + leases.len() > MAX_TABLES {
             self.tables.clear();
         }
         for (lease, exported) in leases {
             let memory_key = key(&lease);
-            let table = self.table(&lease, tables, &mut reply)?;
+            let table = self.table(&lease, tables, reply)?;
             let memory = match self.memories.get_mut(&memory_key) {
                 Some(known) => {
                     known.leases += 1;
@@ -120,8 +142,7 @@ impl Leases {
                 },
             );
         }
-        reply.descriptors = descriptors.len() as u64;
-        Ok((reply, descriptors))
+        Ok(descriptors)
     }
 
     /// The number of a lease's table; it goes into the reply where the client does not know it.

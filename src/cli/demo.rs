@@ -1,6 +1,6 @@
 //! `hotset demo`: a library, a system, two pipelines that do not fit beside each other, and what happened and why.
 
-mod library;
+pub(crate) mod library;
 
 use std::path::PathBuf;
 

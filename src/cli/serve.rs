@@ -60,6 +60,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     let why = tokio::select! {
         why = stop.told() => why,
         () = asked(bridge.as_ref()) => "a client asked for the end",
+        never = super::heap::give_back() => match never {},
     };
     eprintln!("{why}: draining");
     hotset.quiesce().await;

@@ -2,6 +2,7 @@
 // Clippy's own exemption reaches `#[test]` functions only, not what they call.
 #![allow(clippy::unwrap_used)]
 
+mod chaos;
 mod commands;
 mod python;
 mod python_client;

@@ -1,0 +1,151 @@
+//! `hotset chaos --processes` and `hotset chaos --soak`: a real server, real workers on real sockets and files, and whatever can
+//! happen to them.
+
+mod digest;
+mod faults;
+mod group;
+mod library;
+mod report;
+mod run;
+mod server;
+pub(crate) mod worker;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use hotset::bridge::default_socket;
+use hotset::client::ClientError;
+
+use super::{CliError, Global, output};
+use report::Report;
+use run::Run;
+
+/// Options of `chaos`.
+#[derive(Debug, Args)]
+pub(crate) struct ChaosArgs {
+    /// Real processes: a server of this run's own and workers, killed, stopped and disturbed at random moments
+    #[arg(long, conflicts_with = "soak")]
+    processes: bool,
+    /// So long, workers come, go and die at the running server; at the end it must hold what it held before
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    soak: Option<Duration>,
+    /// How long `--processes` runs
+    #[arg(long, value_name = "MINUTES", default_value = "1")]
+    minutes: f64,
+    /// Workers at the same time
+    #[arg(long, default_value = "6")]
+    workers: usize,
+    /// Where the run's choices begin
+    #[arg(long, default_value = "0")]
+    seed: u64,
+    /// Use the GPUs that are found, instead of a simulated one
+    #[arg(long)]
+    gpus: bool,
+    /// Python with the hotset package, for workers of its kind
+    #[arg(long, value_name = "PYTHON")]
+    python: Option<PathBuf>,
+}
+
+/// `hotset chaos`
+pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliError> {
+    let report = match (args.processes, args.soak) {
+        (_, Some(time)) => {
+            let config = super::config(global)?;
+            let socket = config.bridge.socket.clone().or_else(default_socket);
+            let socket = socket.ok_or(ClientError::NoPlace)?;
+            Run::soak(args, socket, time).await?
+        }
+        (true, None) => Run::processes(args).await?,
+        (false, None) => {
+            return Err(CliError::Usage(
+                "say what to put under chaos: --processes, a server of its own; or --soak 30m, the running server"
+                    .into(),
+            ));
+        }
+    };
+    if global.json {
+        output::json(&report)?;
+    } else {
+        print(&report)?;
+    }
+    match report.violated {
+        0 => Ok(()),
+        violated => Err(CliError::Violations { violated }),
+    }
+}
+
+fn print(report: &Report) -> Result<(), CliError> {
+    let mut table = output::table(&["fault", "times"], &["times"]);
+    for (fault, times) in &report.faults {
+        table.add_row([(*fault).to_owned(), times.to_string()]);
+    }
+    for (fault, reason) in &report.skipped {
+        table.add_row([(*fault).to_owned(), format!("not here: {reason}")]);
+    }
+    output::line(table.to_string())?;
+    let mut table = output::table(
+        &["time", "count", "p50 ms", "p99 ms", "max ms"],
+        &["count", "p50 ms", "p99 ms", "max ms"],
+    );
+    for (name, times) in [
+        ("a dead worker's leases are back", &report.leases_returned),
+        ("a dead server's successor leases", &report.server_restarted),
+        ("a worker has a server again", &report.clients_reconnected),
+    ] {
+        if let Some(times) = times {
+            table.add_row([
+                name.to_owned(),
+                times.count.to_string(),
+                format!("{:.1}", times.p50_ms),
+                format!("{:.1}", times.p99_ms),
+                format!("{:.1}", times.max_ms),
+            ]);
+        }
+    }
+    output::line(table.to_string())?;
+    let mut table = output::table(
+        &[
+            "server's life",
+            "descriptors",
+            "threads",
+            "own memory",
+            "VRAM",
+        ],
+        &[
+            "server's life",
+            "descriptors",
+            "threads",
+            "own memory",
+            "VRAM",
+        ],
+    );
+    for life in &report.lives {
+        let (start, end) = (&life.start, &life.end);
+        let bytes = |a: u64, b: u64| format!("{} → {}", hotset::Bytes(a), hotset::Bytes(b));
+        table.add_row([
+            format!("{:.0} s", life.seconds),
+            format!("{} → {}", start.descriptors, end.descriptors),
+            format!("{} → {}", start.threads, end.threads),
+            bytes(start.anonymous_bytes, end.anonymous_bytes),
+            bytes(start.vram_bytes, end.vram_bytes),
+        ]);
+    }
+    output::line(table.to_string())?;
+    for violation in &report.violations {
+        output::line(format!(
+            "{:.1} s: {}: {}",
+            violation.at_s, violation.invariant, violation.message
+        ))?;
+    }
+    output::line(format!(
+        "seed {}: {:.0} s, {} faults, {} requests, {} leases read ({}), {} violations",
+        report.seed,
+        report.seconds,
+        report.faults_injected,
+        report.requests,
+        report.leases,
+        hotset::Bytes(report.checked_bytes),
+        report.violated
+    ))
+}
