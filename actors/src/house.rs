@@ -162,6 +162,7 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        links: Links,
         first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
@@ -181,7 +182,7 @@ impl House {
                 .iter()
                 .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
-            links: ArcSwap::from_pointee(device::links(&devices)),
+            links: ArcSwap::from_pointee(links),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
             first_figures,
@@ -279,8 +280,9 @@ impl House {
     }
 
     /// Asks the devices once more how they reach each other.
-    pub(crate) fn open_links(&self) {
-        self.links.store(Arc::new(device::links(&self.devices)));
+    pub(crate) async fn open_links(&self) {
+        self.links
+            .store(Arc::new(device::links(&self.devices).await));
     }
 
     /// A link does not work, whatever the devices say: nothing goes that way any more.

@@ -170,7 +170,11 @@ impl VramManager {
         let tier = state.tier;
         match recovered {
             Ok(()) => {
-                state.house.open_links();
+                let house = state.house.clone();
+                state
+                    .house
+                    .tasks
+                    .spawn(async move { house.open_links().await });
                 state.house.ledger.set_service(tier, None);
                 let _ = state.house.gpu_events.send(GpuEvent::Back { tier });
             }

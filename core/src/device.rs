@@ -263,12 +263,11 @@ pub struct Link {
 pub type Links = BTreeMap<(GpuIndex, GpuIndex), Link>;
 
 /// The links between these devices, as each says itself.
-#[must_use]
-pub fn links(devices: &BTreeMap<GpuIndex, Arc<dyn Device>>) -> Links {
+pub async fn links(devices: &BTreeMap<GpuIndex, Arc<dyn Device>>) -> Links {
     let mut links = Links::new();
     for (to, device) in devices {
         for from in devices.keys().filter(|from| *from != to) {
-            if let Some(link) = device.link(*from) {
+            if let Some(link) = device.link(*from).await {
                 links.insert((*from, *to), link);
             }
         }
@@ -325,8 +324,8 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
     }
 
     /// How it reaches the memory of this other device of the same process. `None`: not at all.
-    fn link(&self, _from: GpuIndex) -> Option<Link> {
-        None
+    fn link(&self, _from: GpuIndex) -> BoxFuture<'_, Option<Link>> {
+        std::future::ready(None).boxed()
     }
 
     /// Copies the first bytes of another device's allocation to the beginning of one of this.

@@ -453,14 +453,15 @@ impl Device for CudaDevice {
         .boxed()
     }
 
-    fn link(&self, from: GpuIndex) -> Option<Link> {
-        let other = self.peer(from)?;
-        Some(
-            self.engine()
-                .shared
-                .driver
-                .link(other.ordinal, self.ordinal),
-        )
+    fn link(&self, from: GpuIndex) -> BoxFuture<'_, Option<Link>> {
+        async move {
+            let other = self.peer(from)?.ordinal;
+            let (engine, own) = (self.engine(), self.ordinal);
+            let ask = move |control: &mut engine::Control| control.driver().link(other, own);
+            let asked = engine.control.ask(ask);
+            engine.shared.answer(asked).await.ok()
+        }
+        .boxed()
     }
 
     fn copy_peer<'a>(
