@@ -21,16 +21,21 @@ fn the_bundle_needs_nothing_but_a_driver() {
             .unwrap();
         assert!(unpacked.success());
         let kept = ["LD_LIBRARY_PATH", hotset_double_machine::BOARD_VARIABLE];
-        let said = Command::new(folder.path().join("run"))
+        let mut command = Command::new(folder.path().join("run"));
+        command
             .env_clear()
             .envs(kept.map(|name| (name, std::env::var_os(name).unwrap())))
             .env("PATH", "/usr/bin:/bin")
             .env("HOME", folder.path())
             .env("HOTSET_BENCH_SIZE", "64MiB")
             .env("HOTSET_CHECK_BYTES", "67108864")
-            .current_dir("/")
-            .output()
-            .unwrap();
+            .current_dir("/");
+        // Where PyPI can be reached, an interpreter with what the bundle's own package needs, and without torch.
+        let python = clients::python().ok();
+        if let Some(python) = &python {
+            command.env("HOTSET_PYTHON", python);
+        }
+        let said = command.output().unwrap();
         let text = String::from_utf8_lossy(&said.stdout);
         println!("{text}");
         assert!(
@@ -49,5 +54,10 @@ fn the_bundle_needs_nothing_but_a_driver() {
         ] {
             assert!(report.contains(part), "no `{part}` in:\n{report}");
         }
+        let attached = !report.contains("give --python");
+        assert!(
+            attached || python.is_none(),
+            "Python does not attach:\n{report}"
+        );
     });
 }

@@ -111,7 +111,7 @@ fn clients_hear_that_their_leases_are_lost_with_the_gpu() {
 }
 
 /// An interpreter with the Python package and what it needs, or why there is none.
-fn python() -> Result<std::path::PathBuf, String> {
+pub(crate) fn python() -> Result<std::path::PathBuf, String> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-vram");
     let python = folder.join("bin/python");
     let complete = folder.join("complete");

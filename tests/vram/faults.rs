@@ -162,7 +162,7 @@ fn a_gpu_that_fell_off_the_bus_leaves_the_others_to_work() {
 /// A configuration with which a driver that hangs is noticed soon.
 fn impatient(library: &Library) -> Config {
     let mut config = config(library);
-    config.cuda.call_timeout = Duration::from_millis(300);
+    config.cuda.call_timeout = Duration::from_secs(1);
     config.supervision.max_restarts = 1;
     config.supervision.backoff = Duration::from_millis(1);
     config.supervision.max_backoff = Duration::from_millis(2);
