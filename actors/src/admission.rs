@@ -5,7 +5,6 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
 use hotset_core::plan::Priority;
@@ -28,14 +27,6 @@ pub(crate) struct Request {
     pub(crate) asked: Duration,
     /// Answered once: granted, or never. Who no longer waits has dropped the other end.
     pub(crate) reply: RpcReplyPort<Result<Reservation, Never>>,
-}
-
-/// What a session uses in a tier, told to the policy.
-#[derive(Debug)]
-pub(crate) struct Used {
-    pub(crate) session: SessionId,
-    /// The components, and whether each was there already or on its way.
-    pub(crate) components: Vec<(Arc<Component>, bool)>,
 }
 
 /// The admission of one tier.
@@ -116,6 +107,7 @@ impl Admission {
 
     /// Tries again for those who wait, in their order, and keeps below the watermark.
     pub(crate) fn retry(&mut self) {
+        self.learn();
         self.waiting.retain(|request| !request.reply.is_closed());
         while let Some(request) = self.waiting.pop_front() {
             if let Attempt::Waits(request) = self.attempt(request) {
@@ -162,6 +154,7 @@ impl Admission {
 
     /// Evicts what nobody holds until `surplus` bytes are coming back, or all of it; gives what is coming back.
     pub(crate) fn evict_up_to(&mut self, surplus: Bytes, cause: &EvictCause) -> Bytes {
+        self.learn();
         let candidates = self.candidates(&HashSet::new());
         let all: Bytes = candidates.iter().map(|c| c.bytes).sum();
         let count = candidates.len();
@@ -188,29 +181,37 @@ impl Admission {
         }
     }
 
-    /// Tells the policy what a session uses here.
-    pub(crate) fn used(&mut self, used: &Used) {
-        let now = self.house.ledger.now();
-        let seen: Vec<Seen> = used
-            .components
-            .iter()
-            .map(|(component, _)| Seen {
-                content: component.content_id,
-                kind: component.kind,
-                bytes: component.bytes,
-            })
-            .collect();
-        let observed = Observed {
-            session: used.session,
-            components: &seen,
+    /// Tells the policy what was used here since it was last told.
+    fn learn(&mut self) {
+        let Some(uses) = self.house.uses.get(&self.tier) else {
+            return;
         };
-        if let Some(view) = self.house.ledger.view(self.tier) {
-            self.policy.on_capacity(view.budget);
+        let uses = uses.take();
+        if uses.is_empty() {
+            return;
         }
-        self.policy.observe(now, &observed);
-        for (component, hit) in &used.components {
-            self.policy
-                .on_request(now, &component.content_id, component.bytes, *hit);
+        if let Some(budget) = self.house.ledger.budget(self.tier) {
+            self.policy.on_capacity(budget);
+        }
+        for used in uses {
+            let seen: Vec<Seen> = used
+                .components
+                .iter()
+                .map(|(component, _)| Seen {
+                    content: component.content_id,
+                    kind: component.kind,
+                    bytes: component.bytes,
+                })
+                .collect();
+            let observed = Observed {
+                session: used.session,
+                components: &seen,
+            };
+            self.policy.observe(used.at, &observed);
+            for (component, hit) in used.components.iter() {
+                self.policy
+                    .on_request(used.at, &component.content_id, component.bytes, *hit);
+            }
         }
     }
 
@@ -238,6 +239,7 @@ impl Admission {
                 Want::Scratch(_) => None,
             })
             .collect();
+        self.learn();
         let candidates = self.candidates(&own);
         let now = self.house.ledger.now();
         let victims = select(self.policy.as_mut(), now, &candidates, missing);

@@ -23,12 +23,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
+use crate::hot::HotSets;
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
 use crate::slot::Slot;
 use crate::supervisor::SupervisorMessage;
+use crate::uses::{Pushed, UsedSet, Uses};
 use crate::vram_manager::VramManagerMessage;
 
 /// Makes the eviction policy of a tier, at each start of its keeper.
@@ -110,6 +112,11 @@ pub(crate) struct House {
     pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
+    /// Sets that can be leased without a plan.
+    pub(crate) hot: HotSets,
+    /// What was used in each tier, for its keeper's policy, and in all, for Predictor.
+    pub(crate) uses: BTreeMap<Tier, Uses>,
+    pub(crate) asked: Uses,
     /// Beside the ledger's the one lock that several actors take, for one push.
     decisions: Mutex<DecisionLog>,
 
@@ -183,6 +190,12 @@ impl House {
                 .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
             links: ArcSwap::from_pointee(links),
+            hot: HotSets::default(),
+            uses: std::iter::once(Tier::Ram)
+                .chain(devices.keys().map(|gpu| Tier::Vram(*gpu)))
+                .map(|tier| (tier, Uses::default()))
+                .collect(),
+            asked: Uses::default(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
             devices,
             first_figures,
@@ -229,6 +242,30 @@ impl House {
     /// A name for an actor that no other system in the process has.
     pub(crate) fn actor_name(&self, name: impl fmt::Display) -> String {
         format!("hotset{}.{name}", self.id)
+    }
+
+    /// Notes for the policy of a tier what a session uses there.
+    pub(crate) fn note_use(&self, session: SessionId, tier: Tier, components: UsedSet) {
+        let Some(uses) = self.uses.get(&tier) else {
+            return;
+        };
+        if uses.push(|| self.ledger.now(), session, components) == Pushed::Many
+            && let Some(wake) = self.ledger.wake(tier)
+        {
+            wake.notify_one();
+        }
+    }
+
+    /// Notes for Predictor what a session was granted.
+    pub(crate) fn note_granted(&self, session: SessionId, components: UsedSet) {
+        if !self.predicting.load(Ordering::Relaxed) {
+            return;
+        }
+        let pushed = self.asked.push(|| self.ledger.now(), session, components);
+        if pushed != Pushed::Further {
+            // A guess less where it is not there.
+            let _ = self.predictor.cast(PredictorMessage::Requested);
+        }
     }
 
     /// Records a decision.

@@ -13,6 +13,7 @@
 mod admission;
 mod counters;
 mod discovery;
+mod hot;
 mod house;
 mod loader;
 mod loading;
@@ -25,6 +26,7 @@ mod slot;
 mod status;
 mod supervisor;
 mod system;
+mod uses;
 mod vram_manager;
 
 pub use counters::{CounterValues, Counters};

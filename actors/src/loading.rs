@@ -183,6 +183,17 @@ pub enum LoadEvent {
 #[must_use = "dropping a Loading cancels the load"]
 pub struct Loading {
     request: RequestId,
+    state: State,
+}
+
+enum State {
+    /// It was all there: events that are still to be taken.
+    Granted(std::vec::IntoIter<LoadEvent>),
+    UnderWay(Box<UnderWay>),
+}
+
+/// The client's end of a load that a loader runs.
+struct UnderWay {
     progress: watch::Receiver<Option<LoadProgress>>,
     events: mpsc::Receiver<LoadEvent>,
     outcome: oneshot::Receiver<Result<(), LoadError>>,
@@ -204,8 +215,7 @@ impl Loading {
         let (events, events_seen) = mpsc::channel(EVENTS_AHEAD);
         let (outcome, outcome_seen) = oneshot::channel();
         let cancel = CancellationToken::new();
-        let loading = Self {
-            request,
+        let state = UnderWay {
             progress: progress_seen,
             events: events_seen,
             outcome: outcome_seen,
@@ -213,6 +223,10 @@ impl Loading {
             ended: false,
             changed: None,
             _session: session,
+        };
+        let loading = Self {
+            request,
+            state: State::UnderWay(Box::new(state)),
         };
         let outlet = Outlet {
             progress,
@@ -223,6 +237,18 @@ impl Loading {
         (loading, outlet)
     }
 
+    /// A load that is done already.
+    pub(crate) fn granted(request: RequestId, plan: Arc<Plan>, leases: Vec<Lease>) -> Self {
+        let mut events = Vec::with_capacity(leases.len() + 2);
+        events.push(LoadEvent::Planned(plan));
+        events.extend(leases.into_iter().map(LoadEvent::Leased));
+        events.push(LoadEvent::Done);
+        Self {
+            request,
+            state: State::Granted(events.into_iter()),
+        }
+    }
+
     /// Its number.
     #[must_use]
     pub const fn request(&self) -> RequestId {
@@ -231,13 +257,18 @@ impl Loading {
 
     /// Stops the load; it ends with [`LoadError::Cancelled`], unless it was done already.
     pub fn cancel(&self) {
-        self.cancel.cancel();
+        if let State::UnderWay(load) = &self.state {
+            load.cancel.cancel();
+        }
     }
 
     /// The progress now, where there is some.
     #[must_use]
     pub fn progress(&self) -> Option<LoadProgress> {
-        self.progress.borrow().clone()
+        match &self.state {
+            State::Granted(_) => None,
+            State::UnderWay(load) => load.progress.borrow().clone(),
+        }
     }
 
     /// Waits for all leases, in loading order of their arrival.
@@ -261,6 +292,15 @@ impl Stream for Loading {
     type Item = Result<LoadEvent, LoadError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match &mut self.state {
+            State::Granted(events) => Poll::Ready(events.next().map(Ok)),
+            State::UnderWay(load) => load.poll_next(cx),
+        }
+    }
+}
+
+impl UnderWay {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<LoadEvent, LoadError>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -313,7 +353,7 @@ impl std::fmt::Debug for Loading {
     }
 }
 
-impl Drop for Loading {
+impl Drop for UnderWay {
     fn drop(&mut self) {
         self.cancel.cancel();
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hotset_core::catalog::Component;
 use hotset_core::predict::{Candidate, Observed, Predictor, PredictorStats, Seen};
-use hotset_core::{ContentId, SessionId, Tier};
+use hotset_core::{ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
 
@@ -18,13 +18,8 @@ use crate::ram_cache::RamCacheMessage;
 /// What Predictor is told and asked.
 #[derive(Debug)]
 pub(crate) enum PredictorMessage {
-    /// A session was granted these components.
-    Requested {
-        /// Who.
-        session: SessionId,
-        /// What.
-        components: Vec<Arc<Component>>,
-    },
+    /// Sessions were granted components; they lie in the house.
+    Requested,
     /// Switch it on or off.
     SetEnabled(bool, RpcReplyPort<()>),
     /// The state.
@@ -67,32 +62,16 @@ impl PredictorActor {
         })
     }
 
-    #[ractor::message(PredictorMessage::Requested { session, components })]
-    fn requested(&self, session: SessionId, components: Vec<Arc<Component>>, state: &mut State) {
-        if !state.enabled {
-            return;
+    #[ractor::message(PredictorMessage::Requested)]
+    fn requested(&self, state: &mut State) {
+        if learn(state) && state.enabled {
+            propose(state);
         }
-        let now = state.house.ledger.now();
-        let seen: Vec<Seen> = components
-            .iter()
-            .map(|component| Seen {
-                content: component.content_id,
-                kind: component.kind,
-                bytes: component.bytes,
-            })
-            .collect();
-        state.predictor.observe(
-            now,
-            &Observed {
-                session,
-                components: &seen,
-            },
-        );
-        propose(state);
     }
 
     #[ractor::message(PredictorMessage::SetEnabled(enabled, reply))]
     fn set_enabled(&self, enabled: bool, reply: RpcReplyPort<()>, state: &mut State) {
+        learn(state);
         state.enabled = enabled;
         // For its own next start.
         state
@@ -104,11 +83,36 @@ impl PredictorActor {
 
     #[ractor::message(PredictorMessage::Observe(reply))]
     fn observe(&self, reply: RpcReplyPort<PredictorView>, state: &mut State) {
+        learn(state);
         let _ = reply.send(PredictorView {
             enabled: state.enabled,
             stats: state.predictor.stats(),
         });
     }
+}
+
+/// Takes what was granted meanwhile; gives whether there was anything.
+fn learn(state: &mut State) -> bool {
+    let granted = state.house.asked.take();
+    for used in &granted {
+        let seen: Vec<Seen> = used
+            .components
+            .iter()
+            .map(|(component, _)| Seen {
+                content: component.content_id,
+                kind: component.kind,
+                bytes: component.bytes,
+            })
+            .collect();
+        let observed = Observed {
+            session: used.session,
+            components: &seen,
+        };
+        if state.enabled {
+            state.predictor.observe(used.at, &observed);
+        }
+    }
+    !granted.is_empty()
 }
 
 /// Proposes what is not in RAM.

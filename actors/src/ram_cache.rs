@@ -15,7 +15,7 @@ use hotset_core::{Bytes, ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::admission::{Admission, Request, Used};
+use crate::admission::{Admission, Request};
 use crate::counters::add;
 use crate::house::House;
 use crate::monitor::Pressure;
@@ -36,8 +36,6 @@ pub(crate) enum RamCacheMessage {
     },
     /// The prefetch of this content has ended, one way or the other.
     Prefetched(ContentId),
-    /// A session uses components here.
-    Used(Used),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Others need memory: evict down to this share of the budget.
@@ -161,11 +159,6 @@ impl RamCache {
     fn prefetched(&self, content: ContentId, state: &mut State) {
         // What has landed may be evicted at any time.
         state.guesses.remove(&content);
-    }
-
-    #[ractor::message(RamCacheMessage::Used(used))]
-    fn used(&self, used: Used, state: &mut State) {
-        state.admission.used(&used);
     }
 
     #[ractor::message(RamCacheMessage::Woken)]

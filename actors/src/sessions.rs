@@ -5,12 +5,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hotset_core::SessionId;
-use hotset_core::plan::ComponentSet;
+use hotset_core::Tier;
+use hotset_core::plan::{ComponentSet, Target};
 use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort, SupervisionEvent};
 
+use crate::counters::add;
 use crate::house::House;
 use crate::loader::{Loader, LoaderMessage};
 use crate::loading::{LoadError, Loading, SessionError};
@@ -23,8 +26,10 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the sessions actor is asked.
 #[derive(Debug)]
 pub(crate) enum SessionsMessage {
-    /// Give this session a loader, if it has none.
+    /// Open this session.
     Open(Arc<Record>, RpcReplyPort<Result<(), SessionError>>),
+    /// Give this session a loader, if it has none. Not every session needs one: what is resident is leased without.
+    Employ(Arc<Record>, RpcReplyPort<Result<(), SessionError>>),
     /// It has ended.
     Close(SessionId),
     /// Cancel all loads of all sessions.
@@ -63,14 +68,24 @@ impl Sessions {
     }
 
     #[ractor::message(SessionsMessage::Open(record, reply))]
-    async fn open(
+    fn open(
+        &self,
+        record: Arc<Record>,
+        reply: RpcReplyPort<Result<(), SessionError>>,
+        state: &mut State,
+    ) {
+        let _ = reply.send(open(record, state));
+    }
+
+    #[ractor::message(SessionsMessage::Employ(record, reply))]
+    async fn employ(
         &self,
         myself: ActorRef<SessionsMessage>,
         record: Arc<Record>,
         reply: RpcReplyPort<Result<(), SessionError>>,
         state: &mut State,
     ) {
-        let outcome = open(myself, record, state).await;
+        let outcome = employ(myself, record, state).await;
         let _ = reply.send(outcome);
     }
 
@@ -124,17 +139,9 @@ impl Sessions {
     }
 }
 
-async fn open(
-    myself: ActorRef<SessionsMessage>,
-    record: Arc<Record>,
-    state: &mut State,
-) -> Result<(), SessionError> {
+fn open(record: Arc<Record>, state: &mut State) -> Result<(), SessionError> {
     let config = &state.house.config.sessions;
-    if state
-        .house
-        .draining
-        .load(std::sync::atomic::Ordering::Acquire)
-    {
+    if state.house.draining.load(Ordering::Acquire) {
         return Err(SessionError::Draining);
     }
     if !state.open.contains_key(&record.id) && state.open.len() >= config.max_sessions {
@@ -144,6 +151,16 @@ async fn open(
             retry_after: config.retry_after,
         });
     }
+    state.open.insert(record.id, record);
+    Ok(())
+}
+
+async fn employ(
+    myself: ActorRef<SessionsMessage>,
+    record: Arc<Record>,
+    state: &mut State,
+) -> Result<(), SessionError> {
+    open(record.clone(), state)?;
     let alive = record
         .loader
         .get()
@@ -156,7 +173,6 @@ async fn open(
             .map_err(|_| SessionError::NotAnswering { actor: "loader" })?;
         record.loader.set(Some(loader));
     }
-    state.open.insert(record.id, record);
     Ok(())
 }
 
@@ -194,7 +210,7 @@ impl Session {
             loader: Slot::new(),
         });
         let open = Arc::new(OpenSession { house, record });
-        open.ensure_loader().await?;
+        open.ask(SessionsMessage::Open).await?;
         Ok(Self { open })
     }
 
@@ -212,6 +228,9 @@ impl Session {
 
     /// Loads a component set: a stream of progress, then the leases. Refusals come through the stream too.
     pub fn load(&self, set: ComponentSet) -> Loading {
+        if let Some(loading) = self.lease_hot(&set) {
+            return loading;
+        }
         let open = self.open.clone();
         let request = open.house.next_request();
         let (loading, outlet) = Loading::new(request, Some(open.clone()));
@@ -221,7 +240,7 @@ impl Session {
             outlet,
         };
         if let Err(message) = open.send(message) {
-            // The loader is gone: get a new one, then send again. Bounded by the time for opening.
+            // There is none yet, or it is gone: get one, then send again. Bounded by the time for opening.
             let house = open.house.clone();
             house.tasks.spawn(async move {
                 let error = match open.ensure_loader().await {
@@ -240,6 +259,37 @@ impl Session {
     }
 }
 
+impl Session {
+    /// Leases a set at once, where all of it is there and its plan is known: this takes no memory from anybody and waits for
+    /// nobody, so no actor need be asked.
+    fn lease_hot(&self, set: &ComponentSet) -> Option<Loading> {
+        let house = &self.open.house;
+        if house.draining.load(Ordering::Acquire) {
+            return None;
+        }
+        let hot = house.hot.get(set, house.catalogue.load().generation())?;
+        // In RAM for want of a GPU that could hold it: that may have changed.
+        if hot.plan.tier == Tier::Ram && set.target == Target::Best && !house.devices.is_empty() {
+            return None;
+        }
+        let (session, tier) = (self.id(), hot.plan.tier);
+        let leases = house
+            .ledger
+            .lease_resident(tier, &hot.components, session)?;
+        let counters = &house.counters;
+        add(&counters.loads_requested, 1);
+        add(&counters.loads_granted, 1);
+        add(&counters.component_hits, leases.len() as u64);
+        house.note_use(session, tier, hot.used.clone());
+        house.note_granted(session, hot.used.clone());
+        Some(Loading::granted(
+            house.next_request(),
+            hot.plan.clone(),
+            leases,
+        ))
+    }
+}
+
 impl OpenSession {
     fn send(&self, message: LoaderMessage) -> Result<(), LoaderMessage> {
         let Some(loader) = self.record.loader.get() else {
@@ -254,10 +304,17 @@ impl OpenSession {
     }
 
     async fn ensure_loader(&self) -> Result<(), SessionError> {
+        self.ask(SessionsMessage::Employ).await
+    }
+
+    async fn ask(
+        &self,
+        message: fn(Arc<Record>, RpcReplyPort<Result<(), SessionError>>) -> SessionsMessage,
+    ) -> Result<(), SessionError> {
         let answer = self
             .house
             .sessions
-            .insist(|reply| SessionsMessage::Open(self.record.clone(), reply));
+            .insist(|reply| message(self.record.clone(), reply));
         tokio::select! {
             biased;
             () = self.house.stop.cancelled() => Err(SessionError::Draining),

@@ -25,7 +25,7 @@ use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::upload::Upload;
-use crate::admission::{Admission, Request, Used};
+use crate::admission::{Admission, Request};
 use crate::house::{GpuEvent, House, Shortage};
 use crate::ram_cache::wake_on;
 
@@ -39,8 +39,6 @@ pub(crate) enum VramManagerMessage {
     Reserve(Request),
     /// Upload this component, which is promised; nothing where it is there or under way.
     Upload(Arc<Component>, Source),
-    /// A session uses components here.
-    Used(Used),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Evict down to this share of the budget.
@@ -217,11 +215,6 @@ impl VramManager {
             // Not tied to the actor: an upload outlives its restart.
             state.house.tasks.spawn(upload.run(source));
         }
-    }
-
-    #[ractor::message(VramManagerMessage::Used(used))]
-    fn used(&self, used: Used, state: &mut State) {
-        state.admission.used(&used);
     }
 
     #[ractor::message(VramManagerMessage::Woken)]

@@ -324,7 +324,8 @@ impl Talk {
             ClientMessage::Plan(set) => answers::plan(hotset, &set),
             ClientMessage::Why(why) => answers::why(hotset, &why),
             ClientMessage::Load(load) => match self.load(id, load) {
-                Ok(()) => return Ok(()),
+                Ok(Some(finished)) => return self.finished(finished),
+                Ok(None) => return Ok(()),
                 Err(error) => Err(error),
             },
             ClientMessage::Cancel(cancel) => {
@@ -409,8 +410,8 @@ impl Talk {
         Ok(())
     }
 
-    /// Begins a load.
-    fn load(&mut self, id: u64, load: Load) -> Result<(), ErrorReply> {
+    /// Begins a load; gives its end where that came at once.
+    fn load(&mut self, id: u64, load: Load) -> Result<Option<Finished>, ErrorReply> {
         self.check_room()?;
         if self.loads.contains_key(&id) {
             return Err(refusal(
@@ -460,8 +461,12 @@ impl Talk {
                 Err(error) => Finished::Failed(error),
             }
         };
-        self.work.push(pumped.boxed());
-        Ok(())
+        let mut pumped = pumped.boxed();
+        let finished = (&mut pumped).now_or_never();
+        if finished.is_none() {
+            self.work.push(pumped);
+        }
+        Ok(finished)
     }
 
     fn finished(&mut self, finished: Finished) -> Result<(), End> {

@@ -34,6 +34,12 @@ pub(crate) struct AttachArgs {
     /// Connections that ask at the same time, for the rate
     #[arg(long, default_value_t = 64)]
     connections: usize,
+    /// Sessions that are open in this process, and ask in turn
+    #[arg(long, default_value_t = 10_000)]
+    sessions: usize,
+    /// Requests of theirs
+    #[arg(long, default_value_t = 100_000)]
+    requests: usize,
     /// How long each measurement takes
     #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
     time: Duration,
@@ -51,6 +57,18 @@ struct Times {
     p50_us: f64,
     p99_us: f64,
     count: usize,
+}
+
+/// What sessions in this process measure.
+#[derive(Debug, Serialize)]
+struct Embedded {
+    #[serde(flatten)]
+    times: Times,
+    /// Loads of the whole set, one after the other, released each.
+    requests_per_s: f64,
+    sessions: usize,
+    /// What an idle session takes of this process's memory.
+    bytes_per_session: f64,
 }
 
 /// What a client in a process of its own measures.
@@ -73,7 +91,7 @@ struct Report {
     components: usize,
     tensors: usize,
     bytes: Bytes,
-    embedded: Times,
+    embedded: Embedded,
     bridge: Remote,
     python: Option<Times>,
     /// Why there is no figure for Python.
@@ -99,9 +117,16 @@ fn name(component: usize) -> String {
 
 /// `hotset bench attach`
 pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliError> {
-    if args.components == 0 || args.tensors == 0 || args.connections == 0 {
+    let asked = [
+        args.components,
+        args.tensors,
+        args.connections,
+        args.sessions,
+        args.requests,
+    ];
+    if asked.contains(&0) {
         return Err(CliError::Usage(
-            "there is nothing to measure with 0 components, tensors or connections".into(),
+            "there is nothing to measure with 0 components, tensors, connections, sessions or requests".into(),
         ));
     }
     if let Some(socket) = &args.against {
@@ -113,6 +138,7 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
     config.catalog.roots = vec![folder.path().join("models")];
     config.catalog.watch = false;
     config.cuda.detect = args.tier != Tier::Ram;
+    config.sessions.max_sessions = args.sessions + args.connections + 16;
     config.ram.budget = Some(Bytes(
         args.size.get() * args.components as u64 * 2 + (1 << 26),
     ));
@@ -172,19 +198,26 @@ fn library(args: &AttachArgs, folder: &Path) -> Result<(), CliError> {
 }
 
 /// In this process.
-async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Times, CliError> {
-    let session = hotset.session("bench").await?;
+async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Embedded, CliError> {
     let target = match args.tier {
         Tier::Ram => Target::Ram,
         Tier::Vram(gpu) => Target::Gpu(gpu),
     };
     let set = ComponentSet::new((0..args.components).map(name)).on(target);
-    session.load(set.clone()).leases().await?;
-    let mut seconds = Vec::new();
-    let end = Instant::now() + args.time;
-    while Instant::now() < end {
+    let first = hotset.session("bench").await?;
+    first.load(set.clone()).leases().await?;
+    let before = own_bytes();
+    let mut sessions = Vec::with_capacity(args.sessions);
+    for _ in 0..args.sessions {
+        sessions.push(hotset.session("bench").await?);
+    }
+    let bytes_per_session = own_bytes().saturating_sub(before) as f64 / args.sessions as f64;
+    let mut seconds = Vec::with_capacity(args.requests);
+    let all = Instant::now();
+    for session in sessions.iter().cycle().take(args.requests) {
+        let set = set.clone();
         let began = Instant::now();
-        let leases = session.load(set.clone()).leases().await?;
+        let leases = session.load(set).leases().await?;
         let first = leases
             .iter()
             .filter_map(|lease| lease.slab()?.filled().first());
@@ -194,7 +227,23 @@ async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Times, CliError>
         seconds.push(began.elapsed().as_secs_f64());
         drop(leases);
     }
-    Ok(times(seconds))
+    let requests_per_s = args.requests as f64 / all.elapsed().as_secs_f64();
+    Ok(Embedded {
+        times: times(seconds),
+        requests_per_s,
+        sessions: args.sessions,
+        bytes_per_session,
+    })
+}
+
+/// Memory of this process's own, without slabs.
+fn own_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
 }
 
 /// This command once more, as a client in a process of its own.
@@ -358,12 +407,15 @@ fn print(report: &Report) -> Result<(), CliError> {
     let what = format!("{} components in {}, from", report.components, report.tier);
     let mut rows = table(&[&what, "p50", "p99", "beside it"], &right);
     let us = |figure: f64| format!("{figure:.1} us");
-    let embedded = &report.embedded;
+    let (embedded, hosted) = (&report.embedded.times, &report.embedded);
     rows.add_row([
         "this process",
         &us(embedded.p50_us),
         &us(embedded.p99_us),
-        "nothing is mapped anew",
+        &format!(
+            "{:.0} requests/s, {} sessions of {:.0} bytes each",
+            hosted.requests_per_s, hosted.sessions, hosted.bytes_per_session
+        ),
     ]);
     let bridge = &report.bridge;
     rows.add_row([

@@ -19,12 +19,12 @@ use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
-use crate::admission::{Request, Used};
+use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
-use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
+use crate::uses::UsedSet;
 use crate::vram_manager::{Ring, Source, VramManagerMessage};
 
 /// How often a load begins again when what it waited for was interrupted, by a restart or by another client's cancel.
@@ -170,7 +170,8 @@ impl Job {
         shown: &mut bool,
     ) -> Result<(), LoadError> {
         board.stage = Stage::Planning;
-        let plan = Arc::new(self.plan()?);
+        let (plan, generation) = self.plan()?;
+        let plan = Arc::new(plan);
         board.components = plan
             .steps
             .iter()
@@ -185,7 +186,8 @@ impl Job {
         if !*shown {
             *shown = true;
             self.count_hits(&plan);
-            self.tell_keeper(&plan);
+            let tier = plan.tier;
+            self.house.note_use(self.session, tier, used(&plan));
             outlet.send(LoadEvent::Planned(plan.clone())).await;
         }
 
@@ -199,19 +201,20 @@ impl Job {
                 outlet.send(LoadEvent::Leased(lease)).await;
             }
         }
-        self.tell_predictor(&plan);
+        self.house.note_granted(self.session, used(&plan));
+        self.house.hot.remember(&self.set, generation, &plan);
         Ok(())
     }
 
-    fn plan(&self) -> Result<Plan, LoadError> {
+    /// The plan as things stand, and the catalogue that it is made by.
+    fn plan(&self) -> Result<(Plan, u64), LoadError> {
         let catalogue = self.house.catalogue.load();
         let graph = resolve(&catalogue, &self.set.names, self.set.dependencies)?;
         let tiers = self.house.ledger.views();
         let links = self.house.links();
-        Ok(self
-            .house
-            .planner(&tiers, &links)
-            .plan(&graph, self.set.target)?)
+        let planner = self.house.planner(&tiers, &links);
+        let plan = planner.plan(&graph, self.set.target)?;
+        Ok((plan, catalogue.generation()))
     }
 
     fn count_hits(&self, plan: &Plan) {
@@ -225,38 +228,6 @@ impl Job {
             &self.house.counters.component_misses,
             plan.steps.len() as u64 - hits,
         );
-    }
-
-    /// Lets the policy of the tier know what is used; it decides the worse where the message is lost.
-    fn tell_keeper(&self, plan: &Plan) {
-        let used = Used {
-            session: self.session,
-            components: plan
-                .steps
-                .iter()
-                .map(|step| (step.component.clone(), step.there != There::Absent))
-                .collect(),
-        };
-        let _ = match plan.tier {
-            Tier::Ram => self.house.ram.cast(RamCacheMessage::Used(used)),
-            Tier::Vram(gpu) => match self.house.vram.get(&gpu) {
-                Some(slot) => slot.cast(VramManagerMessage::Used(used)),
-                None => Ok(()),
-            },
-        };
-    }
-
-    fn tell_predictor(&self, plan: &Plan) {
-        let components = plan
-            .steps
-            .iter()
-            .map(|step| step.component.clone())
-            .collect();
-        // A guess less where it is not there.
-        let _ = self.house.predictor.cast(PredictorMessage::Requested {
-            session: self.session,
-            components,
-        });
     }
 
     /// Reserves in every tier, in the one global order. On the way to a GPU that is its memory first, then RAM's.
@@ -511,6 +482,14 @@ impl Job {
             }
         }
     }
+}
+
+/// What a plan uses.
+fn used(plan: &Plan) -> UsedSet {
+    let steps = plan.steps.iter();
+    steps
+        .map(|step| (step.component.clone(), step.there != There::Absent))
+        .collect()
 }
 
 /// What is reserved in RAM on the way to a GPU.

@@ -96,6 +96,23 @@ impl Lease {
         }
     }
 
+    /// From what the ledger opened under its lock.
+    pub(super) const fn opened(
+        id: LeaseId,
+        session: SessionId,
+        claim: Claim,
+        held: Arc<Held>,
+        table: Arc<TensorTable>,
+    ) -> Self {
+        Self {
+            id,
+            session,
+            claim,
+            held,
+            table,
+        }
+    }
+
     /// Its number, unique for the life of the system.
     #[must_use]
     pub const fn id(&self) -> LeaseId {

@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::flight::{Flight, FlightTicket};
+use super::lease::Lease;
 use super::slab::Slab;
 use crate::catalog::Component;
 use crate::device::Allocation;
@@ -124,6 +126,9 @@ struct Entry {
     load_time: Option<Duration>,
     prefetched: bool,
 }
+
+/// A resident entry: its number, and what a lease on it holds.
+type Found = (u64, Arc<Held>, Arc<TensorTable>);
 
 /// What a set needs in a tier.
 #[derive(Debug, Default)]
@@ -747,6 +752,63 @@ impl Ledger {
                 })
             })
             .collect()
+    }
+
+    /// Leases on all these components, if each of them is resident in this tier: the whole way at once, for a set that costs
+    /// nobody anything.
+    #[must_use]
+    pub fn lease_resident(
+        self: &Arc<Self>,
+        tier: Tier,
+        components: &[Arc<Component>],
+        session: SessionId,
+    ) -> Option<Vec<Lease>> {
+        let now = self.now();
+        let mut guard = self.lock();
+        let books = &mut *guard;
+        let open = books.tiers.get_mut(&tier)?;
+        if open.out_of_service.is_some() {
+            return None;
+        }
+        let mut found: SmallVec<[Found; 8]> = SmallVec::new();
+        for component in components {
+            let entry = open.entry(&component.content_id)?;
+            let State::Resident { held, table } = &entry.state else {
+                return None;
+            };
+            found.push((entry.number, held.clone(), table.clone()));
+        }
+        let mut leases = Vec::with_capacity(components.len());
+        for ((number, held, table), component) in found.into_iter().zip(components) {
+            if let Some(entry) = open.entries.get_mut(&number) {
+                entry.pins += 1;
+                entry.leases += 1;
+                entry.uses += 1;
+                entry.last_used = now;
+                entry.prefetched = false;
+            }
+            let id = LeaseId(books.next_lease);
+            books.next_lease += 1;
+            let row = LeaseRow {
+                owner: session,
+                tier,
+                revoked: None,
+            };
+            books.leases.insert(id, row);
+            let claim = Claim {
+                ledger: self.clone(),
+                key: EntryKey { tier, number },
+                component: component.clone(),
+            };
+            leases.push(Lease::opened(id, session, claim, held, table));
+        }
+        Some(leases)
+    }
+
+    /// The budget of a tier.
+    #[must_use]
+    pub fn budget(&self, tier: Tier) -> Option<Bytes> {
+        Some(self.lock().tiers.get(&tier)?.budget)
     }
 
     /// Begins the flight of a component that is promised in this tier. `None` where it is under way, there, or not
