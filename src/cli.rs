@@ -158,6 +158,12 @@ pub(crate) enum CliError {
     /// A measurement could not be made.
     #[error(transparent)]
     Bench(#[from] hotset::core::catalog::bench::BenchError),
+    /// What was loaded is not what was on disk.
+    #[error("wrong contents: {0}")]
+    Different(String),
+    /// The CUDA driver refused.
+    #[error(transparent)]
+    Cuda(#[from] hotset::core::device::cuda::CudaError),
     /// Reading back from a device failed.
     #[error(transparent)]
     Device(#[from] hotset::DeviceError),

@@ -160,16 +160,17 @@ impl HotsetBuilder {
 }
 
 /// Looks for the driver, off the async workers, since that may take a second.
-async fn detect() -> Result<Cuda, CudaError> {
+async fn detect(config: &Config) -> Result<Cuda, CudaError> {
     tokio::task::spawn_blocking(Cuda::detect)
         .await
         .unwrap_or(Err(CudaError::NoLibrary))
+        .map(|cuda| cuda.patience(config.cuda.call_timeout))
 }
 
 /// The NVIDIA GPUs that are there and wanted. One that does not work is left out.
 async fn detected(config: &Config) -> (Vec<GpuConfig>, Vec<Arc<dyn Device>>) {
     let (mut configs, mut devices): (Vec<GpuConfig>, Vec<Arc<dyn Device>>) = Default::default();
-    let cuda = match detect().await {
+    let cuda = match detect(config).await {
         Ok(cuda) => cuda,
         Err(error) => {
             match error {
@@ -205,7 +206,7 @@ async fn configured(config: &Config) -> Result<Vec<Arc<dyn Device>>, StartError>
         let cuda = match &cuda {
             Some(cuda) => cuda,
             None => {
-                let found = detect().await;
+                let found = detect(config).await;
                 cuda.insert(found.map_err(|source| StartError::Cuda { gpu, source })?)
             }
         };

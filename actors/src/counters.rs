@@ -53,6 +53,8 @@ counters! {
     uploads,
     /// Bytes uploaded.
     bytes_uploaded,
+    /// Of them, bytes that came from other GPUs.
+    bytes_from_peers,
     /// Uploads that failed.
     uploads_failed,
     /// Components evicted from RAM.

@@ -6,10 +6,11 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use arc_swap::ArcSwap;
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
-use hotset_core::device::{Device, Figures, Granules};
+use hotset_core::device::{self, Device, Figures, Granules, Links};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
@@ -105,6 +106,8 @@ pub(crate) struct House {
     pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// How the GPUs reach each other's memory. Replaced when a link turns out not to work.
+    links: ArcSwap<Links>,
     /// What each device said at the start.
     pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
@@ -166,6 +169,7 @@ impl House {
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
         devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+        links: Links,
         first_figures: BTreeMap<GpuIndex, Figures>,
         eviction: Option<EvictionPolicyFactory>,
     ) -> Self {
@@ -185,6 +189,7 @@ impl House {
                 .iter()
                 .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
+            links: ArcSwap::from_pointee(links),
             hot: HotSets::default(),
             uses: std::iter::once(Tier::Ram)
                 .chain(devices.keys().map(|gpu| Tier::Vram(*gpu)))
@@ -306,11 +311,32 @@ impl House {
         }
     }
 
-    /// A planner over these books.
-    pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView]) -> Planner<'a> {
+    /// How the GPUs reach each other's memory now.
+    pub(crate) fn links(&self) -> Arc<Links> {
+        self.links.load_full()
+    }
+
+    /// Asks the devices once more how they reach each other.
+    pub(crate) async fn open_links(&self) {
+        self.links
+            .store(Arc::new(device::links(&self.devices).await));
+    }
+
+    /// A link does not work, whatever the devices say: nothing goes that way any more.
+    pub(crate) fn close_link(&self, from: GpuIndex, to: GpuIndex) {
+        self.links.rcu(|links| {
+            let mut links = Links::clone(links);
+            links.remove(&(from, to));
+            links
+        });
+    }
+
+    /// A planner over these books and links.
+    pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView], links: &'a Links) -> Planner<'a> {
         Planner {
             tiers,
             granules: &self.granules,
+            links,
             ring: self.config.load.ring,
             now: self.ledger.now(),
         }

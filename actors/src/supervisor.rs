@@ -1,8 +1,9 @@
 //! The root: starts the others, starts them again when they fail, and takes them out of service when they keep failing.
 //!
 //! One for one: an actor's death concerns nobody else, since what they share is in the [`House`]. Restarts back off, and
-//! are counted over a window; beyond the limit the actor stays down, with the reason in status, and the rest of the
-//! machine goes on. A GPU whose VramManager is down is out of service in the ledger.
+//! are counted over a window; beyond the limit the actor is out of service, with the reason in status, and the rest of the
+//! machine goes on. From then on it is tried now and then, since what broke it may have been mended. A GPU whose
+//! VramManager is down is out of service in the ledger.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -95,7 +96,7 @@ struct Restarts {
 }
 
 impl Restarts {
-    /// The wait before the next restart, or `None` where there were too many.
+    /// The wait before the next quick restart, or `None` where there were too many.
     fn next(&mut self, now: Instant, config: &SupervisionConfig) -> Option<Duration> {
         while self
             .recent
@@ -222,8 +223,10 @@ fn restart(state: &mut State, myself: &ActorRef<SupervisorMessage>, name: ActorN
             drop(myself.send_after(wait, move || SupervisorMessage::Start(name)));
         }
         None => {
-            tracing::error!(actor = %name, reason = %why, "an actor keeps failing; it stays down");
+            let retry = state.house.config.supervision.retry;
+            tracing::error!(actor = %name, reason = %why, ?retry, "an actor keeps failing; it is out of service");
             child.out_of_service = true;
+            drop(myself.send_after(retry, move || SupervisorMessage::Start(name)));
             if let ActorName::VramManager(gpu) = name {
                 let reason = format!("its manager keeps failing: {why}");
                 state

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
-use hotset_core::device::{Device, DeviceError, budget};
+use hotset_core::device::{self, Device, DeviceError, budget};
 use hotset_core::io::Reader;
 use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, Plan, resolve};
@@ -141,11 +141,13 @@ impl System {
             by_index.insert(gpu, device);
             first_figures.insert(gpu, figures);
         }
+        let links = device::links(&by_index).await;
         let house = Arc::new(House::new(
             Arc::new(config),
             ledger,
             reader,
             by_index,
+            links,
             first_figures,
             eviction,
         ));
@@ -254,7 +256,8 @@ impl System {
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
         let graph = resolve(&self.catalogue(), &set.names, set.dependencies)?;
         let tiers = self.house.ledger.views();
-        let planner = self.house.planner(&tiers);
+        let links = self.house.links();
+        let planner = self.house.planner(&tiers, &links);
         let mut plan = planner.plan(&graph, set.target)?;
         plan.evictions = planner.foresee(&plan, (self.house.eviction)().as_mut());
         Ok(plan)

@@ -3,6 +3,7 @@
 
 Each loader runs in a process of its own and ends with all bytes touched. Where it has copied them, a byte of each page is
 read, which costs nothing; where it has mapped the file, all of them are, since a mapping that nobody has read is no load.
+With `--device=cuda:0` they load onto that GPU instead, and end when it is idle again; the GPU's context is there before.
 Cold and cached runs alternate over all loaders, with plain direct reads as the control
 of each round; reported are medians of three rounds, in GB (10^9 bytes) each second.
 
@@ -76,6 +77,52 @@ def fastsafetensors_cpu(files):
     return total
 
 
+def safetensors_cuda(files, device):
+    from safetensors.torch import load_file
+
+    return [load_file(file, device=device) for file in files]
+
+
+def runai_cuda(files, device):
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(list(files), device=device)
+        # What is on the GPU already stays there.
+        return [tensor.to(device) for _, tensor in streamer.get_tensors()]
+
+
+def fastsafetensors_cuda(nogds):
+    def load(files, device):
+        from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+        loader = SafeTensorsFileLoader(SingleGroup(), device=device, nogds=nogds)
+        loader.add_filenames({0: list(files)})
+        buffers = loader.copy_files_to_device()
+        return loader, buffers, [buffers.get_tensor(name) for name in list(buffers.key_to_rank_lidx)]
+
+    return load
+
+
+def instanttensor_cuda(files, device):
+    from instanttensor import safe_open
+
+    kept = []
+    for file in files:
+        with safe_open(file, framework="pt", device=int(device.partition(":")[2] or 0)) as opened:
+            kept.extend(tensor for _, tensor in opened.tensors())
+    return kept
+
+
+# The same onto a GPU. What they give lives until the GPU is idle.
+ON_GPU = {
+    "safetensors": ("safetensors", ["torch"], safetensors_cuda),
+    "runai-model-streamer": ("runai-model-streamer", ["torch"], runai_cuda),
+    "fastsafetensors": ("fastsafetensors", ["torch"], fastsafetensors_cuda(False)),
+    "fastsafetensors, no GDS": ("fastsafetensors", ["torch"], fastsafetensors_cuda(True)),
+    "instanttensor": ("instanttensor", ["torch"], instanttensor_cuda),
+}
+
 # Name, package, what it needs beside, and how it loads.
 PEERS = {
     "safetensors.numpy": ("safetensors", ["numpy"], safetensors_numpy),
@@ -125,24 +172,37 @@ def control(files):
     return time.perf_counter() - began
 
 
-def measured(name, files):
+def measured(name, files, device):
     """Seconds of one load, in a process of its own and without the time of its imports."""
-    command = [sys.executable, os.path.abspath(__file__), "--run", name, *files]
+    command = [sys.executable, os.path.abspath(__file__), "--run", device, name, *files]
     said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if said.returncode != 0:
         raise RuntimeError(said.stderr.strip().splitlines()[-1] if said.stderr.strip() else f"status {said.returncode}")
     return float(said.stdout.strip().splitlines()[-1])
 
 
-def run(name, files):
+def run(device, name, files):
     import importlib
 
-    package, needs, load = PEERS[name]
+    package, needs, load = (ON_GPU if device else PEERS)[name]
     for module in [package.replace("-", "_"), *needs]:
         importlib.import_module(module)
+    if not device:
+        began = time.perf_counter()
+        load(files)
+        print(time.perf_counter() - began)
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    torch.zeros(1, device=device)
+    torch.cuda.synchronize(device)
     began = time.perf_counter()
-    load(files)
+    kept = load(files, device)
+    torch.cuda.synchronize(device)
     print(time.perf_counter() - began)
+    del kept
 
 
 def installed(package, needs):
@@ -163,10 +223,11 @@ def median(values):
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def main(files):
+def main(device, files):
+    loaders = ON_GPU if device else PEERS
     gigabytes = sum(os.path.getsize(file) for file in files) / 1e9
     peers = []
-    for name, (package, needs, _) in PEERS.items():
+    for name, (package, needs, _) in loaders.items():
         version = installed(package, needs)
         peers.append({"name": name, "version": version})
         if version is None:
@@ -183,7 +244,7 @@ def main(files):
                 drop_cached(files)
                 raw = control(files)
                 drop_cached(files)
-                seconds = measured(name, files)
+                seconds = measured(name, files, device)
                 cold[name].append(gigabytes / seconds)
                 ratios[name].append(raw / seconds)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -194,7 +255,7 @@ def main(files):
             if "skipped" in peer:
                 continue
             try:
-                cached[peer["name"]].append(gigabytes / measured(peer["name"], files))
+                cached[peer["name"]].append(gigabytes / measured(peer["name"], files, device))
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 peer["skipped"] = str(error)
     for peer in peers:
@@ -207,9 +268,11 @@ def main(files):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 and sys.argv[1] == "--run":
-        run(sys.argv[2], sys.argv[3:])
+    if len(sys.argv) > 3 and sys.argv[1] == "--run":
+        run(sys.argv[2], sys.argv[3], sys.argv[4:])
+    elif len(sys.argv) > 2 and sys.argv[1].startswith("--device="):
+        main(sys.argv[1].partition("=")[2], sys.argv[2:])
     elif len(sys.argv) > 1:
-        main(sys.argv[1:])
+        main("", sys.argv[1:])
     else:
-        sys.exit("usage: load.py FILE..")
+        sys.exit("usage: load.py [--device=cuda:N] FILE..")

@@ -177,6 +177,9 @@ pub struct CudaConfig {
     pub share: f64,
     /// VRAM that stays free on each.
     pub headroom: Bytes,
+    /// How long one call of the driver may take. A GPU whose driver takes longer is out of service until the call returns.
+    #[serde(with = "humantime_serde")]
+    pub call_timeout: Duration,
 }
 
 impl Default for CudaConfig {
@@ -188,6 +191,7 @@ impl Default for CudaConfig {
             exclude: String::new(),
             share: gpu.share,
             headroom: gpu.headroom,
+            call_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -427,6 +431,9 @@ pub struct SupervisionConfig {
     /// The longest wait before a restart.
     #[serde(with = "humantime_serde")]
     pub max_backoff: Duration,
+    /// How long an actor that was taken out of service stays down before it is tried once more.
+    #[serde(with = "humantime_serde")]
+    pub retry: Duration,
     /// How long a drain waits for loads under way before it cancels them.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
@@ -439,6 +446,7 @@ impl Default for SupervisionConfig {
             window: Duration::from_secs(60),
             backoff: Duration::from_millis(20),
             max_backoff: Duration::from_secs(5),
+            retry: Duration::from_secs(60),
             drain: Duration::from_secs(30),
         }
     }

@@ -3,9 +3,10 @@
 //! * [`Device::allocate`] gives memory that is read and written by nobody else. It is freed when the [`Allocation`] is
 //!   dropped, at some time soon after; what the allocation [keeps](Allocation::keep_until_freed) is dropped once the driver
 //!   has confirmed it, so that bytes are promised again only then.
-//! * [`Device::upload`] copies bytes that stay alive and unchanged (a [`HostRange`] guarantees both) to a range that
+//! * [`Device::upload_all`] copies bytes that stay alive and unchanged (a [`HostRange`] guarantees both) to ranges that
 //!   must lie inside the allocation. When its future ends with `Ok`, the bytes are there. Dropping the future leaves
-//!   the range undefined, never memory outside of it. Several may be under way for one allocation.
+//!   the ranges undefined, never memory outside of them, but for what lies between pieces closer together than the
+//!   alignment of tensors. Several may be under way for one allocation.
 //! * An error leaves the allocation as it is and its contents undefined.
 //! * After [`DeviceError::Lost`] every call gives it, until [`Device::recover`] succeeds. What was allocated before is gone
 //!   for good; its allocations may still be dropped.
@@ -22,6 +23,7 @@ mod nvml;
 pub mod sim;
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -193,14 +195,35 @@ pub struct Figures {
     pub temperature_c: Option<u32>,
     /// Why it runs slower than it could, in the maker's words; empty where it does not.
     pub throttling: Vec<String>,
-    /// PCIe generation and lanes in use now.
+    /// PCIe generation and lanes in use now; a GPU that idles saves power with fewer.
     pub pcie: Option<(u32, u32)>,
+    /// The most of both that the GPU and its slot allow.
+    #[serde(default)]
+    pub pcie_most: Option<(u32, u32)>,
     /// Uncorrected memory errors since the driver was loaded.
     pub ecc_uncorrected: Option<u64>,
     /// Whether it is divided into instances.
     pub mig: Option<bool>,
-    /// Xid errors since the last measurement.
+    /// Xid errors since the last measurement; in status the last ones since the start.
     pub xids: Vec<u64>,
+}
+
+impl Figures {
+    /// What the PCIe link carries each second when all its lanes work, before the protocol's own share. `None` where the
+    /// link is not told.
+    #[must_use]
+    pub fn link_rate(&self) -> Option<Bytes> {
+        let (generation, lanes) = self.pcie_most.or(self.pcie)?;
+        // Gigatransfers each second and lane, with 8 of 10 or 128 of 130 bits of payload.
+        let gigabits = match generation {
+            1 => 2.5 * 0.8,
+            2 => 5.0 * 0.8,
+            3..=5 => f64::from(1_u32 << generation) * 128.0 / 130.0,
+            6.. => 64.0,
+            0 => return None,
+        };
+        Some(Bytes((gigabits * f64::from(lanes) / 8.0 * 1e9) as u64))
+    }
 }
 
 /// Memory of a device as another process can map it.
@@ -216,6 +239,40 @@ pub struct Export {
     pub bytes: Bytes,
     /// On which device, by the maker's number.
     pub uuid: String,
+}
+
+/// One piece of an upload.
+#[derive(Debug, Clone)]
+pub struct Piece {
+    /// First byte in the allocation.
+    pub to: u64,
+    /// The bytes.
+    pub from: HostRange,
+}
+
+/// How the memory of another device is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Link {
+    /// Whether the devices reach each other by themselves. Where they do not, the driver copies through host memory.
+    pub direct: bool,
+    /// The driver's rank of it among the links of this machine: the less, the faster.
+    pub distance: u32,
+}
+
+/// The links of all devices: from which to which.
+pub type Links = BTreeMap<(GpuIndex, GpuIndex), Link>;
+
+/// The links between these devices, as each says itself.
+pub async fn links(devices: &BTreeMap<GpuIndex, Arc<dyn Device>>) -> Links {
+    let mut links = Links::new();
+    for (to, device) in devices {
+        for from in devices.keys().filter(|from| *from != to) {
+            if let Some(link) = device.link(*from).await {
+                links.insert((*from, *to), link);
+            }
+        }
+    }
+    links
 }
 
 /// A GPU's memory. See the module's page for the contract.
@@ -248,6 +305,46 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
         offset: u64,
         from: HostRange,
     ) -> BoxFuture<'a, Result<(), DeviceError>>;
+
+    /// Copies pieces of host memory to `to`, in rising order of [`Piece::to`]; ends when all are there.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    fn upload_all<'a>(
+        &'a self,
+        to: &'a Allocation,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'a, Result<(), DeviceError>> {
+        let uploads = pieces
+            .into_iter()
+            .map(|piece| self.upload(to, piece.to, piece.from));
+        futures::future::try_join_all(uploads)
+            .map(|outcome| outcome.map(drop))
+            .boxed()
+    }
+
+    /// How it reaches the memory of this other device of the same process. `None`: not at all.
+    fn link(&self, _from: GpuIndex) -> BoxFuture<'_, Option<Link>> {
+        std::future::ready(None).boxed()
+    }
+
+    /// Copies the first bytes of another device's allocation to the beginning of one of this.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] where there is no [link](Self::link); [`DeviceError::Lost`] for either.
+    fn copy_peer<'a>(
+        &'a self,
+        to: &'a Allocation,
+        _from: &'a Allocation,
+        _bytes: u64,
+    ) -> BoxFuture<'a, Result<(), DeviceError>> {
+        let refused = DeviceError::Unsupported {
+            gpu: to.gpu(),
+            driver: self.describe().driver,
+            what: "copy from another device",
+        };
+        async move { Err(refused) }.boxed()
+    }
 
     /// Reads `bytes` from `offset` in `from` back to the host.
     ///

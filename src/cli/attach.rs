@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use hotset::bridge::Bridge;
-use hotset::client::{Client, LoadOptions};
-use hotset::{Bytes, ComponentSet, Config, Hotset, Target};
+use hotset::client::{Client, LoadOptions, RemoteLease};
+use hotset::core::device::cuda::{Cuda, Imported};
+use hotset::{Bytes, ComponentSet, Config, Hotset, Target, Tier};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,9 @@ use super::{CliError, Global, serve};
 /// How to measure attaching.
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
+    /// Where the set is: `ram`, or a GPU such as `vram:0`
+    #[arg(long, default_value = "ram")]
+    tier: Tier,
     /// Components in the set; a diffusion pipeline with its adapters has seven
     #[arg(long, default_value_t = 7)]
     components: usize,
@@ -83,6 +87,7 @@ struct Remote {
 
 #[derive(Debug, Serialize)]
 struct Report {
+    tier: Tier,
     components: usize,
     tensors: usize,
     bytes: Bytes,
@@ -132,6 +137,7 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
     let mut config = Config::default();
     config.catalog.roots = vec![folder.path().join("models")];
     config.catalog.watch = false;
+    config.cuda.detect = args.tier != Tier::Ram;
     config.sessions.max_sessions = args.sessions + args.connections + 16;
     config.ram.budget = Some(Bytes(
         args.size.get() * args.components as u64 * 2 + (1 << 26),
@@ -151,6 +157,7 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
         hotset.drain().await;
     }
     let report = Report {
+        tier: args.tier,
         components: args.components,
         tensors: args.tensors,
         bytes: args.size,
@@ -192,7 +199,11 @@ fn library(args: &AttachArgs, folder: &Path) -> Result<(), CliError> {
 
 /// In this process.
 async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Embedded, CliError> {
-    let set = ComponentSet::new((0..args.components).map(name)).on(Target::Ram);
+    let target = match args.tier {
+        Tier::Ram => Target::Ram,
+        Tier::Vram(gpu) => Target::Gpu(gpu),
+    };
+    let set = ComponentSet::new((0..args.components).map(name)).on(target);
     let first = hotset.session("bench").await?;
     first.load(set.clone()).leases().await?;
     let before = own_bytes();
@@ -211,6 +222,8 @@ async fn embedded(args: &AttachArgs, hotset: &Hotset) -> Result<Embedded, CliErr
             .iter()
             .filter_map(|lease| lease.slab()?.filled().first());
         std::hint::black_box(first.fold(0_u8, |sum, byte| sum ^ byte));
+        let places = leases.iter().filter_map(|lease| lease.allocation());
+        std::hint::black_box(places.fold(0, |sum, place| sum ^ place.address()));
         seconds.push(began.elapsed().as_secs_f64());
         drop(leases);
     }
@@ -240,6 +253,7 @@ async fn child(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
     command
         .args(["--json", "bench", "attach", "--against"])
         .arg(socket)
+        .args(["--tier", &args.tier.to_string()])
         .args(["--components", &args.components.to_string()])
         .args(["--connections", &args.connections.to_string()])
         .args(["--time", &format!("{}ms", args.time.as_millis())])
@@ -255,25 +269,30 @@ async fn child(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
 async fn one_by_one(
     socket: &Path,
     components: usize,
+    tier: Tier,
     time: Duration,
 ) -> Result<(Times, f64), CliError> {
     let client = Client::connect_to(socket, "bench").await?;
-    let set = LoadOptions::new((0..components).map(name)).on("ram");
+    let set = LoadOptions::new((0..components).map(name)).on(tier.to_string());
+    let cuda = match tier {
+        Tier::Ram => None,
+        Tier::Vram(_) => Some(Cuda::detect()?),
+    };
+    let first = client.load(&set).await?;
+    // Keeps this process's context on the GPU, which takes longer to make than all that is measured.
+    let held = attach(&first, cuda.as_ref())?;
     let mut seconds = Vec::new();
     let end = Instant::now() + time;
     while Instant::now() < end {
         let began = Instant::now();
         let leases = client.load(&set).await?;
-        let mut seen = 0_u8;
-        for lease in &leases {
-            seen ^= lease.mapping()?.as_slice().first().copied().unwrap_or(0);
-        }
-        std::hint::black_box(seen);
+        let attached = attach(&leases, cuda.as_ref())?;
         seconds.push(began.elapsed().as_secs_f64());
-        drop(leases);
+        drop((attached, leases));
         // The release is its own request, and not timed: let it be done before the next one begins.
         client.ping().await?;
     }
+    drop((held, first));
     let mut pings = Vec::new();
     for _ in 0..2000 {
         let began = Instant::now();
@@ -285,9 +304,9 @@ async fn one_by_one(
 
 /// As a client.
 async fn remote(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
-    let (own, components, time) = (socket.to_owned(), args.components, args.time);
+    let (own, components, tier, time) = (socket.to_owned(), args.components, args.tier, args.time);
     // As a task, which is where a client's work is: waking this function's own thread for each answer is no part of it.
-    let alone = tokio::spawn(async move { one_by_one(&own, components, time).await });
+    let alone = tokio::spawn(async move { one_by_one(&own, components, tier, time).await });
     let (alone_times, ping_p50_us) = alone
         .await
         .map_err(|error| CliError::Usage(format!("the client failed: {error}")))??;
@@ -296,12 +315,16 @@ async fn remote(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
     let end = began + args.time;
     for i in 0..args.connections {
         let client = Client::connect_to(socket, "bench").await?;
-        let one = LoadOptions::new([name(i % args.components)]).on("ram");
+        let one = LoadOptions::new([name(i % args.components)]).on(tier.to_string());
         asking.push(tokio::spawn(async move {
             let mut leases = 0_u64;
             while Instant::now() < end {
                 let leased = client.load(&one).await?;
-                std::hint::black_box(leased.first().map(|lease| lease.mapping().is_ok()));
+                std::hint::black_box(
+                    leased
+                        .first()
+                        .map(|lease| lease.mapping().is_ok() || lease.export().is_ok()),
+                );
                 leases += 1;
             }
             // Releases are answered in order: after this, all are.
@@ -325,21 +348,43 @@ async fn remote(args: &AttachArgs, socket: &Path) -> Result<Remote, CliError> {
     })
 }
 
-/// The same in Python: lease, and one byte of each memory.
+/// Maps what was leased, and reads a byte of each where it is host memory.
+fn attach(leases: &[RemoteLease], cuda: Option<&Cuda>) -> Result<Vec<Imported>, CliError> {
+    let (mut imported, mut seen) = (Vec::new(), 0_u8);
+    for lease in leases {
+        let Some(cuda) = cuda else {
+            seen ^= lease.mapping()?.as_slice().first().copied().unwrap_or(0);
+            continue;
+        };
+        let export = lease.export()?;
+        let gpu = cuda.gpus().iter().find(|gpu| gpu.uuid == export.uuid);
+        let gpu =
+            gpu.ok_or_else(|| CliError::Usage(format!("{} is not visible here", export.uuid)))?;
+        imported.push(Imported::open(cuda, gpu, export)?);
+    }
+    std::hint::black_box(seen);
+    Ok(imported)
+}
+
+/// The same in Python: lease, and one byte of each memory, or one tensor of each on the GPU.
 const SCRIPT: &str = r#"
 import json, sys, time
 import hotset
-socket, components, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+socket, components, seconds, device = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 hs = hotset.connect(socket, "bench")
 names = [f"component-{i}" for i in range(components)]
+first = lambda component: component.memory()[0] if device == "cpu" else component.device_array(next(iter(component)))
+# Keeps this process's context on the GPU.
+held = hs.load(*names, device=device)
+kept = [first(component) for component in held.components]
 times, end = [], time.monotonic() + seconds
 while time.monotonic() < end:
     began = time.perf_counter()
-    leased = hs.load(*names, device="cpu")
-    seen = [component.memory()[0] for component in leased.components]
+    leased = hs.load(*names, device=device)
+    seen = [first(component) for component in leased.components]
     times.append(time.perf_counter() - began)
     leased.release()
-    del leased
+    del leased, seen
     hs._call("ping")
 times.sort()
 at = lambda share: times[round((len(times) - 1) * share)] * 1e6
@@ -352,7 +397,11 @@ async fn python(args: &AttachArgs, socket: &Path) -> Result<Times, String> {
         .args(["-c", SCRIPT])
         .arg(socket)
         .arg(args.components.to_string())
-        .arg(args.time.as_secs_f64().to_string());
+        .arg(args.time.as_secs_f64().to_string())
+        .arg(match args.tier {
+            Tier::Ram => "cpu".to_owned(),
+            Tier::Vram(gpu) => format!("cuda:{gpu}"),
+        });
     let output = tokio::task::spawn_blocking(move || command.output()).await;
     let output = output
         .map_err(|error| error.to_string())?
@@ -370,7 +419,8 @@ async fn python(args: &AttachArgs, socket: &Path) -> Result<Times, String> {
 
 fn print(report: &Report) -> Result<(), CliError> {
     let right = ["p50", "p99"];
-    let mut rows = table(&["lease and map from", "p50", "p99", "beside it"], &right);
+    let what = format!("{} components in {}, from", report.components, report.tier);
+    let mut rows = table(&[&what, "p50", "p99", "beside it"], &right);
     let us = |figure: f64| format!("{figure:.1} us");
     let (embedded, hosted) = (&report.embedded.times, &report.embedded);
     rows.add_row([

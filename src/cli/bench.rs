@@ -15,7 +15,7 @@ use super::{CliError, Global};
 pub(crate) enum BenchCommand {
     /// Scan a made-up library of sparse files with true headers
     Scan(ScanArgs),
-    /// Load made-up weights from disk, with the disk's own speed beside it
+    /// Load made-up weights into RAM or onto a GPU, with the speed of the disk and of the link beside it
     Load(load::LoadArgs),
     /// Lease and map what is resident: in process, over the bridge, from Python
     Attach(super::attach::AttachArgs),

@@ -223,16 +223,23 @@ fn sentence(figures: &Figures) -> String {
     ];
     parts.extend(figures.context.map(|bytes| format!("context {bytes}")));
     parts.extend(figures.temperature_c.map(|degrees| format!("{degrees} °C")));
-    parts.extend(
-        figures
-            .pcie
-            .map(|(generation, lanes)| format!("PCIe {generation} x{lanes}")),
-    );
+    let link = |(generation, lanes)| format!("{generation} x{lanes}");
+    parts.extend(figures.pcie.map(|now| {
+        // A GPU that idles takes lanes and speed back; one that works with fewer has a bad slot.
+        match figures.pcie_most.filter(|most| *most != now) {
+            Some(most) => format!("PCIe {} of {}", link(now), link(most)),
+            None => format!("PCIe {}", link(now)),
+        }
+    }));
     if !figures.throttling.is_empty() {
         parts.push(format!("slowed down: {}", figures.throttling.join(", ")));
     }
     let errors = figures.ecc_uncorrected.filter(|errors| *errors > 0);
     parts.extend(errors.map(|errors| format!("{errors} uncorrected memory errors")));
+    if !figures.xids.is_empty() {
+        let xids: Vec<String> = figures.xids.iter().map(ToString::to_string).collect();
+        parts.push(format!("the driver reported Xid {}", xids.join(", ")));
+    }
     if figures.mig == Some(true) {
         parts.push("divided by MIG".into());
     }

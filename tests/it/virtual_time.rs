@@ -96,3 +96,30 @@ async fn uploads_share_the_link_and_take_the_time_that_it_takes() {
     );
     assert_eq!(leases.len(), 4);
 }
+
+#[tokio::test(start_paused = true)]
+async fn memory_that_others_take_is_given_up_within_a_second() {
+    let library = Library::new();
+    library.single("held", 1, 1000);
+    library.single("idle", 2, 2500);
+    let mut config = library.config_with_gpu(Bytes::mib(8), Bytes::mib(10));
+    config.gpu[0].headroom = Bytes::mib(1);
+    let rig = Rig::start(config).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let on_gpu = |name: &str| ComponentSet::new([name]).on(Target::AnyGpu);
+    drop(session.load(on_gpu("idle")).leases().await.unwrap());
+    let held = session.load(on_gpu("held")).leases().await.unwrap();
+    // With the interval that is the default: 6 of 10 MiB go to another process, and with them the headroom.
+    let began = Instant::now();
+    rig.gpus[0].set_foreign_use(Bytes::mib(6));
+    while rig.gpus[0].allocated() > Bytes::mib(2) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(
+            began.elapsed() < Duration::from_secs(1),
+            "not within a second"
+        );
+    }
+    assert_eq!(held[0].revoked(), None);
+    drop(held);
+    rig.assert_empty().await;
+}

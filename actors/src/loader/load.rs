@@ -10,6 +10,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use hotset_core::catalog::Component;
 use hotset_core::decision::Act;
+use hotset_core::device::Links;
 use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
@@ -210,7 +211,9 @@ impl Job {
         let catalogue = self.house.catalogue.load();
         let graph = resolve(&catalogue, &self.set.names, self.set.dependencies)?;
         let tiers = self.house.ledger.views();
-        let plan = self.house.planner(&tiers).plan(&graph, self.set.target)?;
+        let links = self.house.links();
+        let planner = self.house.planner(&tiers, &links);
+        let plan = planner.plan(&graph, self.set.target)?;
         Ok((plan, catalogue.generation()))
     }
 
@@ -251,12 +254,14 @@ impl Job {
         };
         // While it waited, components may have come and gone: from here on they are pinned, so now it is certain which
         // of them have to move.
-        let tiers = self.house.ledger.views();
-        let mut routed = plan.clone();
-        self.house.planner(&tiers).route(&mut routed)?;
+        let (routed, peers) = self.route(plan)?;
         let wants = routed.stage_wants();
         if wants.is_empty() {
-            return Ok((own.claims, Staging::default()));
+            let staging = Staging {
+                peers,
+                ..Staging::default()
+            };
+            return Ok((own.claims, staging));
         }
         board.stage = Stage::WaitingFor(Tier::Ram);
         outlet.show(board.progress(self.started));
@@ -268,8 +273,38 @@ impl Job {
                 .map(|claim| (claim.component().content_id, claim))
                 .collect(),
             ring: ram.scratch.map(|charge| Arc::new(Mutex::new(charge))),
+            peers,
         };
         Ok((own.claims, staging))
+    }
+
+    /// The ways by which the components of a plan get to its GPU, and claims on those that come from other GPUs. A claim on
+    /// what is resident is had at once or not at all, so it needs no place in the order of reservations.
+    fn route(&self, plan: &Plan) -> Result<(Plan, HashMap<ContentId, Claim>), LoadError> {
+        let tiers = self.house.ledger.views();
+        let mut routed = plan.clone();
+        let links = self.house.links();
+        self.house.planner(&tiers, &links).route(&mut routed)?;
+        let mut peers = HashMap::new();
+        for step in &routed.steps {
+            let Some(gpu) = step.peer else { continue };
+            let (tier, one) = (Tier::Vram(gpu), std::slice::from_ref(&step.component));
+            match self.house.ledger.claim_resident(tier, one) {
+                Some(claims) => peers.extend(
+                    claims
+                        .into_iter()
+                        .map(|claim| (step.component.content_id, claim)),
+                ),
+                None => {
+                    // It has just gone: then all come the usual way.
+                    self.house
+                        .planner(&tiers, &Links::new())
+                        .route(&mut routed)?;
+                    return Ok((routed, HashMap::new()));
+                }
+            }
+        }
+        Ok((routed, peers))
     }
 
     /// Asks the keeper of a tier for memory, and again after each of its restarts.
@@ -462,11 +497,17 @@ fn used(plan: &Plan) -> UsedSet {
 struct Staging {
     claims: HashMap<ContentId, Claim>,
     ring: Option<Ring>,
+    /// What is resident on other GPUs.
+    peers: HashMap<ContentId, Claim>,
 }
 
 impl Staging {
-    /// The source for a component: its slab where one is promised, else the ring, which is given for later as well.
+    /// The source for a component: another GPU, its slab where one is promised, else the ring, which is given for later as
+    /// well.
     fn take(&mut self, claim: &Claim) -> (Option<Source>, Option<Ring>) {
+        if let Some(peer) = self.peers.remove(&claim.component().content_id) {
+            return (Some(Source::Peer(peer)), None);
+        }
         match self.claims.remove(&claim.component().content_id) {
             Some(claim) => (Some(Source::Ram(claim)), None),
             None => (self.ring.clone().map(Source::Ring), self.ring.clone()),

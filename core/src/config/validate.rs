@@ -38,6 +38,7 @@ impl Config {
             some_bytes(&format!("{at}.sim.bandwidth"), gpu.sim.bandwidth)?;
         }
         share("cuda.share", self.cuda.share)?;
+        some_time("cuda.call_timeout", self.cuda.call_timeout)?;
         above_zero("load.concurrency", self.load.concurrency)?;
         above_zero("load.reads", self.load.reads)?;
         some_time("load.deadline", self.load.deadline)?;
@@ -83,6 +84,7 @@ impl Config {
         above_zero("predict.max_tracked", self.predict.max_tracked)?;
         let supervision = &self.supervision;
         some_time("supervision.window", supervision.window)?;
+        some_time("supervision.retry", supervision.retry)?;
         check(
             "supervision.max_backoff",
             supervision.backoff <= supervision.max_backoff,

@@ -38,6 +38,7 @@ mod tests {
             temperature_c: None,
             throttling: Vec::new(),
             pcie: None,
+            pcie_most: None,
             ecc_uncorrected: None,
             mig: None,
             xids: Vec::new(),

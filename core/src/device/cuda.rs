@@ -3,17 +3,20 @@
 //! [`Cuda::detect`] finds the driver and its GPUs, [`Cuda::open`] makes a [`CudaDevice`] of one. All calls are made on
 //! threads of the device's own (`engine`); device memory is managed in `heap`, pinned host memory in `pins`.
 
+mod copier;
 mod driver;
 mod engine;
 mod heap;
 mod import;
 mod pins;
+mod raw;
 #[cfg(test)]
 mod tests;
 mod worker;
 
 pub use driver::CudaError;
 pub use import::Imported;
+pub use raw::PinnedCopy;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,12 +27,14 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 
+use self::copier::Part;
 use self::driver::Driver;
-use self::engine::{Block, Engine};
+use self::engine::{Block, Engine, Shared};
 use self::pins::Pins;
 use super::nvml::{Answer, NvmlWatch, Reading};
 use super::{
-    Allocation, Device, DeviceDescription, DeviceError, Export, FigureSource, Figures, Kept,
+    Allocation, Device, DeviceDescription, DeviceError, Export, FigureSource, Figures, Kept, Link,
+    Piece,
 };
 use crate::ids::GpuIndex;
 use crate::memory::HostRange;
@@ -39,12 +44,14 @@ use crate::units::Bytes;
 /// processor not answering. All others end the process that caused them, at most.
 const FATAL_XIDS: [u64; 3] = [79, 95, 119];
 
-/// How long the threads of a lost context may take to end. Calls to a lost device return at once, unless the driver hangs,
-/// and then it hangs for good.
+/// How long the threads of a lost context may take to end. Calls to a lost device return at once, unless the driver hangs.
 const THREADS_END: Duration = Duration::from_secs(5);
 
 /// Readings that may be spoilt by allocations at the same time, before one is taken as it is.
 const READINGS: usize = 4;
+
+/// How long one call of the driver may take where nothing else is said: registering a TiB on small pages takes 20 s.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One GPU as the driver lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +92,7 @@ pub struct Cuda {
     driver: Arc<Driver>,
     gpus: Vec<CudaGpu>,
     fleet: Arc<Fleet>,
+    patience: Duration,
 }
 
 /// The UUID in the maker's writing.
@@ -125,7 +133,16 @@ impl Cuda {
             driver,
             gpus,
             fleet: Arc::default(),
+            patience: PATIENCE,
         })
+    }
+
+    /// With this much time for each call of the driver. A device whose driver takes longer counts as lost, until the call
+    /// returns.
+    #[must_use]
+    pub const fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// The GPUs, in the driver's order.
@@ -146,11 +163,14 @@ impl Cuda {
         let uuid = gpu.uuid.clone();
         // A slice of a GPU has a name of its own in NVML.
         let names = vec![uuid.clone(), uuid.replacen("GPU-", "MIG-", 1)];
-        let nvml = NvmlWatch::start(index.to_string(), names);
+        let nvml = NvmlWatch::start(index.to_string(), names, self.patience);
         let before = nvml.ask().await;
         let ordinal = i32::try_from(gpu.ordinal).unwrap_or(i32::MAX);
         let (driver, pins) = (self.driver.clone(), self.fleet.pins.clone());
-        let engine = Engine::start(index, driver, ordinal, pins, false).await?;
+        let patience = self.patience;
+        let mut starting = None;
+        let engine =
+            Engine::start(index, driver, ordinal, pins, false, patience, &mut starting).await?;
         let after = nvml.ask().await;
         let context = match (before, after) {
             (Answer::Read(before), Answer::Read(after)) => {
@@ -165,6 +185,7 @@ impl Cuda {
             context,
             granules: engine.granules,
             engine: RwLock::new(Arc::new(engine)),
+            patience,
             recovering: tokio::sync::Mutex::default(),
             nvml,
             next: AtomicU64::new(1),
@@ -191,7 +212,9 @@ pub struct CudaDevice {
     granules: super::Granules,
     /// Replaced when a lost device comes back.
     engine: RwLock<Arc<Engine>>,
-    recovering: tokio::sync::Mutex<()>,
+    patience: Duration,
+    /// Held while the device is brought back; an attempt whose driver never returned is left here.
+    recovering: tokio::sync::Mutex<Option<Arc<Shared>>>,
     nvml: NvmlWatch,
     next: AtomicU64,
     /// By the number of the allocation.
@@ -235,7 +258,7 @@ impl CudaDevice {
             control.let_go(from);
             registered
         });
-        let registered = asked.await.map_err(|_| engine.shared.ended())?;
+        let registered = engine.shared.answer(asked).await?;
         registered.map_err(|fault| engine.shared.error(&fault))
     }
 
@@ -258,7 +281,7 @@ impl CudaDevice {
                     if steady || left == 0 || !reading.xids.is_empty() {
                         // NVML hears nothing of a context that no longer works.
                         let probe = engine.control.ask(|control| control.driver().memory());
-                        let probe = probe.await.map_err(|_| shared.ended())?;
+                        let probe = shared.answer(probe).await?;
                         probe.map_err(|fault| shared.error(&fault))?;
                         let (allocated, slack) = shared.held();
                         // The less is allocated, the less may be promised.
@@ -275,48 +298,16 @@ impl CudaDevice {
             let memory = control.driver().memory();
             memory.map(|(free, _)| (free, control.heap().allocated(), control.heap().slack()))
         });
-        let read = asked.await.map_err(|_| shared.ended())?;
+        let read = shared.answer(asked).await?;
         let (free, allocated, slack) = read.map_err(|fault| shared.error(&fault))?;
         Ok((None, free, allocated, slack))
     }
 
-    /// Copies `bytes` bytes from an allocation of another GPU to the beginning of one of this.
-    ///
-    /// # Errors
-    /// [`DeviceError::Unsupported`] where `from` is no CUDA device of this process.
-    pub async fn copy_peer(
-        &self,
-        to: &Allocation,
-        from: &Allocation,
-        bytes: u64,
-    ) -> Result<(), DeviceError> {
-        to.check(0, bytes)?;
-        from.check(0, bytes)?;
-        let other = self
-            .fleet
-            .devices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&from.gpu())
-            .and_then(Weak::upgrade)
-            .ok_or(DeviceError::Unsupported {
-                gpu: self.index,
-                driver: "cuda",
-                what: "copy from a device of another kind",
-            })?;
-        let (to, from) = (self.block(to)?, other.block(from)?);
-        let engine = to.engine.clone();
-        let (done, wait) = oneshot::channel();
-        engine.copier.tell(move |copier| {
-            let to_at = (to.place.address(), to.engine.context);
-            let from_at = (from.place.address(), from.engine.context);
-            copier.copy_peer(to_at, from_at, bytes as usize, move |outcome| {
-                drop((to, from));
-                let _ = done.send(outcome);
-            });
-        });
-        let outcome = wait.await.map_err(|_| engine.shared.ended())?;
-        outcome.map_err(|fault| engine.shared.error(&fault))
+    /// The device of this process with that index.
+    fn peer(&self, gpu: GpuIndex) -> Option<Arc<Self>> {
+        let devices = &self.fleet.devices;
+        let devices = devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.get(&gpu).and_then(Weak::upgrade)
     }
 }
 
@@ -364,6 +355,7 @@ impl Device for CudaDevice {
                 temperature_c: reading.temperature_c,
                 throttling: reading.throttling,
                 pcie: reading.pcie,
+                pcie_most: reading.pcie_most,
                 ecc_uncorrected: reading.ecc_uncorrected,
                 mig: reading.mig,
                 xids: reading.xids,
@@ -401,7 +393,7 @@ impl Device for CudaDevice {
                     Err(fault) => Err(block_engine.shared.error(&fault)),
                 }
             });
-            let block = asked.await.map_err(|_| engine.shared.ended())??;
+            let block = engine.shared.answer(asked).await??;
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             let (address, bytes) = (block.place.address(), block.bytes);
             self.blocks().insert(id, Arc::new(block));
@@ -416,23 +408,88 @@ impl Device for CudaDevice {
         offset: u64,
         from: HostRange,
     ) -> BoxFuture<'a, Result<(), DeviceError>> {
+        self.upload_all(to, vec![Piece { to: offset, from }])
+    }
+
+    fn upload_all<'a>(
+        &'a self,
+        to: &'a Allocation,
+        pieces: Vec<Piece>,
+    ) -> BoxFuture<'a, Result<(), DeviceError>> {
         async move {
-            to.check(offset, from.bytes().get())?;
             let block = self.block(to)?;
-            if from.bytes().is_zero() {
+            let engine = block.engine.clone();
+            let mut parts: Vec<Part> = Vec::with_capacity(pieces.len());
+            for Piece { to: offset, from } in pieces {
+                to.check(offset, from.bytes().get())?;
+                if from.bytes().is_zero() {
+                    continue;
+                }
+                let before = parts.last();
+                let registered = match before {
+                    // Most pieces come from one slab.
+                    Some(part) if part.from.mapping() == from.mapping() => part.registered,
+                    _ => self.registered(&engine, &from).await?,
+                };
+                parts.push(Part {
+                    to: block.place.address() + offset,
+                    from,
+                    registered,
+                });
+            }
+            if parts.is_empty() {
                 return Ok(());
             }
-            let engine = block.engine.clone();
-            let registered = self.registered(&engine, &from).await?;
             let (done, wait) = oneshot::channel();
             engine.copier.tell(move |copier| {
-                let at = block.place.address() + offset;
-                copier.upload(at, from, registered, move |outcome| {
+                copier.upload(parts, move |outcome| {
                     drop(block);
                     let _ = done.send(outcome);
                 });
             });
-            let outcome = wait.await.map_err(|_| engine.shared.ended())?;
+            let outcome = engine.shared.answer(wait).await?;
+            outcome.map_err(|fault| engine.shared.error(&fault))
+        }
+        .boxed()
+    }
+
+    fn link(&self, from: GpuIndex) -> BoxFuture<'_, Option<Link>> {
+        async move {
+            let other = self.peer(from)?.ordinal;
+            let (engine, own) = (self.engine(), self.ordinal);
+            let ask = move |control: &mut engine::Control| control.driver().link(other, own);
+            let asked = engine.control.ask(ask);
+            engine.shared.answer(asked).await.ok()
+        }
+        .boxed()
+    }
+
+    fn copy_peer<'a>(
+        &'a self,
+        to: &'a Allocation,
+        from: &'a Allocation,
+        bytes: u64,
+    ) -> BoxFuture<'a, Result<(), DeviceError>> {
+        async move {
+            to.check(0, bytes)?;
+            from.check(0, bytes)?;
+            let other = self.peer(from.gpu()).ok_or(DeviceError::Unsupported {
+                gpu: self.index,
+                driver: "cuda",
+                what: "copy from a device of another kind",
+            })?;
+            let (to, from) = (self.block(to)?, other.block(from)?);
+            let engine = to.engine.clone();
+            let (done, wait) = oneshot::channel();
+            engine.copier.tell(move |copier| {
+                let to_at = (to.place.address(), to.engine.context);
+                let from_at = (from.place.address(), from.engine.context);
+                copier.copy_peer(to_at, from_at, bytes as usize, move |outcome| {
+                    drop((to, from));
+                    let _ = done.send(outcome);
+                });
+            });
+            let outcome = engine.shared.answer(wait).await?;
             outcome.map_err(|fault| engine.shared.error(&fault))
         }
         .boxed()
@@ -457,7 +514,7 @@ impl Device for CudaDevice {
                     drop(block);
                     piece
                 });
-                let piece = asked.await.map_err(|_| engine.shared.ended())?;
+                let piece = engine.shared.answer(asked).await?;
                 read.extend(piece.map_err(|fault| engine.shared.error(&fault))?);
             }
             Ok(read)
@@ -477,7 +534,7 @@ impl Device for CudaDevice {
                 drop(block);
                 exported
             });
-            let exported = asked.await.map_err(|_| engine.shared.ended())?;
+            let exported = engine.shared.answer(asked).await?;
             let (descriptor, mapped, offset) = exported
                 .map_err(|fault| engine.shared.error(&fault))?
                 .ok_or_else(|| engine.shared.ended())?;
@@ -496,7 +553,8 @@ impl Device for CudaDevice {
         async move {
             let engine = self.engine();
             // Frees are queued in the order of the drops.
-            let _ = engine.control.ask(|_| ()).await;
+            let asked = engine.control.ask(|_| ());
+            let _ = engine.shared.answer(asked).await;
         }
         .boxed()
     }
@@ -507,22 +565,41 @@ impl Device for CudaDevice {
 
     fn recover(&self) -> BoxFuture<'_, Result<(), DeviceError>> {
         async move {
-            let _one_at_a_time = self.recovering.lock().await;
+            let mut starting = self.recovering.lock().await;
             let old = self.engine();
             let Some(reason) = old.shared.lost() else {
                 return Ok(());
             };
+            let hangs = || {
+                let reason = format!("{reason}; the driver does not return from a call");
+                old.shared.lost_error(reason.into())
+            };
+            if starting
+                .as_ref()
+                .is_some_and(|attempt| attempt.hangs().is_some())
+            {
+                return Err(hangs());
+            }
             old.copier.stop();
             let mut ended = old.ended.clone();
             let waited = tokio::time::timeout(THREADS_END, ended.wait_for(|ended| *ended))
                 .await
                 .is_ok();
             if !waited {
-                let reason = format!("{reason}; the driver does not return from a call");
-                return Err(old.shared.lost_error(reason.into()));
+                return Err(hangs());
             }
             let (driver, pins) = (old.shared.driver.clone(), self.fleet.pins.clone());
-            let engine = Engine::start(self.index, driver, self.ordinal, pins, true).await?;
+            let (ordinal, patience) = (self.ordinal, self.patience);
+            let engine = Engine::start(
+                self.index,
+                driver,
+                ordinal,
+                pins,
+                true,
+                patience,
+                &mut starting,
+            )
+            .await?;
             *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
             tracing::warn!(gpu = %self.index, %reason, "a GPU that was lost is back, empty");
             Ok(())

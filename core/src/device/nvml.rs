@@ -1,6 +1,8 @@
 //! What NVML says of a GPU, asked on a thread of its own, since it may take long and keeps its handles to itself.
 
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
@@ -23,6 +25,7 @@ pub(super) struct Reading {
     pub(super) temperature_c: Option<u32>,
     pub(super) throttling: Vec<String>,
     pub(super) pcie: Option<(u32, u32)>,
+    pub(super) pcie_most: Option<(u32, u32)>,
     pub(super) ecc_uncorrected: Option<u64>,
     pub(super) mig: Option<bool>,
     /// Events since the last reading.
@@ -44,41 +47,56 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) struct NvmlWatch {
     questions: Option<mpsc::Sender<oneshot::Sender<Answer>>>,
+    /// How long an answer may take before NVML counts as absent.
+    patience: Duration,
+    /// It has not answered the last question: it may never.
+    silent: Arc<AtomicBool>,
 }
 
 impl NvmlWatch {
     /// Starts to watch the device that one of these names means.
-    pub(super) fn start(gpu: String, names: Vec<String>) -> Self {
+    pub(super) fn start(gpu: String, names: Vec<String>, patience: Duration) -> Self {
         let (questions, queue) = mpsc::channel();
+        let silent = Arc::new(AtomicBool::new(false));
+        let answered = silent.clone();
         let thread = std::thread::Builder::new()
             .name(format!("nvml-{gpu}"))
             .spawn(move || {
-                if let Err(error) = watch(&names, &queue) {
+                if let Err(error) = watch(&names, &queue, &answered) {
                     tracing::info!(%error, gpu, "no NVML; the CUDA driver's own figures are used");
                 }
             });
         Self {
             questions: thread.is_ok().then_some(questions),
+            patience,
+            silent,
         }
     }
 
     /// What it says now.
     pub(super) async fn ask(&self) -> Answer {
         let (answer, receiver) = oneshot::channel();
-        let asked = self
-            .questions
-            .as_ref()
-            .is_some_and(|questions| questions.send(answer).is_ok());
-        if !asked {
+        let Some(questions) = &self.questions else {
+            return Answer::Absent;
+        };
+        if self.silent.load(Ordering::Acquire) || questions.send(answer).is_err() {
             return Answer::Absent;
         }
-        receiver.await.unwrap_or(Answer::Absent)
+        match tokio::time::timeout(self.patience, receiver).await {
+            Ok(answer) => answer.unwrap_or(Answer::Absent),
+            Err(_) => {
+                tracing::error!("NVML does not answer; the CUDA driver's own figures are used");
+                self.silent.store(true, Ordering::Release);
+                Answer::Absent
+            }
+        }
     }
 }
 
 fn watch(
     names: &[String],
     queue: &mpsc::Receiver<oneshot::Sender<Answer>>,
+    silent: &AtomicBool,
 ) -> Result<(), NvmlError> {
     let nvml = Nvml::init()?;
     let mut found = Err(NvmlError::NotFound);
@@ -114,6 +132,8 @@ fn watch(
                 Answer::Absent
             }
         });
+        // Also after it was given up: here it is again.
+        silent.store(false, Ordering::Release);
     }
     Ok(())
 }
@@ -149,6 +169,10 @@ fn read(device: &nvml_wrapper::Device<'_>) -> Result<Reading, NvmlError> {
         pcie: device
             .current_pcie_link_gen()
             .and_then(|generation| Ok((generation, device.current_pcie_link_width()?)))
+            .ok(),
+        pcie_most: device
+            .max_pcie_link_gen()
+            .and_then(|generation| Ok((generation, device.max_pcie_link_width()?)))
             .ok(),
         ecc_uncorrected: device
             .total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile)

@@ -148,6 +148,7 @@ impl Device for SimDevice {
                 temperature_c: None,
                 throttling: Vec::new(),
                 pcie: None,
+                pcie_most: None,
                 ecc_uncorrected: None,
                 mig: None,
                 xids: Vec::new(),

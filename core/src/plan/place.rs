@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::graph::DependencyGraph;
 use super::set::Target;
 use crate::catalog::Component;
-use crate::device::Granules;
+use crate::device::{Granules, Link, Links};
 use crate::ids::{ComponentId, ContentId, GpuIndex, Tier};
 use crate::memory::{ResidencyView, TierView, Want};
 use crate::policy::{Candidate, EvictionPolicy, select};
@@ -40,6 +40,8 @@ pub enum Route {
     ViaRam,
     /// Through a bounded ring of host memory to the GPU, since RAM has no room for all of it.
     Ring,
+    /// From another GPU, where it is resident.
+    Peer,
 }
 
 impl fmt::Display for There {
@@ -59,6 +61,7 @@ impl fmt::Display for Route {
             Self::Ram => "disk to RAM",
             Self::ViaRam => "through RAM",
             Self::Ring => "streamed",
+            Self::Peer => "from another GPU",
         })
     }
 }
@@ -85,6 +88,8 @@ pub struct Step {
     pub there: There,
     /// How it gets there.
     pub route: Route,
+    /// The GPU that it comes from, with [`Route::Peer`].
+    pub peer: Option<GpuIndex>,
 }
 
 fn id_of<S: serde::Serializer>(
@@ -245,6 +250,8 @@ pub struct Planner<'a> {
     pub tiers: &'a [TierView],
     /// How each GPU rounds allocations up.
     pub granules: &'a BTreeMap<GpuIndex, Granules>,
+    /// How the GPUs reach each other's memory; empty where none may.
+    pub links: &'a Links,
     /// Host memory for a streamed component.
     pub ring: Bytes,
     /// Time since the start of the system.
@@ -266,6 +273,7 @@ impl Planner<'_> {
                 bytes: self.bytes_in(tier, &component),
                 there: There::Absent,
                 route: Route::None,
+                peer: None,
                 component,
             })
             .collect();
@@ -296,6 +304,7 @@ impl Planner<'_> {
         for step in &mut plan.steps {
             step.there = there(view, &step.component.content_id);
             step.route = Route::None;
+            step.peer = None;
         }
         plan.ring = Bytes::ZERO;
         plan.needs = BTreeMap::from([(plan.tier, absent_bytes(&plan.steps))]);
@@ -306,7 +315,8 @@ impl Planner<'_> {
                     step.route = Route::Ram;
                 }
             }
-            Tier::Vram(_) => {
+            Tier::Vram(gpu) => {
+                self.route_from_peers(gpu, &mut plan.steps);
                 let (slabs, ring) = self.route_to_gpu(&mut plan.steps)?;
                 plan.ring = ring;
                 plan.needs.insert(Tier::Ram, slabs.saturating_add(ring));
@@ -333,7 +343,7 @@ impl Planner<'_> {
     }
 
     /// The tier for the set: of those that can hold it, the one that holds most of it already, then the one with most
-    /// free bytes, then the first.
+    /// free bytes, then the one that is nearest to what others hold of it, then the first.
     fn choose(&self, order: &[Arc<Component>], target: Target) -> Result<&TierView, PlanError> {
         let gpus = || {
             self.tiers
@@ -363,7 +373,8 @@ impl Planner<'_> {
                     .filter(|c| there(view, &c.content_id) != There::Absent)
                     .map(|c| self.bytes_in(view.tier, c))
                     .sum();
-                (held, view.free(), std::cmp::Reverse(view.tier))
+                let near = std::cmp::Reverse(self.distance(view, order));
+                (held, view.free(), near, std::cmp::Reverse(view.tier))
             })
             .copied()
             .ok_or_else(|| PlanError::NeverFits {
@@ -372,6 +383,58 @@ impl Planner<'_> {
                     .map(|view| shortage(view, whole(view), order, |c| self.bytes_in(view.tier, c)))
                     .collect(),
             })
+    }
+
+    /// The nearest other GPU on which a component is resident, with the link from there.
+    fn peer(&self, gpu: GpuIndex, content: &ContentId) -> Option<(GpuIndex, Link)> {
+        let holders = self.tiers.iter().filter_map(|view| match view.tier {
+            Tier::Vram(from) if from != gpu && view.out_of_service.is_none() => {
+                let link = self.links.get(&(from, gpu))?;
+                (there(view, content) == There::Resident).then_some((from, *link))
+            }
+            _ => None,
+        });
+        holders.min_by_key(|(from, link)| (!link.direct, link.distance, *from))
+    }
+
+    /// How far away what a set lacks in a tier is on other GPUs: the sum over its bytes. What no GPU holds is equally far
+    /// from all.
+    fn distance(&self, view: &TierView, order: &[Arc<Component>]) -> u128 {
+        let Tier::Vram(gpu) = view.tier else {
+            return 0;
+        };
+        let lacking = order
+            .iter()
+            .filter(|c| there(view, &c.content_id) == There::Absent);
+        lacking
+            .filter_map(|c| {
+                let (_, link) = self.peer(gpu, &c.content_id)?;
+                // Through the host is further than any link.
+                let rank = if link.direct {
+                    u64::from(link.distance)
+                } else {
+                    u64::from(u32::MAX) + 1
+                };
+                Some(u128::from(c.bytes.get()) * u128::from(rank))
+            })
+            .sum()
+    }
+
+    /// Takes what is not there from other GPUs: where those reach each other by themselves, and else where RAM does not
+    /// have the component either, since the driver's way through the host is no faster than the one from RAM.
+    fn route_from_peers(&self, gpu: GpuIndex, steps: &mut [Step]) {
+        for step in steps.iter_mut().filter(|s| s.there != There::Resident) {
+            let content = &step.component.content_id;
+            let in_ram = || {
+                let ram = self.view(Tier::Ram);
+                ram.is_some_and(|ram| there(ram, content) == There::Resident)
+            };
+            if let Some((from, link)) = self.peer(gpu, content)
+                && (link.direct || !in_ram())
+            {
+                (step.route, step.peer) = (Route::Peer, Some(from));
+            }
+        }
     }
 
     /// Chooses the way of each absent component to its GPU, and gives the bytes that RAM must provide for slabs and for
@@ -473,7 +536,7 @@ fn route_through(ram: &TierView, steps: &mut [Step], mut room: Bytes) -> (Bytes,
     let (mut needed, mut streamed) = (Bytes::ZERO, 0);
     for step in steps
         .iter_mut()
-        .filter(|step| step.there != There::Resident)
+        .filter(|step| step.there != There::Resident && step.route != Route::Peer)
     {
         let bytes = step.component.ram_bytes();
         let content = step.component.content_id;

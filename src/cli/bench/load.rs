@@ -1,11 +1,14 @@
-//! `hotset bench load`: how fast weights come from disk into leased memory, with the disk's own speed beside it.
+//! `hotset bench load`: how fast weights come from disk into leased memory, with the disk's own speed beside it; `vram` does
+//! the same for a GPU.
 //!
 //! Every load goes the whole way, through a session to its leases, and ends with the bytes in memory. What is loaded is
 //! evicted again, so that each load reads; its memory stays warm, as it does in a system that runs.
 
+mod compare;
 mod files;
 mod floor;
 mod peers;
+mod vram;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,9 +22,24 @@ use super::super::{CliError, Global, config};
 use files::{Library, Shape};
 use floor::{Cost, Floor, median};
 
+/// Where to load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchTier {
+    /// Into host memory
+    Ram,
+    /// Onto a GPU
+    Vram,
+}
+
 /// How to measure loading.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct LoadArgs {
+    /// Where to load
+    #[arg(long, value_enum, default_value_t = BenchTier::Ram)]
+    tier: BenchTier,
+    /// Which GPU, as hotset counts them
+    #[arg(long, default_value_t = 0)]
+    gpu: u32,
     /// Bytes that each shape has in all
     #[arg(long, default_value = "4GiB", value_name = "SIZE")]
     size: Bytes,
@@ -137,16 +155,27 @@ impl Figure {
 
 /// Runs the measurement.
 pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError> {
-    let shapes = match (&args.file, args.all) {
+    match args.tier {
+        BenchTier::Ram => ram(args, global).await,
+        BenchTier::Vram => vram::run(args, global).await,
+    }
+}
+
+/// The shapes that were asked for.
+fn shapes(args: &LoadArgs) -> Vec<Shape> {
+    match (&args.file, args.all) {
         (Some(_), _) => vec![Shape::Given],
         (None, true) => vec![Shape::One, Shape::Shards, Shape::Loras],
         (None, false) => args.shape.clone(),
-    };
+    }
+}
+
+async fn ram(args: &LoadArgs, global: &Global) -> Result<(), CliError> {
     let folder = args.folder.clone().unwrap_or_else(std::env::temp_dir);
     let mut reports = Vec::new();
     let mut peers = Vec::new();
     let mut last = None;
-    for shape in shapes {
+    for shape in shapes(args) {
         let (size, within, file) = (args.size, folder.clone(), args.file.clone());
         output::note(global, format!("making {shape}"));
         let library =
@@ -158,7 +187,7 @@ pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError
             output::note(global, "measuring the Python loaders".into());
             let (python, script) = (python.clone(), args.peers_script.clone());
             let files = library.files.clone();
-            peers = blocking(move || peers::measure(&python, &script, &files)).await?;
+            peers = blocking(move || peers::measure(&python, &script, &files, None)).await?;
         }
         reports.push(measured.report);
         last = Some((measured.reader, measured.pages, measured.resident_lease_us));
@@ -201,6 +230,8 @@ async fn blocking<T: Send + 'static>(
 
 async fn measure(library: &Library, rounds: u32, global: &Global) -> Result<Measured, CliError> {
     let mut config = bench_config(global, library)?;
+    config.gpu.clear();
+    config.cuda.detect = false;
     let bytes = library.bytes;
     // Room for what is loaded and for what its memory is rounded up to.
     config.ram.budget = Some(Bytes(bytes.get() + bytes.get() / 4 + (1 << 30)));
@@ -293,7 +324,6 @@ fn bench_config(global: &Global, library: &Library) -> Result<Config, CliError> 
     config.catalog.settle = std::time::Duration::ZERO;
     config.ram.high_watermark = 1.0;
     config.ram.low_watermark = 1.0;
-    config.gpu.clear();
     config.predict.enabled = false;
     if library.shape == Shape::Loras {
         // A set that large is asked for at once.
@@ -433,13 +463,17 @@ fn print(report: &Report) -> Result<(), CliError> {
         "leasing what is resident: {:.1} us",
         report.resident_lease_us
     ))?;
-    if !report.peers.is_empty() {
+    print_peers(&report.peers)
+}
+
+fn print_peers(peers: &[peers::Peer]) -> Result<(), CliError> {
+    if !peers.is_empty() {
         let mut rows = table(
             &["Python loader", "cold GB/s", "cached GB/s", ""],
             &["cold GB/s", "cached GB/s"],
         );
         let rate = |rate: Option<f64>| rate.map_or_else(|| "-".into(), |rate| format!("{rate:.2}"));
-        for peer in &report.peers {
+        for peer in peers {
             rows.add_row([
                 format!(
                     "{} {}",

@@ -11,6 +11,8 @@ use cudarc::driver::sys::{
     CUmemAllocationProp, CUmemAllocationType, CUmemLocation, CUmemLocationType, CUuuid,
 };
 
+use crate::device::Link;
+
 /// Why there is no CUDA here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -109,6 +111,7 @@ functions! {
     cuDeviceGetUuid_v2(*mut CUuuid, c_int);
     cuDeviceTotalMem_v2(*mut usize, c_int);
     cuDeviceGetAttribute(*mut c_int, c_uint, c_int);
+    cuDeviceGetP2PAttribute(*mut c_int, c_uint, c_int, c_int);
     cuDevicePrimaryCtxRetain(*mut *mut c_void, c_int);
     cuDevicePrimaryCtxRelease_v2(c_int);
     cuDevicePrimaryCtxReset_v2(c_int);
@@ -252,6 +255,25 @@ impl Driver {
         Ok(true)
     }
 
+    /// How the second device reaches the memory of the first.
+    pub(super) fn link(&self, from: i32, to: i32) -> Link {
+        /// `CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK`: the less, the faster.
+        const RANK: c_uint = 1;
+        /// `CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED`.
+        const ACCESS: c_uint = 2;
+        let ask = |attribute| {
+            let mut value = 0;
+            // Whoever reads is the source to the driver.
+            call!(self.cuDeviceGetP2PAttribute(&raw mut value, attribute, to, from))
+                .ok()
+                .map(|()| value)
+        };
+        Link {
+            direct: ask(ACCESS) == Some(1),
+            distance: ask(RANK).map_or(u32::MAX, i32::unsigned_abs),
+        }
+    }
+
     pub(super) fn retain_context(&self, device: i32) -> Outcome<Opaque> {
         let mut context = std::ptr::null_mut();
         call!(self.cuDevicePrimaryCtxRetain(&raw mut context, device))?;
@@ -336,6 +358,31 @@ impl Driver {
 
     pub(super) fn map(&self, address: u64, bytes: u64, handle: u64) -> Outcome<()> {
         call!(self.cuMemMap(address, bytes as usize, 0, handle, 0))
+    }
+
+    /// Maps physical memory at a new address, for this device. Nothing is left behind where a step fails, unless what undoes
+    /// it fails as well, which `left` is told.
+    pub(super) fn place(
+        &self,
+        device: i32,
+        handle: u64,
+        bytes: u64,
+        write: bool,
+        left: impl Fn(Fault),
+    ) -> Outcome<u64> {
+        let undo = |undone: Outcome<()>| {
+            if let Err(fault) = undone {
+                left(fault);
+            }
+        };
+        let address = self.reserve(bytes, 0)?;
+        self.map(address, bytes, handle)
+            .and_then(|()| {
+                self.grant(device, address, bytes, write)
+                    .inspect_err(|_| undo(self.unmap(address, bytes)))
+            })
+            .inspect_err(|_| undo(self.unreserve(address, bytes)))?;
+        Ok(address)
     }
 
     pub(super) fn unmap(&self, address: u64, bytes: u64) -> Outcome<()> {

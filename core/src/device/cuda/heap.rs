@@ -159,22 +159,10 @@ impl Heap {
     fn physical(&self, bytes: u64) -> Outcome<Physical> {
         let driver = &self.driver;
         let handle = driver.create(self.device, bytes)?;
-        let mapped = driver
-            .reserve(bytes, self.granules.page.get())
-            .and_then(|address| {
-                let made = driver.map(address, bytes, handle).and_then(|()| {
-                    let granted = driver.grant(self.device, address, bytes, true);
-                    granted.inspect_err(|_| self.undo(driver.unmap(address, bytes)))
-                });
-                match made {
-                    Ok(()) => Ok(address),
-                    Err(fault) => {
-                        self.undo(driver.unreserve(address, bytes));
-                        Err(fault)
-                    }
-                }
-            });
-        match mapped {
+        let placed = driver.place(self.device, handle, bytes, true, |fault| {
+            self.undo(Err(fault));
+        });
+        match placed {
             Ok(address) => Ok(Physical {
                 handle,
                 address,

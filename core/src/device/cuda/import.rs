@@ -1,22 +1,87 @@
 //! The other end of an export: device memory of another process, mapped read-only.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::driver::{Driver, Opaque, Outcome};
 use super::{Cuda, CudaError, CudaGpu};
 use crate::device::Export;
 
+/// Physical memory mapped in this process, with the primary context that it needs. Calls block, and leave that context
+/// current on the calling thread.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    pub(super) driver: Arc<Driver>,
+    device: i32,
+    context: Opaque,
+    handle: u64,
+    pub(super) address: u64,
+    pub(super) bytes: u64,
+}
+
+impl Mapped {
+    /// Maps the physical memory that `make` gives: a handle, and how many bytes it stands for.
+    pub(super) fn new(
+        cuda: &Cuda,
+        gpu: &CudaGpu,
+        write: bool,
+        make: impl FnOnce(&Driver, i32) -> Outcome<(u64, u64)>,
+    ) -> Outcome<Self> {
+        let driver = cuda.driver.clone();
+        let device = driver.device(i32::try_from(gpu.ordinal).unwrap_or(i32::MAX))?;
+        let context = driver.retain_context(device)?;
+        let placed = driver
+            .enter(context)
+            .and_then(|()| make(&driver, device))
+            .and_then(|(handle, bytes)| {
+                let left = |fault| tracing::warn!(?fault, "cannot unmap device memory");
+                let address = driver.place(device, handle, bytes, write, left);
+                address
+                    .map(|address| (handle, address, bytes))
+                    .inspect_err(|_| drop(driver.release(handle)))
+            });
+        match placed {
+            Ok((handle, address, bytes)) => Ok(Self {
+                driver,
+                device,
+                context,
+                handle,
+                address,
+                bytes,
+            }),
+            Err(fault) => {
+                let _ = driver.release_context(device);
+                Err(fault)
+            }
+        }
+    }
+
+    /// Makes the context current on this thread.
+    pub(super) fn enter(&self) -> Outcome<()> {
+        self.driver.enter(self.context)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let driver = &self.driver;
+        let ended = self
+            .enter()
+            .and_then(|()| driver.unmap(self.address, self.bytes))
+            .and_then(|()| driver.release(self.handle))
+            .and_then(|()| driver.unreserve(self.address, self.bytes))
+            .and_then(|()| driver.release_context(self.device));
+        if let Err(fault) = ended {
+            tracing::warn!(?fault, "cannot unmap device memory");
+        }
+    }
+}
+
 /// Device memory that another process leased to this one. Calls block, and leave this process's primary context current
 /// on the calling thread.
 #[derive(Debug)]
 pub struct Imported {
-    driver: Arc<Driver>,
-    device: i32,
-    context: Opaque,
-    handle: u64,
-    address: u64,
-    mapped: u64,
+    mapped: Mapped,
     offset: u64,
     bytes: u64,
 }
@@ -27,9 +92,6 @@ impl Imported {
     /// # Errors
     /// [`CudaError::Refused`] where the driver does not take it.
     pub fn open(cuda: &Cuda, gpu: &CudaGpu, export: Export) -> Result<Self, CudaError> {
-        let driver = cuda.driver.clone();
-        let device = driver.device(i32::try_from(gpu.ordinal).unwrap_or(i32::MAX))?;
-        let context = driver.retain_context(device)?;
         let Export {
             descriptor,
             mapped,
@@ -37,51 +99,21 @@ impl Imported {
             bytes,
             ..
         } = export;
-        match Self::map(&driver, device, context, &descriptor, mapped.get()) {
-            Ok((handle, address)) => Ok(Self {
-                driver,
-                device,
-                context,
-                handle,
-                address,
-                mapped: mapped.get(),
-                offset,
-                bytes: bytes.get(),
-            }),
-            Err(fault) => {
-                let _ = driver.release_context(device);
-                Err(fault.into())
-            }
-        }
-    }
-
-    fn map(
-        driver: &Driver,
-        device: i32,
-        context: Opaque,
-        descriptor: &OwnedFd,
-        mapped: u64,
-    ) -> Outcome<(u64, u64)> {
-        driver.enter(context)?;
-        let handle = driver.import(descriptor.as_raw_fd())?;
-        let address = driver.reserve(mapped, 0).and_then(|address| {
-            let made = driver.map(address, mapped, handle).and_then(|()| {
-                driver
-                    .grant(device, address, mapped, false)
-                    .inspect_err(|_| drop(driver.unmap(address, mapped)))
-            });
-            made.map(|()| address)
-                .inspect_err(|_| drop(driver.unreserve(address, mapped)))
-        });
-        address
-            .map(|address| (handle, address))
-            .inspect_err(|_| drop(driver.release(handle)))
+        let import = |driver: &Driver, _: i32| {
+            let handle = driver.import(descriptor.as_raw_fd())?;
+            Ok((handle, mapped.get()))
+        };
+        Ok(Self {
+            mapped: Mapped::new(cuda, gpu, false, import)?,
+            offset,
+            bytes: bytes.get(),
+        })
     }
 
     /// The device pointer of the first byte, in this process.
     #[must_use]
     pub const fn address(&self) -> u64 {
-        self.address + self.offset
+        self.mapped.address + self.offset
     }
 
     /// How many bytes there are.
@@ -95,12 +127,10 @@ impl Imported {
     /// # Errors
     /// [`CudaError::Refused`].
     pub fn read(&self) -> Result<Vec<u8>, CudaError> {
-        let mut read = vec![0; self.bytes as usize];
-        self.copy(self.bytes as usize, |driver, pinned, stream| {
-            driver.download(pinned, self.address(), read.len(), stream)
-        })
-        .map(|pinned| read.copy_from_slice(&pinned))?;
-        Ok(read)
+        let bytes = self.bytes as usize;
+        Ok(self.copy(bytes, |driver, pinned, stream| {
+            driver.download(pinned, self.address(), bytes, stream)
+        })?)
     }
 
     /// Tries to write zeros over all of it, which a correct driver refuses. For checking one.
@@ -120,8 +150,8 @@ impl Imported {
         bytes: usize,
         copy: impl FnOnce(&Driver, usize, Opaque) -> Outcome<()>,
     ) -> Outcome<Vec<u8>> {
-        let driver = &self.driver;
-        driver.enter(self.context)?;
+        let driver = &self.mapped.driver;
+        self.mapped.enter()?;
         let pinned = driver.host_alloc(bytes.max(1))?;
         let copied = driver.stream().and_then(|stream| {
             let copied = driver.event().and_then(|event| {
@@ -136,20 +166,5 @@ impl Imported {
         let read = unsafe { std::slice::from_raw_parts(pinned as *const u8, bytes) }.to_vec();
         driver.host_free(pinned)?;
         copied.map(|()| read)
-    }
-}
-
-impl Drop for Imported {
-    fn drop(&mut self) {
-        let driver = &self.driver;
-        let ended = driver
-            .enter(self.context)
-            .and_then(|()| driver.unmap(self.address, self.mapped))
-            .and_then(|()| driver.release(self.handle))
-            .and_then(|()| driver.unreserve(self.address, self.mapped))
-            .and_then(|()| driver.release_context(self.device));
-        if let Err(fault) = ended {
-            tracing::warn!(?fault, "cannot unmap imported device memory");
-        }
     }
 }

@@ -2,17 +2,26 @@
 //! all GPUs, and unregistered before it is unmapped.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::ThreadId;
+use std::time::Duration;
 
 use super::driver::{Driver, Fault, Outcome};
-use super::engine::Control;
+use super::engine::{Control, Shared};
 use super::worker::Worker;
 use crate::memory::{HostRange, MappedRange, MappingId, MappingObserver};
 use crate::units::MIB;
 
 /// Smaller mappings go through pinned buffers: a registration costs more than copying them does.
 pub(super) const SMALLEST: usize = MIB as usize;
+
+/// How often one who waits for memory to be unregistered looks whether the driver still returns from its calls.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How often a lock is tried that is held for an instant, or else by a registration.
+const TRIES: u32 = 100;
 
 /// All registered mappings of the process.
 #[derive(Debug, Default)]
@@ -38,8 +47,20 @@ struct Registered {
     /// The engine in whose context it was registered.
     engine: u64,
     control: Worker<Control>,
+    shared: Arc<Shared>,
     thread: ThreadId,
     driver: Arc<Driver>,
+}
+
+impl Slot {
+    /// The state, where no thread is in the middle of registering; that takes as long as the driver likes.
+    fn try_lock(&self) -> Option<MutexGuard<'_, Option<Pin>>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
 }
 
 impl Registered {
@@ -76,15 +97,17 @@ impl Pins {
             return Some(false);
         }
         let slot = self.slot(from);
-        let state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = slot.try_lock()?;
         state.as_ref().map(|pin| matches!(pin, Pin::Registered(_)))
     }
 
     /// Registers the mapping of `from` in the context of this engine, on whose thread this runs; gives whether it is
-    /// registered now.
+    /// registered now. While the thread of another GPU is about it, it is not: its driver may hang.
     pub(super) fn register(self: &Arc<Self>, from: &HostRange, control: &Control) -> Outcome<bool> {
         let slot = self.slot(from);
-        let mut state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut state) = slot.try_lock() else {
+            return Ok(false);
+        };
         if let Some(pin) = &*state {
             return Ok(matches!(pin, Pin::Registered(_)));
         }
@@ -93,6 +116,7 @@ impl Pins {
             Ok(()) => Pin::Registered(Registered {
                 engine: control.engine(),
                 control: control.worker(),
+                shared: control.shared().clone(),
                 thread: std::thread::current().id(),
                 driver: driver.clone(),
             }),
@@ -119,7 +143,17 @@ impl Pins {
             slots.values().cloned().collect()
         };
         for slot in slots {
-            let mut state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let locked = (0..TRIES).find_map(|_| {
+                let state = slot.try_lock();
+                if state.is_none() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                state
+            });
+            // Another engine is registering it, so it is not this one's.
+            let Some(mut state) = locked else {
+                continue;
+            };
             if let Some(Pin::Registered(pin)) = &*state
                 && pin.engine == engine
             {
@@ -150,13 +184,26 @@ impl MappingObserver for Pins {
             return;
         }
         // The addresses may be somebody else's as soon as this returns, so it waits; an engine that has ended has
-        // unregistered everything.
+        // unregistered everything. One that hangs is not waited for, and must not do it later.
         let (done, wait) = std::sync::mpsc::channel();
-        let control = pin.control.clone();
+        let (control, shared) = (pin.control.clone(), pin.shared.clone());
+        let taken = Arc::new(AtomicBool::new(false));
+        let by_thread = taken.clone();
         control.tell(move |_| {
-            pin.end(range);
+            if !by_thread.swap(true, Ordering::AcqRel) {
+                pin.end(range);
+            }
             let _ = done.send(());
         });
-        let _ = wait.recv();
+        while let Err(RecvTimeoutError::Timeout) = wait.recv_timeout(LOOK) {
+            if shared.hangs().is_some() {
+                taken.store(true, Ordering::Release);
+                tracing::error!(
+                    ?range,
+                    "host memory stays registered with a driver that hangs"
+                );
+                return;
+            }
+        }
     }
 }

@@ -14,6 +14,8 @@ fn component(number: u8, kib: u64) -> Arc<Component> {
     test_utils::component(&format!("m{number}"), "weights", Kind::Unknown, number, kib)
 }
 
+static NO_LINKS: Links = Links::new();
+
 /// A graph of components that have nothing to do with each other.
 fn set(components: &[Arc<Component>]) -> DependencyGraph {
     let catalogue = test_utils::catalogue(components.iter().map(|component| {
@@ -55,6 +57,7 @@ fn planner<'a>(tiers: &'a [TierView], granules: &'a BTreeMap<GpuIndex, Granules>
     Planner {
         tiers,
         granules,
+        links: &NO_LINKS,
         ring: Bytes::mib(1),
         now: Duration::from_secs(100),
     }
@@ -234,4 +237,88 @@ proptest! {
             prop_assert!(!held.iter().any(|(c, leased)| *leased && c.id == eviction.component));
         }
     }
+}
+
+const THIRD: Tier = Tier::Vram(GpuIndex(2));
+
+fn link(direct: bool, distance: u32) -> Link {
+    Link { direct, distance }
+}
+
+#[test]
+fn what_another_gpu_holds_comes_from_there() {
+    let (a, b) = (component(1, 512), component(2, 512));
+    let tiers = [
+        tier(GPU, 4, &[(&a, false)]),
+        tier(OTHER, 4, &[]),
+        tier(Tier::Ram, 4, &[]),
+    ];
+    let granules = BTreeMap::new();
+    let plan = |tiers: &[TierView], links: &Links| {
+        let planner = Planner {
+            links,
+            ..planner(tiers, &granules)
+        };
+        let set = set(&[a.clone(), b.clone()]);
+        planner.plan(&set, Target::Gpu(GpuIndex(1))).unwrap()
+    };
+    let way = |plan: &Plan, component: &Arc<Component>| {
+        let found = plan
+            .steps
+            .iter()
+            .find(|step| step.component.id == component.id);
+        found.map(|step| (step.route, step.peer)).unwrap()
+    };
+    let pair = (GpuIndex(0), GpuIndex(1));
+    let peer = (Route::Peer, Some(GpuIndex(0)));
+    for direct in [true, false] {
+        let plan = plan(&tiers, &Links::from([(pair, link(direct, 0))]));
+        assert_eq!(way(&plan, &a), peer);
+        assert_eq!(way(&plan, &b), (Route::ViaRam, None));
+        assert_eq!(plan.stage_wants().len(), 1, "RAM is only needed for one");
+        assert_eq!(plan.needs[&Tier::Ram], b.ram_bytes());
+    }
+    assert_eq!(way(&plan(&tiers, &NO_LINKS), &a), (Route::ViaRam, None));
+    // Where RAM has it as well, only a link of their own is better.
+    let mut in_ram = tiers;
+    in_ram[2] = tier(Tier::Ram, 4, &[(&a, false)]);
+    let through_host = plan(&in_ram, &Links::from([(pair, link(false, 0))]));
+    assert_eq!(way(&through_host, &a), (Route::ViaRam, None));
+    let direct = plan(&in_ram, &Links::from([(pair, link(true, 0))]));
+    assert_eq!(way(&direct, &a), peer);
+    // A GPU that is out of service gives nothing.
+    in_ram[0].out_of_service = Some("it is lost".into());
+    let lost = plan(&in_ram, &Links::from([(pair, link(true, 0))]));
+    assert_eq!(way(&lost, &a), (Route::ViaRam, None));
+}
+
+#[test]
+fn of_equal_gpus_the_nearest_to_what_others_hold_is_chosen() {
+    let (a, b) = (component(1, 512), component(2, 512));
+    // The holder of one has no room for both.
+    let tiers = [
+        tier(GPU, 0, &[(&a, true)]),
+        tier(OTHER, 4, &[]),
+        tier(THIRD, 4, &[]),
+        tier(Tier::Ram, 4, &[]),
+    ];
+    let granules = BTreeMap::new();
+    let chosen = |links: &Links| {
+        let planner = Planner {
+            links,
+            ..planner(&tiers, &granules)
+        };
+        let set = set(&[a.clone(), b.clone()]);
+        planner.plan(&set, Target::Best).unwrap().tier
+    };
+    let links = |second: Link, third: Link| {
+        Links::from([
+            ((GpuIndex(0), GpuIndex(1)), second),
+            ((GpuIndex(0), GpuIndex(2)), third),
+        ])
+    };
+    assert_eq!(chosen(&NO_LINKS), OTHER, "the first");
+    assert_eq!(chosen(&links(link(true, 3), link(true, 1))), THIRD);
+    assert_eq!(chosen(&links(link(true, 1), link(true, 3))), OTHER);
+    assert_eq!(chosen(&links(link(false, 0), link(true, 9))), THIRD);
 }

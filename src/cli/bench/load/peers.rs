@@ -29,14 +29,16 @@ pub(super) struct Peer {
     pub(super) skipped: Option<String>,
 }
 
-/// Measures all that are installed; those that are not are listed with the reason.
+/// Measures all that are installed, into host memory or onto a GPU as PyTorch names it (`cuda:0`); those that are not are listed with the reason.
 pub(super) fn measure(
     python: &Path,
     script: &Path,
     files: &[PathBuf],
+    device: Option<&str>,
 ) -> Result<Vec<Peer>, CliError> {
     let output = Command::new(python)
         .arg(script)
+        .args(device.map(|device| format!("--device={device}")))
         .args(files)
         .output()
         .map_err(|source| CliError::File {

@@ -32,6 +32,14 @@ pub(crate) fn gpu_of(machine: &Machine, state: &State, context: u64) -> Result<u
     })
 }
 
+/// Does not return while the GPU whose context is current on this thread hangs.
+pub(crate) fn hang(machine: &Machine) {
+    let gpu = (CURRENT.get() & 0xff) as usize;
+    while gpu > 0 && machine.gpu(gpu - 1).hang.load(SeqCst) != 0 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 /// The GPU whose context is current on this thread; misuse where none is.
 pub(crate) fn current(machine: &Machine, state: &State, call: &str) -> Result<usize, Code> {
     match CURRENT.get() {
@@ -143,6 +151,29 @@ extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, dev: c_
                 as c_uint,
         ];
         store(machine, value, c_int::from(known.contains(&attribute)))
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuDeviceGetP2PAttribute(
+    value: *mut c_int,
+    attribute: c_uint,
+    source: c_int,
+    destination: c_int,
+) -> Code {
+    answer(Call::cuDeviceGetP2PAttribute, |machine| {
+        let from = device(machine, source)?;
+        let to = device(machine, destination)?;
+        if from == to {
+            return Err(misuse(machine, INVALID_VALUE, "a GPU's link to itself"));
+        }
+        let gpu = machine.gpu(from);
+        let figure = match attribute {
+            1 => &gpu.distance[to],
+            2 => &gpu.direct[to],
+            _ => return Err(INVALID_VALUE),
+        };
+        store(machine, value, figure.load(SeqCst) as c_int)
     })
 }
 

@@ -42,6 +42,7 @@ fn answer(call: Call, body: impl FnOnce(&'static Machine) -> Answer) -> Code {
         return NOT_INITIALIZED;
     };
     machine.count(call);
+    context::hang(machine);
     body(machine).err().unwrap_or(SUCCESS)
 }
 

@@ -10,7 +10,10 @@ use hotset_double_machine::{Call, Machine};
 
 use crate::context::{current, gpu_of};
 use crate::state::{Pending, State, state};
-use crate::{Answer, Code, INVALID_HANDLE, NOT_READY, answer, fault, host, memory, misuse, store};
+use crate::{
+    Answer, Code, INVALID_HANDLE, NOT_PERMITTED, NOT_READY, answer, fault, host, memory, misuse,
+    store,
+};
 
 /// How often waiting threads look whether the GPU broke meanwhile.
 const LOOK: Duration = Duration::from_millis(1);
@@ -269,6 +272,9 @@ extern "C" fn cuMemcpyPeerAsync(
         for context in [to_context, from_context] {
             let gpu = gpu_of(machine, &state, context)?;
             fault(machine, gpu)?;
+        }
+        if machine.gpu(gpu).refuse_peer_copies.load(SeqCst) != 0 {
+            return Err(NOT_PERMITTED);
         }
         memory::accessible(machine, &state, to, bytes, libc::PROT_WRITE)?;
         memory::accessible(machine, &state, from, bytes, libc::PROT_READ)?;

@@ -31,7 +31,7 @@ macro_rules! calls {
 
 calls! {
     cuInit, cuDriverGetVersion, cuDeviceGetCount, cuDeviceGet, cuDeviceGetName, cuDeviceGetUuid, cuDeviceTotalMem,
-    cuDeviceGetAttribute, cuDeviceGetPCIBusId, cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRelease,
+    cuDeviceGetAttribute, cuDeviceGetP2PAttribute, cuDeviceGetPCIBusId, cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRelease,
     cuDevicePrimaryCtxReset, cuCtxSetCurrent, cuMemGetInfo, cuMemGetAllocationGranularity, cuMemCreate, cuMemRelease,
     cuMemAddressReserve, cuMemAddressFree, cuMemMap, cuMemUnmap, cuMemSetAccess, cuMemExportToShareableHandle,
     cuMemImportFromShareableHandle, cuMemHostRegister, cuMemHostUnregister, cuMemHostAlloc, cuMemFreeHost,
@@ -68,6 +68,16 @@ pub struct Gpu {
     pub hold_copies: AtomicU32,
     /// Copies that may still begin although they are held.
     pub pass_copies: AtomicU32,
+    /// Calls of threads in its context do not return while this is not 0.
+    pub hang: AtomicU32,
+    /// Calls of NVML about it do not return while this is not 0.
+    pub hang_nvml: AtomicU32,
+    /// Copies to it from other GPUs are refused while this is not 0.
+    pub refuse_peer_copies: AtomicU32,
+    /// How far away the memory of each other GPU is, by the driver's rank.
+    pub distance: [AtomicU32; MAX_GPUS],
+    /// Whether it reaches each other GPU's memory by itself.
+    pub direct: [AtomicU32; MAX_GPUS],
     /// The error that every call returns until the context is reset; 0: none.
     pub sticky: AtomicU32,
     /// The GPU is gone: every call fails, a reset too.
@@ -108,6 +118,9 @@ impl Gpu {
         self.temperature.store(41, SeqCst);
         self.pcie_generation.store(4, SeqCst);
         self.pcie_width.store(16, SeqCst);
+        for direct in &self.direct {
+            direct.store(1, SeqCst);
+        }
     }
 
     /// An Xid event, for whoever listens.

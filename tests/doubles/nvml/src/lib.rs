@@ -63,6 +63,9 @@ fn index(device: usize) -> Result<usize, nvmlReturn_t> {
         machine.report("NVML is asked of a device that does not exist");
         INVALID_ARGUMENT
     })?;
+    while machine.gpu(index).hang_nvml.load(SeqCst) != 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     if machine.gpu(index).lost.load(SeqCst) != 0 {
         return Err(GPU_IS_LOST);
     }
@@ -237,6 +240,16 @@ extern "C" fn nvmlDeviceGetCurrPcieLinkGeneration(device: usize, to: *mut c_uint
 #[unsafe(no_mangle)]
 extern "C" fn nvmlDeviceGetCurrPcieLinkWidth(device: usize, to: *mut c_uint) -> nvmlReturn_t {
     figure(device, to, |gpu| gpu.pcie_width.load(SeqCst))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvmlDeviceGetMaxPcieLinkGeneration(device: usize, to: *mut c_uint) -> nvmlReturn_t {
+    figure(device, to, |_| 4)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvmlDeviceGetMaxPcieLinkWidth(device: usize, to: *mut c_uint) -> nvmlReturn_t {
+    figure(device, to, |_| 16)
 }
 
 #[unsafe(no_mangle)]
