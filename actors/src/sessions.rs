@@ -4,8 +4,8 @@
 //! gets a new loader. Nor do sessions end when this actor is restarted: each comes back with its next load.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hotset_core::SessionId;
@@ -181,6 +181,9 @@ async fn employ(
 pub(crate) struct OpenSession {
     house: Arc<House>,
     record: Arc<Record>,
+    /// Loads that came while a loader is being got, in their order; `None` while none is. A load never passes one that
+    /// came before it.
+    unsent: Mutex<Option<Vec<LoaderMessage>>>,
 }
 
 impl Drop for OpenSession {
@@ -209,7 +212,11 @@ impl Session {
             opened: house.ledger.now(),
             loader: Slot::new(),
         });
-        let open = Arc::new(OpenSession { house, record });
+        let open = Arc::new(OpenSession {
+            house,
+            record,
+            unsent: Mutex::new(None),
+        });
         open.ask(SessionsMessage::Open).await?;
         Ok(Self { open })
     }
@@ -239,22 +246,17 @@ impl Session {
             set,
             outlet,
         };
-        if let Err(message) = open.send(message) {
+        let mut unsent = open.unsent();
+        if let Some(before) = unsent.as_mut() {
+            before.push(message);
+        } else if let Err(message) = open.send(message) {
             // There is none yet, or it is gone: get one, then send again. Bounded by the time for opening.
+            *unsent = Some(vec![message]);
+            let open = open.clone();
             let house = open.house.clone();
-            house.tasks.spawn(async move {
-                let error = match open.ensure_loader().await {
-                    Ok(()) => match open.send(message) {
-                        Ok(()) => return,
-                        Err(message) => (message, LoadError::Restarted),
-                    },
-                    Err(error) => (message, error.into()),
-                };
-                if let (LoaderMessage::Load { outlet, .. }, error) = error {
-                    outlet.end(Err(error));
-                }
-            });
+            house.tasks.spawn(async move { open.send_late().await });
         }
+        drop(unsent);
         loading
     }
 }
@@ -303,8 +305,28 @@ impl OpenSession {
         }
     }
 
-    async fn ensure_loader(&self) -> Result<(), SessionError> {
-        self.ask(SessionsMessage::Employ).await
+    fn unsent(&self) -> MutexGuard<'_, Option<Vec<LoaderMessage>>> {
+        // Nothing under the lock can panic half-way through a change.
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gets a loader and sends what waits for it.
+    async fn send_late(&self) {
+        let employed = self.ask(SessionsMessage::Employ).await;
+        // Sent under the lock, so that no load comes between these.
+        let mut unsent = self.unsent();
+        for message in unsent.take().unwrap_or_default() {
+            let (message, error) = match &employed {
+                Ok(()) => match self.send(message) {
+                    Ok(()) => continue,
+                    Err(message) => (message, LoadError::Restarted),
+                },
+                Err(error) => (message, error.clone().into()),
+            };
+            if let LoaderMessage::Load { outlet, .. } = message {
+                outlet.end(Err(error));
+            }
+        }
     }
 
     async fn ask(
