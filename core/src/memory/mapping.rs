@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
@@ -98,8 +98,9 @@ impl Pages {
 /// `madvise(2)`, Linux 6.1 and later.
 const MADV_COLLAPSE: libc::c_int = 25;
 
-/// Bytes that are made present at once.
-const STRIDE: usize = 64 << 20;
+/// Bytes that one thread makes present at once: as many as make a call worth while, as few as let several threads share
+/// the work on a slab that somebody waits for.
+const STRIDE: usize = 16 << 20;
 
 /// Whether the kernel makes huge pages of shared memory when asked to.
 fn can_collapse() -> bool {
@@ -136,6 +137,15 @@ pub struct MappedRange {
     pub bytes: usize,
 }
 
+/// Who makes which part of a mapping present.
+#[derive(Debug, Default)]
+struct Populating {
+    /// Everything below this is present, or somebody is at it.
+    claimed: usize,
+    /// Where the strides begin that somebody is at.
+    under_way: Vec<usize>,
+}
+
 /// A memfd, mapped. Unmapped and closed when dropped.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -148,7 +158,9 @@ pub(super) struct Mapping {
     touched: AtomicUsize,
     /// Everything below this has memory behind it.
     present: AtomicUsize,
-    populating: Mutex<()>,
+    populating: Mutex<Populating>,
+    /// A stride was made present, or could not be.
+    populated: Condvar,
     /// A descriptor left this process's hands: from then on nobody can write through a new one.
     shared: AtomicBool,
     /// What was handed out last, to be handed out again: opening it by name costs ten times a duplicate.
@@ -194,7 +206,8 @@ impl Mapping {
             memfd,
             touched: AtomicUsize::new(0),
             present: AtomicUsize::new(0),
-            populating: Mutex::new(()),
+            populating: Mutex::default(),
+            populated: Condvar::new(),
             shared: AtomicBool::new(false),
             handed_out: Mutex::default(),
             observers: Mutex::default(),
@@ -310,7 +323,10 @@ impl Mapping {
             unsafe { self.start.as_ptr().add(bytes).write_bytes(0, stale - bytes) };
         }
         self.touched.store(kept, Ordering::Relaxed);
-        self.present.fetch_min(kept, Ordering::Relaxed);
+        let present = self.present.get_mut();
+        *present = (*present).min(kept);
+        let populating = self.populating.get_mut();
+        populating.unwrap_or_else(PoisonError::into_inner).claimed = *present;
         true
     }
 
@@ -331,36 +347,64 @@ impl Mapping {
             .is_ok()
     }
 
-    /// Puts memory behind everything below `to` now, so that who writes there later need not wait for it. Blocks.
+    /// Puts memory behind everything below `to` now, so that who writes there later need not wait for it. Blocks. Several
+    /// threads that ask share the work, and go ahead of what they were asked for meanwhile: who asks for some soon wants
+    /// the rest.
     pub(super) fn populate(&self, to: usize) -> Result<(), Errno> {
-        let to = to.min(self.touched.load(Ordering::Relaxed));
-        // One thread at a time: it is faster than any disk, and the others want the same memory.
-        let _alone = self
-            .populating
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let huge = HUGE_PAGE as usize;
+        let most = self.touched.load(Ordering::Relaxed);
+        let to = to.min(most);
+        let mut populating = self.populating();
         loop {
-            let from = self.present();
-            if from >= to {
+            let present = self.present();
+            if present >= to {
                 return Ok(());
             }
-            // A call costs as much for one page as for many, and who asks for some soon wants the rest.
-            let most = self.touched.load(Ordering::Relaxed);
-            let end = from.saturating_add(STRIDE).min(most);
-            if self.pages == Pages::Collapsed {
-                let first = from.next_multiple_of(huge);
-                self.collapse(first, end / huge * huge);
+            let from = populating.claimed.max(present);
+            if from >= most {
+                // Others are at the last of it.
+                populating = self
+                    .populated
+                    .wait(populating)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
             }
-            // SAFETY: the range is inside the mapping; the call makes pages present without changing what they hold.
-            unsafe {
-                rustix::mm::madvise(
-                    self.start.as_ptr().add(from).cast(),
-                    end - from,
-                    Advice::LinuxPopulateWrite,
-                )
-            }?;
-            self.is_present(end);
+            let end = from.saturating_add(STRIDE).min(most);
+            populating.claimed = end;
+            populating.under_way.push(from);
+            drop(populating);
+            let done = self.populate_stride(from, end);
+            populating = self.populating();
+            populating.under_way.retain(|start| *start != from);
+            if done.is_err() {
+                // To be tried again by whoever asks next.
+                populating.claimed = populating.claimed.min(from);
+            }
+            let first = populating.under_way.iter().copied().min();
+            self.is_present(populating.claimed.min(first.unwrap_or(usize::MAX)));
+            self.populated.notify_all();
+            done?;
+        }
+    }
+
+    fn populating(&self) -> MutexGuard<'_, Populating> {
+        // Nothing under the lock can panic half-way through a change.
+        self.populating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn populate_stride(&self, from: usize, end: usize) -> Result<(), Errno> {
+        let huge = HUGE_PAGE as usize;
+        if self.pages == Pages::Collapsed {
+            self.collapse(from.next_multiple_of(huge), end / huge * huge);
+        }
+        // SAFETY: the range is inside the mapping; the call makes pages present without changing what they hold.
+        unsafe {
+            rustix::mm::madvise(
+                self.start.as_ptr().add(from).cast(),
+                end - from,
+                Advice::LinuxPopulateWrite,
+            )
         }
     }
 
@@ -574,6 +618,29 @@ mod tests {
     fn mappings_begin_on_a_border_of_huge_pages() {
         let mapping = Mapping::create("test", 3 << 20, Pages::Small).unwrap();
         assert_eq!(mapping.range().address % HUGE_PAGE as usize, 0);
+    }
+
+    #[test]
+    fn threads_share_the_work_on_one_mapping() {
+        let len = 5 * STRIDE + 12_345;
+        let mut mapping = Mapping::create("test", len, Pages::Small).unwrap();
+        assert!(mapping.fit(len));
+        std::thread::scope(|scope| {
+            for to in [1, STRIDE, 2 * STRIDE + 1, len, len] {
+                let mapping = &mapping;
+                scope.spawn(move || {
+                    assert_eq!(mapping.populate(to), Ok(()));
+                    assert!(mapping.present() >= to);
+                });
+            }
+        });
+        assert_eq!(mapping.present(), mapping.wholly(len));
+        // Less is needed, then more again: what was given back is made present anew.
+        assert!(mapping.fit(STRIDE));
+        assert_eq!(mapping.present(), STRIDE);
+        assert!(mapping.fit(len));
+        assert_eq!(mapping.populate(len), Ok(()));
+        assert_eq!(mapping.held(), Bytes(mapping.present() as u64));
     }
 
     #[test]

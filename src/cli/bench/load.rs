@@ -96,7 +96,7 @@ struct ShapeReport {
     shape: Shape,
     files: usize,
     bytes: Bytes,
-    /// The very first load: memory is found on the way.
+    /// The very first load after a start: memory is found on the way.
     first: Figure,
     /// From disk into warm memory.
     cold: Figure,
@@ -228,6 +228,77 @@ async fn blocking<T: Send + 'static>(
         .map_err(|error| CliError::Usage(format!("the measurement failed: {error}")))?
 }
 
+/// Takes the library out of the page cache.
+async fn drop_cached(library: &Library) -> Result<(), CliError> {
+    let files = library.files.clone();
+    blocking(move || floor::drop_cached(&files)).await
+}
+
+/// First loads of systems that have just started, and what fresh memory costs beside them.
+struct Firsts {
+    loads: Vec<Cost>,
+    fresh: Vec<Cost>,
+    fresh_bytes: Bytes,
+    peak_beside: Bytes,
+}
+
+/// Measures the first load of as many systems, in turns with plain reads into fresh memory.
+async fn firsts(
+    library: &Library,
+    config: &Config,
+    rounds: u32,
+    global: &Global,
+) -> Result<Firsts, CliError> {
+    output::note(global, "first loads".into());
+    // A virtual machine's host takes back what its guest has freed for a second or two, and giving it again would be all
+    // that is measured: so as much as is needed is held, and freed just before.
+    let hold = || {
+        let files = library.files.clone();
+        blocking(move || Floor::new(files))
+    };
+    let mut firsts = Firsts {
+        loads: Vec::new(),
+        fresh: Vec::new(),
+        fresh_bytes: Bytes::ZERO,
+        peak_beside: Bytes::ZERO,
+    };
+    for _ in 0..rounds {
+        let hotset = Hotset::builder().config(config.clone()).start().await?;
+        let bench = Bench::new(&hotset, library).await?;
+        drop_cached(library).await?;
+        drop(hold().await?);
+        let before = floor::resident_peak_reset();
+        firsts.loads.push(bench.load().await?);
+        let beside = floor::resident_peak()
+            .saturating_sub(before)
+            .saturating_sub(library.bytes);
+        firsts.peak_beside = firsts.peak_beside.max(beside);
+        drop(bench);
+        hotset.drain().await;
+        drop_cached(library).await?;
+        drop(hold().await?);
+        let files = library.files.clone();
+        let (cost, bytes) = blocking(move || floor::fresh(&files)).await?;
+        firsts.fresh.push(cost);
+        firsts.fresh_bytes = bytes;
+    }
+    Ok(firsts)
+}
+
+impl Firsts {
+    /// The rate of first loads over that of plain reads into fresh memory.
+    fn ratio(&self, bytes: Bytes) -> f64 {
+        let share = bytes.as_f64() / self.fresh_bytes.as_f64().max(1.0);
+        let ratios: Vec<f64> = self
+            .loads
+            .iter()
+            .zip(&self.fresh)
+            .map(|(load, fresh)| share * fresh.wall_s / load.wall_s)
+            .collect();
+        median(&ratios)
+    }
+}
+
 async fn measure(library: &Library, rounds: u32, global: &Global) -> Result<Measured, CliError> {
     let mut config = bench_config(global, library)?;
     config.gpu.clear();
@@ -236,28 +307,12 @@ async fn measure(library: &Library, rounds: u32, global: &Global) -> Result<Meas
     // Room for what is loaded and for what its memory is rounded up to.
     config.ram.budget = Some(Bytes(bytes.get() + bytes.get() / 4 + (1 << 30)));
     config.catalog.roots = vec![library.root.clone()];
+    let firsts = firsts(library, &config, rounds, global).await?;
     let hotset = Hotset::builder().config(config).start().await?;
-    let bench = Bench {
-        session: hotset.session("bench").await?,
-        set: ComponentSet::new(library.names.clone()).on(Target::Ram),
-        hotset: &hotset,
-        library,
-    };
-
-    output::note(global, "the floor, into fresh memory".into());
-    // A virtual machine's host takes back what its guest has freed, and giving it again would be all that is measured:
-    // so as much as is needed is used once, and freed just before.
-    let files = library.files.clone();
-    blocking(move || Floor::new(files).map(drop)).await?;
-    let files = library.files.clone();
-    let (fresh, fresh_bytes) = blocking(move || floor::fresh(&files)).await?;
-    output::note(global, "the first load".into());
-    bench.drop_cached().await?;
-    let before = floor::resident_peak_reset();
-    let first = bench.load().await?;
-    let peak_beside = floor::resident_peak()
-        .saturating_sub(before)
-        .saturating_sub(bytes);
+    let bench = Bench::new(&hotset, library).await?;
+    // Memory becomes warm, as it is in a system that runs.
+    drop_cached(library).await?;
+    bench.load().await?;
 
     let files = library.files.clone();
     let mut floor = blocking(move || Floor::new(files)).await?;
@@ -266,7 +321,7 @@ async fn measure(library: &Library, rounds: u32, global: &Global) -> Result<Meas
         output::note(global, format!("round {} of {rounds}", round + 1));
         // In turns, and in another order each time: a disk that slows down is then nobody's fault.
         for turn in 0..2 {
-            bench.drop_cached().await?;
+            drop_cached(library).await?;
             if (turn + round) % 2 == 0 {
                 let cost;
                 (floor, cost) = blocking(move || floor.direct()).await?;
@@ -294,15 +349,15 @@ async fn measure(library: &Library, rounds: u32, global: &Global) -> Result<Meas
         shape: library.shape,
         files: library.files.len(),
         bytes,
-        first: Figure::of(&[first], bytes),
+        first: Figure::of(&firsts.loads, bytes),
         cold: Figure::of(&cold, bytes),
         cached: Figure::of(&cached, bytes),
         raw: Figure::of(&raw, bytes),
         raw_cached: Figure::of(&raw_cached, bytes),
-        raw_fresh: Figure::of(&[fresh], fresh_bytes),
+        raw_fresh: Figure::of(&firsts.fresh, firsts.fresh_bytes),
         cold_over_raw: Spread::of(&ratios),
-        first_over_fresh: (bytes.as_f64() / first.wall_s) / (fresh_bytes.as_f64() / fresh.wall_s),
-        peak_beside,
+        first_over_fresh: firsts.ratio(bytes),
+        peak_beside: firsts.peak_beside,
     };
     let status = hotset.status().await;
     drop(bench);
@@ -339,7 +394,16 @@ struct Bench<'a> {
     library: &'a Library,
 }
 
-impl Bench<'_> {
+impl<'a> Bench<'a> {
+    async fn new(hotset: &'a Hotset, library: &'a Library) -> Result<Self, CliError> {
+        Ok(Self {
+            session: hotset.session("bench").await?,
+            set: ComponentSet::new(library.names.clone()).on(Target::Ram),
+            hotset,
+            library,
+        })
+    }
+
     /// Loads everything, and evicts it again.
     async fn load(&self) -> Result<Cost, CliError> {
         let began = Cost::begin();
@@ -370,11 +434,6 @@ impl Bench<'_> {
             }
             tokio::time::sleep(std::time::Duration::from_millis(2)).await;
         }
-    }
-
-    async fn drop_cached(&self) -> Result<(), CliError> {
-        let files = self.library.files.clone();
-        blocking(move || floor::drop_cached(&files)).await
     }
 
     /// Brings the files into the page cache.

@@ -194,9 +194,8 @@ impl Floor {
 
 /// Direct reads into fresh memory on ordinary pages that another process could map.
 ///
-/// Of no more than the first GiB, since it takes long; gives how much that was.
+/// Of no more than the first GiB, since it takes long; gives how much that was. The files are out of the page cache.
 pub(super) fn fresh(files: &[PathBuf]) -> Result<(Cost, Bytes), CliError> {
-    drop_cached(files)?;
     let room = room(files)?.min(FRESH);
     let mut memory = Slab::create("fresh", room).map_err(no_memory)?;
     Ok((read_direct(files, memory.spare())?, room))
