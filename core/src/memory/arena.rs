@@ -340,12 +340,18 @@ impl Arena {
     /// A new mapping on the best pages that there are.
     fn map(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
         if (class as u64) < HUGE_FROM {
-            // Pages that are collapsed waste nothing, however small the slab is.
-            let pages = match self.shared.pages {
-                Pages::Collapsed if class as u64 >= HUGE_PAGE => Pages::Collapsed,
-                _ => Pages::Small,
-            };
-            return Mapping::create(label, class, pages);
+            // Pages that are collapsed waste next to nothing, however small the slab is.
+            if self.shared.pages == Pages::Collapsed && class as u64 >= HUGE_PAGE {
+                // So that the end of the slab may be on a huge page as well; still found again by its length.
+                let whole = class.next_multiple_of(HUGE_PAGE as usize);
+                let len = if whole - class <= class / STEPS as usize {
+                    whole
+                } else {
+                    class
+                };
+                return Mapping::create(label, len, Pages::Collapsed);
+            }
+            return Mapping::create(label, class, Pages::Small);
         }
         if self.shared.hugetlb && reserved_huge_pages() > 0 {
             match Mapping::create(label, class, Pages::Hugetlb) {
