@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
+use hotset_core::machine::NumaNode;
 use hotset_core::memory::{FlightTicket, Memory, Reservation, Reserved, Want};
 use hotset_core::{Bytes, ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -25,8 +26,9 @@ use crate::monitor::Pressure;
 pub(crate) enum RamCacheMessage {
     /// Memory for a set.
     Reserve(Request),
-    /// Read this component, which is promised; nothing where it is there or under way.
-    Fetch(Arc<Component>),
+    /// Read this component, which is promised; nothing where it is there or under way. Into memory at this node, where it
+    /// goes on to a GPU.
+    Fetch(Arc<Component>, Option<NumaNode>),
     /// Read this component on a guess, if there is room that nobody needs.
     Prefetch {
         /// Which.
@@ -100,10 +102,12 @@ impl RamCache {
         state.yield_to_demand();
     }
 
-    #[ractor::message(RamCacheMessage::Fetch(component))]
-    fn fetch(&self, component: Arc<Component>, state: &mut State) {
+    #[ractor::message(RamCacheMessage::Fetch(component, near))]
+    fn fetch(&self, component: Arc<Component>, near: Option<NumaNode>, state: &mut State) {
         if let Some(ticket) = state.house.ledger.start(Tier::Ram, &component.content_id) {
-            spawn_read(&state.house, component, ticket);
+            let read = read_component(state.house.clone(), component, near, ticket);
+            // Not tied to the actor: a read outlives its restart.
+            state.house.tasks.spawn(read);
         }
     }
 
@@ -148,7 +152,7 @@ impl RamCache {
         });
         let content = component.content_id;
         state.guesses.insert(content, reservation);
-        let read = read_component(house.clone(), component, ticket);
+        let read = read_component(house.clone(), component, None, ticket);
         house.tasks.spawn(async move {
             read.await;
             let _ = myself.send_message(RamCacheMessage::Prefetched(content));
@@ -217,15 +221,14 @@ pub(crate) fn wake_on<M: ractor::Message>(
     }))
 }
 
-/// Reads a component in a task of its own, which is not tied to the actor: a read outlives its restart.
-fn spawn_read(house: &Arc<House>, component: Arc<Component>, ticket: FlightTicket) {
-    let task = read_component(house.clone(), component, ticket);
-    house.tasks.spawn(task);
-}
-
 #[tracing::instrument(name = "read", skip_all, fields(component = %component.id))]
-async fn read_component(house: Arc<House>, component: Arc<Component>, mut ticket: FlightTicket) {
-    match read::run(&house, &component, &mut ticket).await {
+async fn read_component(
+    house: Arc<House>,
+    component: Arc<Component>,
+    near: Option<NumaNode>,
+    mut ticket: FlightTicket,
+) {
+    match read::run(&house, &component, near, &mut ticket).await {
         Ok((slab, table)) => {
             add(&house.counters.reads, 1);
             add(&house.counters.bytes_read, slab.bytes().get());

@@ -33,6 +33,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::GpuIndex;
+use crate::machine::NumaNode;
 use crate::memory::HostRange;
 use crate::units::Bytes;
 
@@ -115,6 +116,8 @@ pub struct DeviceDescription {
     pub memory: Bytes,
     /// How allocations are rounded up.
     pub granules: Granules,
+    /// The node of host memory that it is at, where the machine has several.
+    pub node: Option<NumaNode>,
 }
 
 /// How a device rounds allocations up.

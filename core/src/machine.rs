@@ -4,11 +4,13 @@
 //! groups count as well, from the process's own up to the root. Reads files of `/proc` and `/sys`, and nothing else.
 
 mod cgroup;
+mod numa;
 mod psi;
 
 use std::path::Path;
 
 pub use cgroup::Cgroup;
+pub use numa::NumaNode;
 pub use psi::{PressureTrigger, TriggerError};
 
 use crate::policy::pressure::HostMemory;

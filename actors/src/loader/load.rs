@@ -473,7 +473,7 @@ impl Job {
         // Where the actor is not there now, its restart brings us here again.
         match claim.tier() {
             Tier::Ram => {
-                let _ = self.house.ram.cast(RamCacheMessage::Fetch(component));
+                let _ = self.house.ram.cast(RamCacheMessage::Fetch(component, None));
             }
             Tier::Vram(gpu) => {
                 if let (Some(slot), Some(from)) = (self.house.vram.get(&gpu), source.take()) {

@@ -7,6 +7,7 @@ use futures::FutureExt;
 use hotset_core::catalog::Component;
 use hotset_core::decision::EvictCause;
 use hotset_core::io::{ReadError, Urgency, Verifier};
+use hotset_core::machine::NumaNode;
 use hotset_core::memory::{FlightFailure, FlightTicket, Image, Slab, SlabError, SlabWriter};
 use hotset_core::tensor::TensorTable;
 use hotset_core::{Bytes, Tier};
@@ -23,6 +24,7 @@ type Read = (Arc<Slab>, Arc<TensorTable>);
 pub(super) async fn run(
     house: &House,
     component: &Arc<Component>,
+    near: Option<NumaNode>,
     ticket: &mut FlightTicket,
 ) -> Result<Read, FlightFailure> {
     let urgency = ticket.urgency().clone();
@@ -37,7 +39,7 @@ pub(super) async fn run(
         std::future::pending::<()>().await;
     };
     let reading = async {
-        let read = read(house, component, ticket, &urgency).await;
+        let read = read(house, component, near, ticket, &urgency).await;
         if urgency.is_called_off() && read.is_err() {
             return Err(FlightFailure::Cancelled);
         }
@@ -53,6 +55,7 @@ pub(super) async fn run(
 async fn read(
     house: &House,
     component: &Arc<Component>,
+    near: Option<NumaNode>,
     ticket: &mut FlightTicket,
     urgency: &Urgency,
 ) -> Result<Read, FlightFailure> {
@@ -63,7 +66,7 @@ async fn read(
     // The identity check in `open` makes this the size that was promised.
     debug_assert!(open.image_bytes() <= ticket.promised(), "{}", component.id);
     let image_bytes = open.image_bytes();
-    let mut writer = slab(house, component, image_bytes).await?;
+    let mut writer = slab(house, component, image_bytes, near).await?;
     ticket.settle(writer.slab().held());
     let table = open.table().clone();
     ticket.show(Image {
@@ -115,13 +118,14 @@ async fn slab(
     house: &House,
     component: &Component,
     bytes: Bytes,
+    near: Option<NumaNode>,
 ) -> Result<SlabWriter, FlightFailure> {
     let mut pause = FIRST_PAUSE;
     for left in (0..TRIES).rev() {
         let (arena, label) = (house.arena.clone(), component.id.to_string());
         let making = house
             .tasks
-            .spawn_blocking(move || arena.slab(&label, bytes));
+            .spawn_blocking(move || arena.slab_near(&label, bytes, near));
         match making.await.map_err(|_| FlightFailure::Interrupted)? {
             Err(SlabError::NoRoom { room, .. }) if left > 0 => {
                 relieve(house, bytes.saturating_sub(room));

@@ -160,8 +160,9 @@ impl Upload {
         let image_bytes = open.image_bytes().get();
         let half = Bytes((ring.get() / 2).max(1));
         let label = self.component.id.to_string();
-        let mut spare = self.house.arena.slab(&label, half)?;
-        let mut full = self.house.arena.slab(&label, half)?;
+        let (arena, near) = (&self.house.arena, self.device.describe().node);
+        let mut spare = arena.slab_near(&label, half, near)?;
+        let mut full = arena.slab_near(&label, half, near)?;
         let layout = DeviceLayout::new(open.table(), self.piece());
         let allocation = self.allocate(layout.bytes).await?;
         let mut copies = Copies::new(self, &allocation);
@@ -385,7 +386,10 @@ impl<'a> Rising<'a> {
                 FlightState::Failed(failure) => return Err(failure),
                 FlightState::Waiting => {
                     // Unavailable now: the restart below sends it again.
-                    let _ = ram.cast(RamCacheMessage::Fetch(self.upload.component.clone()));
+                    let _ = ram.cast(RamCacheMessage::Fetch(
+                        self.upload.component.clone(),
+                        self.upload.device.describe().node,
+                    ));
                 }
                 FlightState::Moving(_) | FlightState::Landed => {}
             }

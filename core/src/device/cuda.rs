@@ -37,6 +37,7 @@ use super::{
     Piece,
 };
 use crate::ids::GpuIndex;
+use crate::machine::NumaNode;
 use crate::memory::HostRange;
 use crate::units::Bytes;
 
@@ -64,6 +65,8 @@ pub struct CudaGpu {
     pub name: String,
     /// All its memory.
     pub memory: Bytes,
+    /// The node of host memory that it is at, where the machine has several.
+    pub node: Option<NumaNode>,
 }
 
 impl CudaGpu {
@@ -127,6 +130,7 @@ impl Cuda {
                 uuid: uuid_text("GPU", &driver.uuid(device)?),
                 name,
                 memory: Bytes(driver.total(device)?),
+                node: NumaNode::of_pci(&driver.pci(device)?),
             });
         }
         Ok(Self {
@@ -320,6 +324,7 @@ impl Device for CudaDevice {
             driver: "cuda",
             memory: self.gpu.memory,
             granules: self.granules,
+            node: self.gpu.node,
         }
     }
 

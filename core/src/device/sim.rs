@@ -129,6 +129,7 @@ impl Device for SimDevice {
             driver: "sim",
             memory: self.config.memory,
             granules: Granules::whole(Bytes(self.config.granularity.get().max(1))),
+            node: None,
         }
     }
 

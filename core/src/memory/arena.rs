@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
-use crate::machine::Machine;
+use crate::machine::{Machine, NumaNode};
 use crate::units::{Bytes, KIB};
 
 /// Lengths are at least this far apart; less would not be worth a mapping of its own.
@@ -177,14 +177,22 @@ impl State {
     }
 
     /// The shortest warm mapping for a slab of `bytes`, made to fit.
-    fn find(&mut self, bytes: usize, most: usize, gone: &mut Vec<Mapping>) -> Option<Mapping> {
+    fn find(
+        &mut self,
+        bytes: usize,
+        most: usize,
+        near: Option<NumaNode>,
+        gone: &mut Vec<Mapping>,
+    ) -> Option<Mapping> {
         let from = self.warm.partition_point(|kept| kept.mapping.len() < bytes);
         let at = self
             .warm
             .iter()
             .skip(from)
             .take_while(|kept| kept.mapping.len() <= most)
-            .position(|kept| kept.mapping.suits(bytes))?;
+            .position(|kept| {
+                kept.mapping.suits(bytes) && (near.is_none() || kept.mapping.near() == near)
+            })?;
         let mut mapping = self.warm.remove(from + at).mapping;
         if mapping.fit(bytes) {
             return Some(mapping);
@@ -252,6 +260,19 @@ impl Arena {
     /// # Errors
     /// [`SlabError::Allocate`] where the system has no more memory or descriptors.
     pub fn slab(&self, label: &str, bytes: Bytes) -> Result<SlabWriter, SlabError> {
+        self.slab_near(label, bytes, None)
+    }
+
+    /// The same at a node of memory, for a GPU that is there. Without one, wherever there is warm memory.
+    ///
+    /// # Errors
+    /// As [`slab`](Self::slab).
+    pub fn slab_near(
+        &self,
+        label: &str,
+        bytes: Bytes,
+        near: Option<NumaNode>,
+    ) -> Result<SlabWriter, SlabError> {
         let refused = || SlabError::Allocate {
             bytes,
             step: "size",
@@ -265,7 +286,7 @@ impl Arena {
             let mut state = self.shared.lock();
             state.reclaim();
             let mut gone = Vec::new();
-            let found = state.find(len, most, &mut gone);
+            let found = state.find(len, most, near, &mut gone);
             let mut taken = Bytes::ZERO;
             if let Some(mapping) = &found {
                 taken = mapping.held();
@@ -281,7 +302,7 @@ impl Arena {
         let fresh = found.is_none();
         let mapping = match found {
             Some(mapping) => mapping,
-            None => self.fresh(label, len, class)?,
+            None => self.fresh(label, len, class, near)?,
         };
         let writer = Slab::on(mapping, len, Some(Home(self.shared.clone())));
         if fresh {
@@ -327,9 +348,15 @@ impl Arena {
         }
     }
 
-    fn fresh(&self, label: &str, bytes: usize, class: usize) -> Result<Mapping, SlabError> {
+    fn fresh(
+        &self,
+        label: &str,
+        bytes: usize,
+        class: usize,
+        near: Option<NumaNode>,
+    ) -> Result<Mapping, SlabError> {
         self.ask_machine(Bytes(bytes as u64))?;
-        let mut mapping = self.map(label, class)?;
+        let mut mapping = self.map(label, class)?.placed(near);
         mapping.fit(bytes);
         let mut state = self.shared.lock();
         state.fresh += 1;

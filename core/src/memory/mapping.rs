@@ -12,6 +12,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 
 use super::slab::SlabError;
+use crate::machine::NumaNode;
 use crate::units::{Bytes, MIB};
 
 /// Bytes of a huge page on every machine that hotset runs on with 4 KiB base pages.
@@ -157,6 +158,8 @@ pub(super) struct Mapping {
     start: NonNull<u8>,
     len: usize,
     pages: Pages,
+    /// The node that its memory is to come from.
+    near: Option<NumaNode>,
     memfd: OwnedFd,
     /// Nothing at or above this has memory behind it.
     touched: AtomicUsize,
@@ -207,6 +210,7 @@ impl Mapping {
             start,
             len,
             pages,
+            near: None,
             memfd,
             touched: AtomicUsize::new(0),
             present: AtomicUsize::new(0),
@@ -222,6 +226,22 @@ impl Mapping {
         // A forked child needs none of it, and pages that a device has pinned must not be copied on write.
         mapping.advise(Advice::LinuxDontFork);
         Ok(mapping)
+    }
+
+    /// The same, with memory from this node as long as it has some.
+    pub(super) fn placed(mut self, near: Option<NumaNode>) -> Self {
+        self.near = near;
+        if let Some(node) = near
+            && let Err(error) = prefer(self.start, self.len, node)
+        {
+            tracing::debug!(%error, %node, "mbind");
+        }
+        self
+    }
+
+    /// The node that its memory is to come from.
+    pub(super) const fn near(&self) -> Option<NumaNode> {
+        self.near
     }
 
     /// Gives advice for the whole mapping; a kernel that knows it not goes without.
@@ -499,6 +519,33 @@ impl Mapping {
     }
 }
 
+/// Asks for memory from this node: `mbind(2)`, with the policy `MPOL_PREFERRED`, so that another node serves where this
+/// one has none. It is kept with the memfd, for whoever touches a page first.
+fn prefer(start: NonNull<u8>, len: usize, node: NumaNode) -> std::io::Result<()> {
+    let mut mask = [0_u64; 16];
+    if let Some(word) = mask.get_mut(usize::from(node.get() / 64)) {
+        *word = 1 << (node.get() % 64);
+    }
+    // SAFETY: the range is a whole mapping of this process; the mask lives across the call and has as many bits as it says,
+    // the last of which the kernel does not look at. No memory is read or written.
+    let failed = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start.as_ptr(),
+            len,
+            libc::MPOL_PREFERRED,
+            mask.as_ptr(),
+            mask.len() * 64 + 1,
+            0,
+        )
+    };
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
+
 /// A fresh shared mapping, on a border of huge pages where it is long enough for one.
 fn map(memfd: &OwnedFd, len: usize, pages: Pages) -> Result<NonNull<u8>, Errno> {
     let huge = HUGE_PAGE as usize;
@@ -620,6 +667,23 @@ mod tests {
         assert!(seen[..10_000].iter().all(|byte| *byte == 7));
         assert!(seen[10_000..].iter().all(|byte| *byte == 0));
         assert!(!mapping.fit((1 << 20) + 1));
+    }
+
+    #[test]
+    fn memory_may_be_asked_for_from_a_node() {
+        let create = || Mapping::create("test", 1 << 20, Pages::Small).unwrap();
+        // Every machine has the first one, unless its kernel knows no nodes at all.
+        let first = NumaNode::new(0).unwrap();
+        match prefer(create().start, 1 << 20, first) {
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOSYS), "{error}"),
+        }
+        let last = NumaNode::new(1023).unwrap();
+        assert!(prefer(create().start, 1 << 20, last).is_err());
+        // What the kernel refuses is memory from anywhere.
+        let mut mapping = create().placed(Some(last));
+        assert!(mapping.fit(1 << 20));
+        assert_eq!(mapping.populate(1 << 20), Ok(()));
     }
 
     #[test]

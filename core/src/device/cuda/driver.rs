@@ -109,6 +109,7 @@ functions! {
     cuDeviceGet(*mut c_int, c_int);
     cuDeviceGetName(*mut c_char, c_int, c_int);
     cuDeviceGetUuid_v2(*mut CUuuid, c_int);
+    cuDeviceGetPCIBusId(*mut c_char, c_int, c_int);
     cuDeviceTotalMem_v2(*mut usize, c_int);
     cuDeviceGetAttribute(*mut c_int, c_uint, c_int);
     cuDeviceGetP2PAttribute(*mut c_int, c_uint, c_int, c_int);
@@ -223,8 +224,14 @@ impl Driver {
     pub(super) fn name(&self, device: i32) -> Outcome<String> {
         let mut name = [0 as c_char; 128];
         call!(self.cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
-        let text = name.iter().take_while(|c| **c != 0).map(|c| *c as u8);
-        Ok(String::from_utf8_lossy(&text.collect::<Vec<u8>>()).into_owned())
+        Ok(text(&name))
+    }
+
+    /// Its place on the bus, such as `0000:3B:00.0`.
+    pub(super) fn pci(&self, device: i32) -> Outcome<String> {
+        let mut id = [0 as c_char; 32];
+        call!(self.cuDeviceGetPCIBusId(id.as_mut_ptr(), id.len() as c_int, device))?;
+        Ok(text(&id))
     }
 
     pub(super) fn uuid(&self, device: i32) -> Outcome<[u8; 16]> {
@@ -504,4 +511,14 @@ impl From<Fault> for CudaError {
             code: fault.name,
         }
     }
+}
+
+/// What C wrote, up to its end.
+fn text(written: &[c_char]) -> String {
+    let bytes: Vec<u8> = written
+        .iter()
+        .take_while(|c| **c != 0)
+        .map(|c| *c as u8)
+        .collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -34,6 +34,24 @@ proptest! {
 }
 
 #[test]
+fn warm_memory_of_another_node_is_no_memory_near_a_gpu() {
+    let arena = arena(Bytes::gib(1));
+    let (here, there) = (NumaNode::new(0), NumaNode::new(1));
+    let at = |near| {
+        let mut writer = arena.slab_near("test", Bytes(MIB), near).unwrap();
+        writer.advance(MIB as usize);
+        writer.seal().unwrap().range().mapping
+    };
+    let first = at(here);
+    let second = at(there);
+    assert_ne!(first, second);
+    assert_eq!(at(here), first);
+    assert_eq!(at(there), second);
+    let any = at(None);
+    assert!([first, second].contains(&any), "whatever is warm");
+}
+
+#[test]
 fn memory_of_a_slab_that_is_gone_serves_the_next_one() {
     let arena = arena(Bytes::gib(1));
     let first = filled(&arena, MIB, 1);
