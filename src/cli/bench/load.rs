@@ -5,6 +5,7 @@
 //! evicted again, so that each load reads; its memory stays warm, as it does in a system that runs.
 
 mod compare;
+mod demand;
 mod files;
 mod floor;
 mod peers;
@@ -58,6 +59,9 @@ pub(crate) struct LoadArgs {
     /// Folder for the files, which are removed at the end [default: the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
+    /// Measure how long a demand waits while as much as this is queued as prefetches, instead
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "20GB", conflicts_with_all = ["shape", "all", "file", "peers"])]
+    behind_prefetch: Option<Bytes>,
     /// Measure the Python loaders that are installed as well, with this interpreter
     #[arg(long, value_name = "PYTHON", num_args = 0..=1, default_missing_value = "python3")]
     peers: Option<PathBuf>,
@@ -171,6 +175,14 @@ fn shapes(args: &LoadArgs) -> Vec<Shape> {
 }
 
 async fn ram(args: &LoadArgs, global: &Global) -> Result<(), CliError> {
+    if let Some(queued) = args.behind_prefetch {
+        let report = demand::measure(args, queued, global).await?;
+        return if global.json {
+            output::json(&report)
+        } else {
+            report.print()
+        };
+    }
     let folder = args.folder.clone().unwrap_or_else(std::env::temp_dir);
     let mut reports = Vec::new();
     let mut peers = Vec::new();

@@ -21,6 +21,9 @@ pub(crate) enum Shape {
     Shards,
     /// 300 LoRAs
     Loras,
+    /// One file that nobody asked for
+    #[value(skip)]
+    Prefetch,
     /// A file of the user's
     #[value(skip)]
     Given,
@@ -32,6 +35,7 @@ impl fmt::Display for Shape {
             Self::One => "one file",
             Self::Shards => "40 shards",
             Self::Loras => "300 LoRAs",
+            Self::Prefetch => "what is prefetched",
             Self::Given => "the given file",
         })
     }
@@ -78,6 +82,10 @@ impl Library {
             Shape::One | Shape::Given => {
                 files.push(root.join("one.safetensors"));
                 names.push("one".to_owned());
+            }
+            Shape::Prefetch => {
+                files.push(root.join("guess.safetensors"));
+                names.push("guess".to_owned());
             }
             Shape::Shards => {
                 let model = root.join("sharded");
