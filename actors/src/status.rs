@@ -26,6 +26,9 @@ pub struct Status {
     pub reader: String,
     /// Host memory that is in use, and that is kept warm.
     pub arena: ArenaView,
+    /// The most memory that this process may lock (`RLIMIT_MEMLOCK`). `None`: no limit. NVIDIA's driver pins beside it; where
+    /// one does not, this is what it may pin.
+    pub lockable: Option<Bytes>,
     /// Which policy evicts.
     pub eviction: String,
     /// The catalogue.

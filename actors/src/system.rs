@@ -405,6 +405,7 @@ impl System {
             draining: house.draining.load(Ordering::Acquire),
             reader: house.reader.describe(),
             arena: house.arena.view(),
+            lockable: hotset_core::machine::Machine::lockable(),
             eviction: (house.eviction)().name().to_owned(),
             catalogue: CatalogueStatus {
                 models: catalogue.len(),

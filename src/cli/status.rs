@@ -90,6 +90,8 @@ struct View {
     loads: usize,
     actors: Vec<ActorView>,
     arena: ArenaView,
+    #[serde(default)]
+    lockable: Option<Bytes>,
 }
 
 #[derive(Deserialize)]
@@ -168,8 +170,11 @@ fn print(status: &View) -> Result<(), CliError> {
         status.catalogue.models, status.catalogue.with_error, status.reader, status.eviction
     ))?;
     let arena = &status.arena;
+    let locked = status
+        .lockable
+        .map_or_else(String::new, |most| format!("; {most} may be locked"));
     line(format!(
-        "host memory: {} in use, {} warm, {} lingering; {} pages",
+        "host memory: {} in use, {} warm, {} lingering; {} pages{locked}",
         arena.live, arena.warm, arena.lingering, arena.pages
     ))?;
     tier_table(&status.tiers)?;

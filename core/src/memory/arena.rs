@@ -282,6 +282,11 @@ impl Arena {
         let class = usize::try_from(class_of(bytes.get())).map_err(|_| refused())?;
         // A mapping one step longer than this slab's own is still no waste of warm memory.
         let most = class + class / STEPS as usize;
+        let most = if class as u64 >= HUGE_PAGE {
+            most.next_multiple_of(HUGE_PAGE as usize)
+        } else {
+            most
+        };
         let (found, gone) = {
             let mut state = self.shared.lock();
             state.reclaim();
@@ -367,15 +372,10 @@ impl Arena {
     /// A new mapping on the best pages that there are.
     fn map(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
         if (class as u64) < HUGE_FROM {
-            // Pages that are collapsed waste next to nothing, however small the slab is.
+            // Pages that are collapsed waste nothing, however small the slab is.
             if self.shared.pages == Pages::Collapsed && class as u64 >= HUGE_PAGE {
-                // So that the end of the slab may be on a huge page as well; still found again by its length.
-                let whole = class.next_multiple_of(HUGE_PAGE as usize);
-                let len = if whole - class <= class / STEPS as usize {
-                    whole
-                } else {
-                    class
-                };
+                // Room for a huge page at the end of the slab as well.
+                let len = class.next_multiple_of(HUGE_PAGE as usize);
                 return Mapping::create(label, len, Pages::Collapsed);
             }
             return Mapping::create(label, class, Pages::Small);

@@ -96,10 +96,6 @@ impl Pages {
     }
 }
 
-/// The end of a slab is on a huge page too where that costs no more than this part of the slab: a disk is a tenth slower
-/// into small pages than into a huge one.
-const WORTH: usize = 8;
-
 /// `madvise(2)`, Linux 6.1 and later.
 const MADV_COLLAPSE: libc::c_int = 25;
 
@@ -312,10 +308,6 @@ impl Mapping {
 
     /// The memory that a slab of `bytes` takes: whole pages.
     pub(super) fn wholly(&self, bytes: usize) -> usize {
-        let huge = bytes.next_multiple_of(HUGE_PAGE as usize);
-        if self.pages == Pages::Collapsed && huge <= self.len && huge - bytes <= bytes / WORTH {
-            return huge;
-        }
         bytes
             .next_multiple_of(self.pages.granule() as usize)
             .min(self.len)
@@ -424,7 +416,19 @@ impl Mapping {
     fn populate_stride(&self, from: usize, end: usize) -> Result<(), Errno> {
         let huge = HUGE_PAGE as usize;
         if self.pages == Pages::Collapsed {
-            self.collapse(from.next_multiple_of(huge), end / huge * huge);
+            let whole = end.next_multiple_of(huge);
+            let last = end == self.touched.load(Ordering::Relaxed);
+            // What is sealed can take no hole.
+            if last && whole <= self.len && !self.is_shared() {
+                // The end of a slab as well, and what lies behind it goes back at once: the pages that stay are small again,
+                // but lie in a row, and a disk is as fast into these as into a huge one.
+                self.collapse(from.next_multiple_of(huge), whole);
+                if end < whole {
+                    self.punch(end, whole);
+                }
+            } else {
+                self.collapse(from.next_multiple_of(huge), end / huge * huge);
+            }
         }
         // SAFETY: the range is inside the mapping; the call makes pages present without changing what they hold.
         unsafe {
@@ -684,6 +688,21 @@ mod tests {
         let mut mapping = create().placed(Some(last));
         assert!(mapping.fit(1 << 20));
         assert_eq!(mapping.populate(1 << 20), Ok(()));
+    }
+
+    #[test]
+    fn the_end_of_a_slab_takes_no_more_than_it_needs() {
+        let (huge, len) = (HUGE_PAGE as usize, 4 * HUGE_PAGE as usize);
+        let mut mapping = Mapping::create("test", len, Pages::Collapsed).unwrap();
+        let bytes = 3 * huge + 5000;
+        assert!(mapping.fit(bytes));
+        assert_eq!(mapping.populate(bytes), Ok(()));
+        assert_eq!(mapping.held(), Bytes(3 * HUGE_PAGE + 8192));
+        let blocks = std::fs::File::from(mapping.memfd().try_clone_to_owned().unwrap())
+            .metadata()
+            .map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata) * 512)
+            .unwrap();
+        assert_eq!(Bytes(blocks), mapping.held(), "what the kernel counts");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::driver::{Driver, Fault, Outcome};
 use super::engine::{Control, Shared};
 use super::worker::Worker;
+use crate::machine::Machine;
 use crate::memory::{HostRange, MappedRange, MappingId, MappingObserver};
 use crate::units::MIB;
 
@@ -122,11 +123,14 @@ impl Pins {
             }),
             Err(fault) if fault.is_fatal() => return Err(fault),
             Err(Fault { call, name, .. }) => {
+                let lockable = Machine::lockable().map(|bytes| bytes.to_string());
                 tracing::warn!(
                     call,
                     %name,
                     bytes = slot.range.bytes,
-                    "host memory cannot be registered; uploads from it go through pinned buffers"
+                    lockable,
+                    "host memory cannot be registered, and uploads from it go through pinned buffers; where `lockable` is \
+                     small, raise it (ulimit -l)"
                 );
                 Pin::Refused
             }
