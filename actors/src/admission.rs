@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
-use hotset_core::plan::Priority;
+use hotset_core::plan::{Priority, newcomers_wait};
 use hotset_core::policy::{EvictionPolicy, Victim, select};
 use hotset_core::predict::{Observed, Seen};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use ractor::RpcReplyPort;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::counters::add;
 use crate::house::{House, Shortage};
@@ -36,8 +37,10 @@ pub(crate) struct Admission {
     policy: Box<dyn EvictionPolicy>,
     high_watermark: f64,
     low_watermark: f64,
-    /// By priority, then by age. Bounded by `sessions.max_loads`, since each load waits in one queue at most.
+    /// By place, which is by priority and age. Bounded by `sessions.max_loads`, since each load waits in one queue at most.
     waiting: VecDeque<Request>,
+    /// Wakes the keeper when the first who waits has aged.
+    alarm: Option<AbortOnDropHandle<()>>,
 }
 
 enum Attempt {
@@ -60,13 +63,14 @@ impl Admission {
         low_watermark: f64,
     ) -> Self {
         let policy = (house.eviction)();
-        let admission = Self {
+        let mut admission = Self {
             house,
             tier,
             policy,
             high_watermark,
             low_watermark,
             waiting: VecDeque::new(),
+            alarm: None,
         };
         admission.set_wake();
         admission
@@ -79,14 +83,10 @@ impl Admission {
 
     /// Grants a set its memory, or queues it.
     pub(crate) fn submit(&mut self, request: Request) {
-        // What costs nothing passes all who wait: it takes no memory from them.
-        let free_of_charge = self
-            .house
-            .ledger
-            .needed(self.tier, &request.wants)
-            .is_zero();
-        let ahead = self.waiting.iter().any(|w| w.priority >= request.priority);
-        let request = if free_of_charge || !ahead {
+        let passes = self.passes(&request);
+        let place = self.place(&request);
+        let ahead = self.waiting.iter().any(|w| self.place(w) <= place);
+        let request = if passes || !ahead {
             match self.attempt(request) {
                 Attempt::Answered => return,
                 Attempt::Waits(request) => request,
@@ -94,15 +94,28 @@ impl Admission {
         } else {
             request
         };
-        let place = self
+        let at = self
             .waiting
             .iter()
-            .position(|w| (request.priority, w.asked) > (w.priority, request.asked))
+            .position(|w| self.place(w) > place)
             .unwrap_or(self.waiting.len());
-        self.waiting.insert(place, request);
+        self.waiting.insert(at, request);
         self.set_wake();
         // Bytes that came back between the attempt and the flag woke nobody.
         self.retry();
+    }
+
+    /// What costs nothing passes all who wait, since it takes no memory from them; but see
+    /// [`newcomers_wait`].
+    fn passes(&self, request: &Request) -> bool {
+        let ledger = &self.house.ledger;
+        ledger.needed(self.tier, &request.wants).is_zero()
+            && !ledger.must_wait(self.tier, request.session)
+    }
+
+    fn place(&self, request: &Request) -> Duration {
+        let aging = self.house.config.load.aging;
+        request.priority.place(request.asked, aging)
     }
 
     /// Tries again for those who wait, in their order, and keeps below the watermark.
@@ -113,6 +126,17 @@ impl Admission {
             if let Attempt::Waits(request) = self.attempt(request) {
                 self.waiting.push_front(request);
                 break;
+            }
+        }
+        for i in (1..self.waiting.len()).rev() {
+            if self
+                .waiting
+                .get(i)
+                .is_some_and(|request| self.passes(request))
+                && let Some(request) = self.waiting.remove(i)
+                && let Attempt::Waits(request) = self.attempt(request)
+            {
+                self.waiting.insert(i, request);
             }
         }
         self.set_wake();
@@ -295,8 +319,21 @@ impl Admission {
         freed
     }
 
-    /// Wakes the keeper when bytes come back while somebody waits, or when there is something to trim.
-    fn set_wake(&self) {
+    /// Wakes the keeper when bytes come back while somebody waits, when there is something to trim, and when the first who
+    /// waits has aged.
+    fn set_wake(&mut self) {
+        let ledger = &self.house.ledger;
+        let (close, alarm) = self.waiting.front().map_or((false, None), |first| {
+            let waited = ledger.now().saturating_sub(first.asked);
+            newcomers_wait(waited, self.house.config.load.aging)
+        });
+        ledger.set_newcomers_wait(self.tier, close);
+        self.alarm = alarm.zip(ledger.wake(self.tier)).map(|(after, wake)| {
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                tokio::time::sleep(after).await;
+                wake.notify_one();
+            }))
+        });
         let high = self
             .house
             .ledger

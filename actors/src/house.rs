@@ -31,7 +31,7 @@ use crate::sessions::SessionsMessage;
 use crate::slot::Slot;
 use crate::supervisor::SupervisorMessage;
 use crate::uses::{Pushed, UsedSet, Uses};
-use crate::vram_manager::VramManagerMessage;
+use crate::vram_manager::{Turns, VramManagerMessage};
 
 /// Makes the eviction policy of a tier, at each start of its keeper.
 pub type EvictionPolicyFactory = Arc<dyn Fn() -> Box<dyn EvictionPolicy> + Send + Sync>;
@@ -106,6 +106,8 @@ pub(crate) struct House {
     pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
     pub(crate) granules: BTreeMap<GpuIndex, Granules>,
+    /// Whose batches the link to each GPU carries.
+    pub(crate) turns: BTreeMap<GpuIndex, Arc<Turns>>,
     /// How the GPUs reach each other's memory. Replaced when a link turns out not to work.
     links: ArcSwap<Links>,
     /// What each device said at the start.
@@ -189,6 +191,7 @@ impl House {
                 .iter()
                 .map(|(gpu, device)| (*gpu, device.describe().granules))
                 .collect(),
+            turns: devices.keys().map(|gpu| (*gpu, Arc::default())).collect(),
             links: ArcSwap::from_pointee(links),
             hot: HotSets::default(),
             uses: std::iter::once(Tier::Ram)

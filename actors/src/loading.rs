@@ -172,7 +172,8 @@ pub enum LoadEvent {
     Planned(Arc<Plan>),
     /// Progress. Only the latest is kept for a slow reader.
     Progress(LoadProgress),
-    /// A component is there, and leased.
+    /// A component is there, and leased: each in loading order, while the rest still comes. A load that fails after that,
+    /// since a file cannot be read, takes none of them back.
     Leased(Lease),
     /// All are.
     Done,
@@ -271,7 +272,7 @@ impl Loading {
         }
     }
 
-    /// Waits for all leases, in loading order of their arrival.
+    /// Waits for all leases, in loading order.
     ///
     /// # Errors
     /// [`LoadError`]; then no lease is held.
@@ -372,6 +373,15 @@ impl Outlet {
     /// Sends an event; waits for a reader that is far behind. Lost where nobody reads any more.
     pub(crate) async fn send(&self, event: LoadEvent) {
         let _ = self.events.send(event).await;
+    }
+
+    /// Hands out a lease; gives it back where the reader is too far behind. Lost where nobody reads any more.
+    pub(crate) fn try_lease(&self, lease: Lease) -> Result<(), Lease> {
+        use mpsc::error::TrySendError;
+        match self.events.try_send(LoadEvent::Leased(lease)) {
+            Err(TrySendError::Full(LoadEvent::Leased(lease))) => Err(lease),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn show(&self, progress: LoadProgress) {

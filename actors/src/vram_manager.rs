@@ -8,8 +8,10 @@
 //! evicted for them; whoever holds leases is asked when that does not suffice. A device that is lost goes out of service
 //! with all its leases; the actor ends, and after its restart tries to bring the device back.
 
+mod turns;
 mod upload;
 
+pub(crate) use turns::Turns;
 pub(crate) use upload::{Ring, Source};
 
 use std::collections::VecDeque;

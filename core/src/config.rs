@@ -256,6 +256,9 @@ pub struct LoadConfig {
     /// How long a request may take where it says nothing itself.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// How long a batch set that waits for memory lets interactive ones pass.
+    #[serde(with = "humantime_serde")]
+    pub aging: Duration,
     /// How files are read.
     pub reader: ReaderKind,
     /// Length of one read.
@@ -276,6 +279,7 @@ impl Default for LoadConfig {
             concurrency: 4,
             reads: 4,
             deadline: Duration::from_secs(300),
+            aging: Duration::from_secs(30),
             reader: ReaderKind::Auto,
             piece: Bytes::mib(8),
             in_flight: Bytes::mib(32),

@@ -9,4 +9,4 @@ mod test_utils;
 
 pub use graph::{DependencyGraph, Edge, ResolveError, resolve};
 pub use place::{Eviction, Fit, Plan, PlanError, Planner, Route, Shortage, Step, There};
-pub use set::{ComponentSet, Priority, Target};
+pub use set::{ComponentSet, Priority, Target, newcomers_wait};

@@ -112,38 +112,43 @@ impl Library {
 
     /// A diffusers pipeline of four components, each of about this many KiB; gives the tensors of each component.
     pub(crate) fn pipeline(&self, name: &str, seed: u64, kib: usize) -> HashMap<String, Tensors> {
-        let root = self.path(name);
-        let part = |part: &str, class: &str, library: &str| {
-            (part.to_owned(), serde_json::json!([library, class]))
-        };
         let parts = [
-            part("text_encoder", "CLIPTextModel", "transformers"),
-            part(
-                "text_encoder_2",
-                "CLIPTextModelWithProjection",
-                "transformers",
-            ),
-            part("unet", "UNet2DConditionModel", "diffusers"),
-            part("vae", "AutoencoderKL", "diffusers"),
+            ("text_encoder", "CLIPTextModel", kib),
+            ("text_encoder_2", "CLIPTextModelWithProjection", kib),
+            ("unet", "UNet2DConditionModel", kib),
+            ("vae", "AutoencoderKL", kib),
         ];
+        self.pipeline_of(name, seed, &parts)
+    }
+
+    /// A diffusers pipeline of these parts: folder, class and KiB of each.
+    pub(crate) fn pipeline_of(
+        &self,
+        name: &str,
+        seed: u64,
+        parts: &[(&str, &str, usize)],
+    ) -> HashMap<String, Tensors> {
+        let root = self.path(name);
         let mut tensors = HashMap::new();
-        for (i, (part, class)) in parts.iter().enumerate() {
-            let file = if part.starts_with("text") {
-                "model.safetensors"
+        let mut index = serde_json::Map::new();
+        for (i, (part, class, kib)) in parts.iter().enumerate() {
+            let encoder = part.contains("encoder");
+            let (file, from) = if encoder {
+                ("model.safetensors", "transformers")
             } else {
-                "diffusion_pytorch_model.safetensors"
+                ("diffusion_pytorch_model.safetensors", "diffusers")
             };
             write_json(
                 &root.join(part).join("config.json"),
-                &serde_json::json!({"_class_name": class[1], "architectures": [class[1]]}),
+                &serde_json::json!({"_class_name": class, "architectures": [class]}),
             );
             let path = root.join(part).join(file);
             tensors.insert(
-                part.clone(),
+                (*part).to_owned(),
                 write_weights(&path, seed * 10 + i as u64, 3, kib << 10),
             );
+            index.insert((*part).to_owned(), serde_json::json!([from, class]));
         }
-        let mut index: serde_json::Map<_, _> = parts.into_iter().collect();
         index.insert("_class_name".into(), "StableDiffusionXLPipeline".into());
         write_json(&root.join("model_index.json"), &index.into());
         tensors

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod bridge;
+mod coordination;
 mod faults;
 mod library;
 mod loading;

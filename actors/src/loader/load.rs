@@ -2,7 +2,7 @@
 //!
 //! Everything that it holds on the way, it holds by handles: wherever it is dropped, the bytes come back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use hotset_core::device::Links;
 use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
-use hotset_core::plan::{ComponentSet, Plan, There, resolve};
+use hotset_core::plan::{ComponentSet, Plan, Priority, There, resolve};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -145,11 +145,10 @@ impl Job {
     /// Tries until it is done, or fails in a way that trying again does not mend.
     async fn attempts(&self, outlet: &Outlet, board: &mut Board) -> Result<(), LoadError> {
         let mut pause = FIRST_PAUSE;
-        // Leases of an attempt that failed half-way are kept for the next one: what is leased need not be loaded again.
-        let mut leased: HashMap<ContentId, Lease> = HashMap::new();
+        let mut handed = Handed::default();
         let mut shown = false;
         for left in (0..ATTEMPTS).rev() {
-            match self.attempt(outlet, board, &mut leased, &mut shown).await {
+            match self.attempt(outlet, board, &mut handed, &mut shown).await {
                 Err(LoadError::Component { failure, .. }) if failure.is_passing() && left > 0 => {
                     tracing::debug!(%failure, "beginning again");
                     tokio::time::sleep(pause).await;
@@ -166,7 +165,7 @@ impl Job {
         &self,
         outlet: &Outlet,
         board: &mut Board,
-        leased: &mut HashMap<ContentId, Lease>,
+        handed: &mut Handed,
         shown: &mut bool,
     ) -> Result<(), LoadError> {
         board.stage = Stage::Planning;
@@ -193,14 +192,9 @@ impl Job {
 
         let (claims, staging) = self.reserve(&plan, outlet, board).await?;
         board.stage = Stage::Loading;
-        self.move_all(claims, staging, outlet, board, leased)
+        self.move_all(&plan, claims, staging, outlet, board, handed)
             .await?;
-        // All are there: only now does anybody get one, in loading order, since a set is all or nothing.
-        for step in &plan.steps {
-            if let Some(lease) = leased.remove(&step.component.content_id) {
-                outlet.send(LoadEvent::Leased(lease)).await;
-            }
-        }
+        handed.rest(&plan, outlet).await;
         self.house.note_granted(self.session, used(&plan));
         self.house.hot.remember(&self.set, generation, &plan);
         Ok(())
@@ -243,7 +237,11 @@ impl Job {
             .map(|step| step.component.clone())
             .collect();
         // All there: no need to trouble anybody.
-        if let Some(claims) = self.house.ledger.claim_resident(plan.tier, &components) {
+        if let Some(claims) =
+            self.house
+                .ledger
+                .claim_resident(plan.tier, &components, Some(self.session))
+        {
             return Ok((claims, Staging::default()));
         }
         board.stage = Stage::WaitingFor(plan.tier);
@@ -289,7 +287,7 @@ impl Job {
         for step in &routed.steps {
             let Some(gpu) = step.peer else { continue };
             let (tier, one) = (Tier::Vram(gpu), std::slice::from_ref(&step.component));
-            match self.house.ledger.claim_resident(tier, one) {
+            match self.house.ledger.claim_resident(tier, one, None) {
                 Some(claims) => peers.extend(
                     claims
                         .into_iter()
@@ -355,14 +353,15 @@ impl Job {
         Ok(reservation)
     }
 
-    /// Moves all components, several at a time, in loading order.
+    /// Moves all components, several at a time, in loading order, and hands out each lease as soon as all before it are.
     async fn move_all(
         &self,
+        plan: &Plan,
         claims: Vec<Claim>,
         mut staging: Staging,
         outlet: &Outlet,
         board: &mut Board,
-        leased: &mut HashMap<ContentId, Lease>,
+        handed: &mut Handed,
     ) -> Result<(), LoadError> {
         let mut waiting = claims
             .into_iter()
@@ -389,7 +388,8 @@ impl Job {
                             progress.phase = Phase::Ready;
                             progress.done = progress.total;
                         }
-                        leased.insert(lease.component().content_id, lease);
+                        handed.ready.insert(lease.component().content_id, lease);
+                        handed.on(plan, outlet);
                         outlet.show(board.progress(self.started));
                     }
                 },
@@ -416,7 +416,10 @@ impl Job {
             failure,
         };
         if let ResidencyState::Loading(flight) = claim.state() {
-            flight.urgency().raise(Some(self.asked + self.deadline()));
+            // A batch load's bytes come when nobody else's do.
+            let due = self.asked + self.deadline();
+            let interactive = self.set.priority == Priority::Interactive;
+            flight.urgency().raise(interactive.then_some(due));
             let mut states = flight.subscribe();
             let mut restarts = Restarts::of(&self.house, claim.tier());
             loop {
@@ -479,6 +482,47 @@ impl Job {
                 if let (Some(slot), Some(from)) = (self.house.vram.get(&gpu), source.take()) {
                     let _ = slot.cast(VramManagerMessage::Upload(component, from));
                 }
+            }
+        }
+    }
+}
+
+/// The leases of a load on their way to its client.
+///
+/// Memory for all was promised before the first byte moved, so what is there can be handed out while the rest still comes:
+/// the set is all or nothing by then, but for files that cannot be read.
+#[derive(Default)]
+struct Handed {
+    /// Not handed out yet: one before it is not there, or the reader is behind. Kept for the next attempt where one fails.
+    ready: HashMap<ContentId, Lease>,
+    sent: HashSet<ContentId>,
+}
+
+impl Handed {
+    /// Hands out what may go, in loading order, without waiting for the reader.
+    fn on(&mut self, plan: &Plan, outlet: &Outlet) {
+        for step in &plan.steps {
+            let content = step.component.content_id;
+            if self.sent.contains(&content) {
+                continue;
+            }
+            let Some(lease) = self.ready.remove(&content) else {
+                return;
+            };
+            if let Err(lease) = outlet.try_lease(lease) {
+                self.ready.insert(content, lease);
+                return;
+            }
+            self.sent.insert(content);
+        }
+    }
+
+    /// Hands out all that is left.
+    async fn rest(&mut self, plan: &Plan, outlet: &Outlet) {
+        for step in &plan.steps {
+            if let Some(lease) = self.ready.remove(&step.component.content_id) {
+                self.sent.insert(step.component.content_id);
+                outlet.send(LoadEvent::Leased(lease)).await;
             }
         }
     }

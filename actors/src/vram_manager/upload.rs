@@ -19,14 +19,10 @@ use hotset_core::tensor::TensorTable;
 use tokio::sync::Mutex;
 
 use super::VramManagerMessage;
+use super::turns::{Ticket, Turn};
 use crate::counters::add;
 use crate::house::House;
 use crate::ram_cache::RamCacheMessage;
-
-/// How many batches of one upload are under way at the same time. The link carries one of them; the others keep it busy
-/// while the news of its end comes here and the next is queued, which takes 100 µs: with batches of 8 MiB as many as that
-/// feed a link of 500 GB/s.
-const BATCHES: usize = 8;
 
 /// Host memory through which components are streamed, one at a time.
 pub(crate) type Ring = Arc<Mutex<Charge>>;
@@ -254,6 +250,7 @@ impl Upload {
 /// The batches of one upload that are under way.
 struct Copies<'a> {
     upload: &'a Upload,
+    ticket: Option<Ticket>,
     to: &'a Allocation,
     moving: FuturesUnordered<BoxFuture<'a, Result<u64, DeviceError>>>,
     moved: Bytes,
@@ -261,7 +258,9 @@ struct Copies<'a> {
 
 impl<'a> Copies<'a> {
     fn new(upload: &'a Upload, to: &'a Allocation) -> Self {
+        let turns = upload.house.turns.get(&to.gpu());
         Self {
+            ticket: turns.map(|turns| turns.ticket(upload.ticket.urgency().clone())),
             upload,
             to,
             moving: FuturesUnordered::new(),
@@ -269,8 +268,7 @@ impl<'a> Copies<'a> {
         }
     }
 
-    /// Begins copies out of a slab whose first byte is image byte `start`, as one batch; waits while there are too many
-    /// already.
+    /// Begins copies out of a slab whose first byte is image byte `start`, as one batch, when it is this upload's turn.
     async fn begin(
         &mut self,
         slab: &Arc<Slab>,
@@ -289,12 +287,11 @@ impl<'a> Copies<'a> {
         if pieces.is_empty() {
             return Ok(());
         }
-        while self.moving.len() >= BATCHES {
-            self.one().await?;
-        }
+        let turn = self.turn().await?;
         let (device, to) = (&self.upload.device, self.to);
         let mut moving = async move {
             device.upload_all(to, pieces).await?;
+            drop(turn);
             Ok(bytes)
         }
         .boxed();
@@ -304,6 +301,25 @@ impl<'a> Copies<'a> {
             None => self.moving.push(moving),
         }
         Ok(())
+    }
+
+    /// Waits for a turn on the link, while the copies go on: theirs end with them.
+    async fn turn(&mut self) -> Result<Option<Turn>, FlightFailure> {
+        let Some(ticket) = &self.ticket else {
+            return Ok(None);
+        };
+        let turn = ticket.turn();
+        tokio::pin!(turn);
+        loop {
+            tokio::select! {
+                biased;
+                turn = &mut turn => return Ok(Some(turn)),
+                Some(moved) = self.moving.next() => {
+                    self.moved += Bytes(moved?);
+                    self.upload.ticket.progress(self.moved);
+                }
+            }
+        }
     }
 
     /// Waits for something else, while the copies go on.

@@ -84,8 +84,9 @@ impl Urgency {
         self.called_off.cancelled().await;
     }
 
-    /// The smaller, the earlier.
-    pub(super) fn place(&self) -> u64 {
+    /// Its place among others: the smaller, the earlier. May become smaller at any time.
+    #[must_use]
+    pub fn place(&self) -> u64 {
         self.place.load(Ordering::Relaxed)
     }
 }

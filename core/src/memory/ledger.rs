@@ -153,6 +153,8 @@ struct TierBooks {
     by_content: HashMap<ContentId, u64>,
     wake: Arc<Notify>,
     wake_when: WakeWhen,
+    /// Sessions that hold nothing get nothing without the keeper, which lets them wait.
+    newcomers_wait: bool,
 }
 
 /// When the keeper of a tier wants to hear that bytes came back or a pin was lifted.
@@ -233,6 +235,15 @@ struct Books {
     next_lease: u64,
     /// Live leases, for status; a lease's own drop removes it.
     leases: HashMap<LeaseId, LeaseRow>,
+}
+
+impl Books {
+    fn must_wait(&self, tier: Tier, session: SessionId) -> bool {
+        self.tiers
+            .get(&tier)
+            .is_some_and(|books| books.newcomers_wait)
+            && !self.leases.values().any(|lease| lease.owner == session)
+    }
 }
 
 /// A live lease.
@@ -564,6 +575,7 @@ impl Ledger {
                 waiting: false,
                 above: Bytes(u64::MAX),
             },
+            newcomers_wait: false,
         });
         tier.budget = budget;
         tier.wake_if_wanted();
@@ -588,6 +600,20 @@ impl Ledger {
         if let Some(books) = self.lock().tiers.get_mut(&tier) {
             books.wake_when = when;
         }
+    }
+
+    /// From now on sessions that hold no lease get none in this tier without its keeper, or get them again.
+    pub fn set_newcomers_wait(&self, tier: Tier, wait: bool) {
+        if let Some(books) = self.lock().tiers.get_mut(&tier) {
+            books.newcomers_wait = wait;
+        }
+    }
+
+    /// Whether this session has to wait in this tier, even for what costs nothing. Who holds leases has begun something, and
+    /// is let through, since it would otherwise keep what others wait for.
+    #[must_use]
+    pub fn must_wait(&self, tier: Tier, session: SessionId) -> bool {
+        self.lock().must_wait(tier, session)
     }
 
     /// Promises these wants in this tier, all or none. Components that are there or on their way are pinned and cost
@@ -714,15 +740,20 @@ impl Ledger {
             .map_or(Bytes(u64::MAX), |open| open.need(wants).new)
     }
 
-    /// Claims on all these components, if each of them is resident in this tier: the fast path, without a promise.
+    /// Claims on all these components, if each of them is resident in this tier: the fast path, without a promise. `None` too
+    /// where they are for a session that [must wait](Self::must_wait).
     #[must_use]
     pub fn claim_resident(
         self: &Arc<Self>,
         tier: Tier,
         components: &[Arc<Component>],
+        session: Option<SessionId>,
     ) -> Option<Vec<Claim>> {
         let now = self.now();
         let mut books = self.lock();
+        if session.is_some_and(|session| books.must_wait(tier, session)) {
+            return None;
+        }
         let open = books.tiers.get_mut(&tier)?;
         if open.out_of_service.is_some() {
             return None;
@@ -766,6 +797,9 @@ impl Ledger {
         let now = self.now();
         let mut guard = self.lock();
         let books = &mut *guard;
+        if books.must_wait(tier, session) {
+            return None;
+        }
         let open = books.tiers.get_mut(&tier)?;
         if open.out_of_service.is_some() {
             return None;

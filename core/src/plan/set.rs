@@ -59,6 +59,36 @@ pub enum Priority {
     Interactive,
 }
 
+impl Priority {
+    /// The place of a set that waits for memory, in the order of a queue: the least is next. A batch set stands where an
+    /// interactive one would that was asked for `aging` later, so that it lets others pass for that long and no longer:
+    /// whatever comes afterwards is behind it.
+    #[must_use]
+    pub const fn place(self, asked: Duration, aging: Duration) -> Duration {
+        match self {
+            Self::Interactive => asked,
+            Self::Batch => asked.saturating_add(aging),
+        }
+    }
+}
+
+/// Whether newcomers wait behind a set that has waited this long itself, and for how long that stays so.
+///
+/// What is resident costs nothing, so leases on it pass every queue, and a component that somebody always holds would never
+/// make room for a larger one. So after `aging` a set closes the tier to sessions that hold nothing, for as long again:
+/// holders finish, and it has its turn. Where they do not, the tier is open for the next `aging`, and so on. Zero: never.
+#[must_use]
+pub fn newcomers_wait(waited: Duration, aging: Duration) -> (bool, Option<Duration>) {
+    if aging.is_zero() {
+        return (false, None);
+    }
+    let periods = waited.as_nanos() / aging.as_nanos();
+    let into = waited.as_nanos() % aging.as_nanos();
+    let left = aging.as_nanos() - into;
+    let left = u64::try_from(left).map_or(Duration::MAX, Duration::from_nanos);
+    (periods % 2 == 1, Some(left))
+}
+
 /// A component set: what is to be resident together, all or nothing.
 ///
 /// Each name is a model's (`sdxl-base`: all its components) or one component's (`sdxl-base/unet`). What an adapter
@@ -125,5 +155,41 @@ impl ComponentSet {
     pub const fn without_dependencies(mut self) -> Self {
         self.dependencies = false;
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_tier_is_closed_and_open_in_turns() {
+        let at = |seconds| newcomers_wait(Duration::from_secs(seconds), Duration::from_secs(30));
+        let left = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(at(0), (false, left(30)));
+        assert_eq!(at(29), (false, left(1)));
+        assert_eq!(at(30), (true, left(30)));
+        assert_eq!(at(59), (true, left(1)));
+        assert_eq!(at(60), (false, left(30)));
+        assert_eq!(newcomers_wait(Duration::MAX, Duration::ZERO), (false, None));
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_is_passed_by_those_alone_that_come_before_it_has_aged(
+            asked in 0_u64..1000, later in 0_u64..1000, aging in 0_u64..100,
+        ) {
+            let place = |priority: Priority, at| priority.place(Duration::from_secs(at), Duration::from_secs(aging));
+            let later = asked + later;
+            // Who is as urgent never passes.
+            for priority in [Priority::Batch, Priority::Interactive] {
+                prop_assert!(place(priority, asked) <= place(priority, later));
+            }
+            prop_assert!(place(Priority::Interactive, asked) <= place(Priority::Batch, later));
+            let passes = place(Priority::Interactive, later) < place(Priority::Batch, asked);
+            prop_assert_eq!(passes, later - asked < aging);
+        }
     }
 }

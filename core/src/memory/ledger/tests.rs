@@ -167,13 +167,17 @@ fn the_fast_path_claims_all_or_none() {
     let reservation = reserve(&ledger, &[want(&a)]).unwrap();
     assert!(
         ledger
-            .claim_resident(Tier::Ram, std::slice::from_ref(&a))
+            .claim_resident(Tier::Ram, std::slice::from_ref(&a), None)
             .is_none()
     );
     land(&ledger, &a);
     drop(reservation);
-    assert!(ledger.claim_resident(Tier::Ram, &[a.clone(), b]).is_none());
-    let claims = ledger.claim_resident(Tier::Ram, &[a]).unwrap();
+    assert!(
+        ledger
+            .claim_resident(Tier::Ram, &[a.clone(), b], None)
+            .is_none()
+    );
+    let claims = ledger.claim_resident(Tier::Ram, &[a], None).unwrap();
     assert!(matches!(claims[0].state(), ResidencyState::Resident { .. }));
 }
 
@@ -189,7 +193,7 @@ fn a_residency_is_found_under_the_content_that_a_digest_has_shown() {
     ledger.identified(&a.content_id, &named);
     // Under both names, and once.
     for known in [&a, &named] {
-        let claims = ledger.claim_resident(Tier::Ram, std::slice::from_ref(known));
+        let claims = ledger.claim_resident(Tier::Ram, std::slice::from_ref(known), None);
         assert!(claims.is_some());
         assert_eq!(ledger.needed(Tier::Ram, &[want(known)]), Bytes::ZERO);
     }
