@@ -9,6 +9,7 @@ mod faults;
 mod library;
 mod loading;
 mod memory_limit;
+mod mixes;
 mod protocol;
 mod virtual_time;
 mod watching;

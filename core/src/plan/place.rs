@@ -451,7 +451,7 @@ impl Planner<'_> {
         };
         let evictable: Bytes = candidates(ram).iter().map(|c| c.bytes).sum();
         let room = ram.free().saturating_add(evictable);
-        let (needed, streamed) = route_through(ram, steps, room);
+        let (needed, streamed) = route_through(ram, steps, room, Bytes::ZERO);
         if streamed == 0 {
             return Ok((needed, Bytes::ZERO));
         }
@@ -473,7 +473,7 @@ impl Planner<'_> {
             });
         }
         // The ring needs room of its own, beside the slabs.
-        let (needed, _) = route_through(ram, steps, room.saturating_sub(ring));
+        let (needed, _) = route_through(ram, steps, room, ring);
         Ok((needed, ring))
     }
 
@@ -531,29 +531,39 @@ impl Planner<'_> {
 
 /// Sends each component that has to move through RAM as long as there is room, and through the ring after that. Gives the
 /// bytes of new slabs, and how many components are streamed.
-fn route_through(ram: &TierView, steps: &mut [Step], mut room: Bytes) -> (Bytes, usize) {
-    let evictable = candidates(ram);
+///
+/// What is there already has to stay to be of use, so it counts as well, and first: against what the tier can hold at all,
+/// and, where it could be evicted for the others, against the room.
+fn route_through(ram: &TierView, steps: &mut [Step], room: Bytes, ring: Bytes) -> (Bytes, usize) {
+    let mut room = room.saturating_sub(ring);
+    let mut whole = ram.budget.saturating_sub(ring);
+    let evictable: HashSet<ContentId> = candidates(ram).iter().map(|c| c.content).collect();
     let (mut needed, mut streamed) = (Bytes::ZERO, 0);
-    for step in steps
-        .iter_mut()
-        .filter(|step| step.there != There::Resident && step.route != Route::Peer)
-    {
-        let bytes = step.component.ram_bytes();
-        let content = step.component.content_id;
-        step.route = Route::ViaRam;
-        match there(ram, &content) {
-            // What is there costs nothing, but can no longer be evicted for the others.
-            There::Resident if evictable.iter().any(|c| c.content == content) => {
-                room = room.saturating_sub(bytes);
+    for kept in [true, false] {
+        for step in steps
+            .iter_mut()
+            .filter(|step| step.there != There::Resident && step.route != Route::Peer)
+        {
+            let content = step.component.content_id;
+            let absent = there(ram, &content) == There::Absent;
+            if absent == kept {
+                continue;
             }
-            There::Resident | There::Loading => {}
-            There::Absent if bytes <= room => {
-                room = room.saturating_sub(bytes);
-                needed += bytes;
-            }
-            There::Absent => {
+            let bytes = step.component.ram_bytes();
+            // What others hold costs no room.
+            let free = !absent && !evictable.contains(&content);
+            if bytes > whole || (bytes > room && !free) {
                 step.route = Route::Ring;
                 streamed += 1;
+                continue;
+            }
+            step.route = Route::ViaRam;
+            whole = whole.saturating_sub(bytes);
+            if !free {
+                room = room.saturating_sub(bytes);
+            }
+            if absent {
+                needed += bytes;
             }
         }
     }

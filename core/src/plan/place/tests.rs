@@ -157,6 +157,24 @@ fn evictions_are_foreseen_and_spare_what_the_set_itself_wants() {
 }
 
 #[test]
+fn what_is_in_ram_and_the_rest_of_the_set_fit_together_or_one_is_streamed() {
+    let (small, large) = (component(1, 3072), component(2, 6144));
+    // Nobody holds the large one, so it could make room; but the set wants it too.
+    let tiers = [tier(GPU, 16, &[]), tier(Tier::Ram, 8, &[(&large, false)])];
+    let together = plan(&tiers, &[small.clone(), large.clone()], Target::Best).unwrap();
+    let routes: Vec<Route> = together.steps.iter().map(|step| step.route).collect();
+    assert_eq!(routes, [Route::Ring, Route::ViaRam]);
+    assert_eq!(together.needs[&Tier::Ram], Bytes::mib(1), "the ring alone");
+    // Others hold it, and beside it the ring has no room: then it is not waited for either.
+    let small = component(3, 1024);
+    let tight = component(4, 7680);
+    let tiers = [tier(GPU, 16, &[]), tier(Tier::Ram, 8, &[(&tight, true)])];
+    let alone = plan(&tiers, &[small, tight], Target::Best).unwrap();
+    let routes: Vec<Route> = alone.steps.iter().map(|step| step.route).collect();
+    assert_eq!(routes, [Route::Ring, Route::Ring]);
+}
+
+#[test]
 fn what_ram_has_no_room_for_is_streamed() {
     let (a, b, held) = (component(1, 2048), component(2, 6144), component(3, 3072));
     let tiers = [tier(GPU, 16, &[]), tier(Tier::Ram, 8, &[(&held, true)])];
