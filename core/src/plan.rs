@@ -1,6 +1,7 @@
 //! From names to a plan: which components a set consists of, in which order they are wanted, where they go, and whether
 //! they fit. Pure: catalogue and books in, a [`Plan`] or a refusal with the arithmetic out.
 
+pub mod allocate;
 mod graph;
 mod place;
 mod set;
