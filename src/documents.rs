@@ -57,7 +57,7 @@ fn identities(model: &Model) -> Value {
 #[must_use]
 pub fn dependencies(catalogue: &Catalogue, model: &Model) -> Value {
     let set = ComponentSet::new([model.name.as_str()]);
-    match resolve(catalogue, &set.names, set.dependencies) {
+    match resolve(catalogue, &[], &set.names, set.dependencies) {
         Err(error) => json!({ "error": error.to_string() }),
         Ok(graph) => json!({
             "loading_order": graph.order().iter().map(|c| c.id.to_string()).collect::<Vec<_>>(),

@@ -316,7 +316,12 @@ impl Hotset {
     /// # Errors
     /// [`LoadError::Resolve`].
     pub fn dependencies(&self, set: &ComponentSet) -> Result<DependencyGraph, LoadError> {
-        Ok(resolve(&self.catalogue(), &set.names, set.dependencies)?)
+        Ok(resolve(
+            &self.catalogue(),
+            &self.config().set,
+            &set.names,
+            set.dependencies,
+        )?)
     }
 
     /// What loading a set would do as things stand: where it would go, what would be evicted. Moves nothing.

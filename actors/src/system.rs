@@ -254,7 +254,12 @@ impl System {
     /// # Errors
     /// [`LoadError::Resolve`], [`LoadError::Plan`].
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
-        let graph = resolve(&self.catalogue(), &set.names, set.dependencies)?;
+        let graph = resolve(
+            &self.catalogue(),
+            &self.house.config.set,
+            &set.names,
+            set.dependencies,
+        )?;
         let tiers = self.house.ledger.views();
         let links = self.house.links();
         let planner = self.house.planner(&tiers, &links);

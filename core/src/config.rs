@@ -25,6 +25,8 @@ pub struct Config {
     pub gpu: Vec<GpuConfig>,
     /// GPUs that are found, where none is configured.
     pub cuda: CudaConfig,
+    /// Sets that have a name of their own.
+    pub set: Vec<SetConfig>,
     /// Loading.
     pub load: LoadConfig,
     /// Sessions and their bounds.
@@ -243,6 +245,19 @@ impl Default for SimDeviceConfig {
             keep_bytes: false,
         }
     }
+}
+
+/// A set with a name, which is loaded like a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetConfig {
+    /// Its name. Models of the same name are hidden by it.
+    pub name: String,
+    /// Models, components (`MODEL/COMPONENT`), or other sets.
+    pub models: Vec<String>,
+    /// Some of them in the order in which they are used, where hotset cannot know it.
+    #[serde(default)]
+    pub order: Vec<String>,
 }
 
 /// Loading.

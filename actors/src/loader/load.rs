@@ -203,7 +203,12 @@ impl Job {
     /// The plan as things stand, and the catalogue that it is made by.
     fn plan(&self) -> Result<(Plan, u64), LoadError> {
         let catalogue = self.house.catalogue.load();
-        let graph = resolve(&catalogue, &self.set.names, self.set.dependencies)?;
+        let graph = resolve(
+            &catalogue,
+            &self.house.config.set,
+            &self.set.names,
+            self.set.dependencies,
+        )?;
         let tiers = self.house.ledger.views();
         let links = self.house.links();
         let planner = self.house.planner(&tiers, &links);

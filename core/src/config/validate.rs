@@ -28,6 +28,33 @@ impl Config {
         above_zero("catalog.max_depth", self.catalog.max_depth)?;
         budget("ram.budget", self.ram.budget)?;
         watermarks("ram", self.ram.low_watermark, self.ram.high_watermark)?;
+        for (i, set) in self.set.iter().enumerate() {
+            let at = |key: &str| format!("set.{i}.{key}");
+            check(&at("name"), !set.name.trim().is_empty(), || {
+                "give the set a name".into()
+            })?;
+            let before = self.set.iter().take(i);
+            check(
+                &at("name"),
+                before.clone().all(|other| other.name != set.name),
+                || {
+                    format!(
+                        "there is another set `{}`; give one of them another name",
+                        set.name
+                    )
+                },
+            )?;
+            check(&at("models"), !set.models.is_empty(), || {
+                "name at least one model".into()
+            })?;
+            let unknown = set.order.iter().find(|name| !set.models.contains(name));
+            check(&at("order"), unknown.is_none(), || {
+                format!(
+                    "`{}` is not among the models of the set; add it there, or leave it out",
+                    unknown.map_or("", String::as_str)
+                )
+            })?;
+        }
         for (i, gpu) in self.gpu.iter().enumerate() {
             let at = format!("gpu.{i}");
             budget(&format!("{at}.budget"), gpu.budget)?;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use petgraph::graph::{DiGraph, NodeIndex};
 
 use crate::catalog::{Catalogue, Component, FindError, Kind, Model, Presence};
-use crate::ids::{ContentId, ModelName};
+use crate::config::SetConfig;
+use crate::ids::{ComponentId, ContentId, ModelName};
 
 /// Why one component comes before another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub enum Edge {
     UsedBefore,
     /// An adapter is of use only on its base.
     Adapts,
+    /// The configuration says so (`order` of a `[[set]]`).
+    Declared,
 }
 
 impl std::fmt::Display for Edge {
@@ -22,6 +25,7 @@ impl std::fmt::Display for Edge {
         f.pad(match self {
             Self::UsedBefore => "used before",
             Self::Adapts => "adapts",
+            Self::Declared => "declared to come before",
         })
     }
 }
@@ -33,6 +37,24 @@ pub enum ResolveError {
     /// No names.
     #[error("the component set is empty; name at least one model")]
     Empty,
+    /// Declared sets contain each other.
+    #[error(
+        "declared sets contain each other: {}; take one of these out of the `models` of the set before it",
+        path.join(" -> ")
+    )]
+    SetCycle {
+        /// The names, from one set back to itself.
+        path: Vec<String>,
+    },
+    /// Components would each have to come before the other.
+    #[error(
+        "no component can be first: {}; take one of these out of the `order` of the set",
+        path.iter().map(ToString::to_string).collect::<Vec<_>>().join(" before ")
+    )]
+    OrderCycle {
+        /// The components, from one back to itself.
+        path: Vec<ComponentId>,
+    },
     /// A name that is not in the catalogue, or is several.
     #[error(transparent)]
     Find(#[from] FindError),
@@ -136,7 +158,7 @@ impl DependencyGraph {
                 }
             }
         }
-        // Edges lead from a lower stage or from a base to its adapter, so there is no cycle and none is left out.
+        // Without cycles, see `build`, so none is left out.
         debug_assert_eq!(order.len(), self.graph.node_count());
         order
     }
@@ -147,6 +169,29 @@ impl DependencyGraph {
             let (from, to) = self.graph.edge_endpoints(edge)?;
             Some((&self.graph[from], &self.graph[to], self.graph[edge]))
         })
+    }
+
+    /// The graph in the language of Graphviz: one node for each component, one arrow for each edge.
+    #[must_use]
+    pub fn dot(&self) -> String {
+        use std::fmt::Write;
+        let quoted = |text: String| text.replace('\\', "\\\\").replace('"', "\\\"");
+        let mut dot = String::from("digraph set {\n  rankdir=LR;\n  node [shape=box];\n");
+        for component in self.graph.node_weights() {
+            let (id, kind) = (quoted(component.id.to_string()), component.kind);
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                dot,
+                "  \"{id}\" [label=\"{id}\\n{kind}, {}\"];",
+                component.bytes
+            );
+        }
+        for (from, to, edge) in self.edges() {
+            let (from, to) = (quoted(from.id.to_string()), quoted(to.id.to_string()));
+            let _ = writeln!(dot, "  \"{from}\" -> \"{to}\" [label=\"{edge}\"];");
+        }
+        dot.push_str("}\n");
+        dot
     }
 
     /// How many components there are.
@@ -172,20 +217,70 @@ const fn stage(kind: Kind) -> Option<u8> {
     }
 }
 
-/// Makes the graph of the models and components with these names.
+/// Names without those of sets, and what these say of the order.
+#[derive(Default)]
+struct Expanded {
+    names: Vec<String>,
+    orders: Vec<Vec<Vec<String>>>,
+}
+
+impl Expanded {
+    /// Adds a name; `path` are the sets that it is in. Gives the names that it stands for.
+    fn add(
+        &mut self,
+        sets: &[SetConfig],
+        name: &str,
+        path: &mut Vec<String>,
+    ) -> Result<Vec<String>, ResolveError> {
+        let Some(set) = sets.iter().find(|set| set.name == name) else {
+            if !self.names.iter().any(|known| known == name) {
+                self.names.push(name.to_owned());
+            }
+            return Ok(vec![name.to_owned()]);
+        };
+        if let Some(at) = path.iter().position(|outer| outer == name) {
+            let mut path = path.split_off(at);
+            path.push(name.to_owned());
+            return Err(ResolveError::SetCycle { path });
+        }
+        path.push(name.to_owned());
+        let mut all = Vec::new();
+        let mut parts = HashMap::new();
+        for inner in &set.models {
+            let names = self.add(sets, inner, path)?;
+            all.extend(names.iter().cloned());
+            parts.insert(inner, names);
+        }
+        path.pop();
+        let order: Vec<Vec<String>> = set
+            .order
+            .iter()
+            .filter_map(|name| parts.get(name).cloned())
+            .collect();
+        self.orders.push(order);
+        Ok(all)
+    }
+}
+
+/// Makes the graph of the models, components and declared sets with these names.
 ///
 /// # Errors
 /// [`ResolveError`].
 pub fn resolve(
     catalogue: &Catalogue,
+    sets: &[SetConfig],
     names: &[String],
     dependencies: bool,
 ) -> Result<DependencyGraph, ResolveError> {
-    if names.is_empty() {
+    let mut expanded = Expanded::default();
+    for name in names {
+        expanded.add(sets, name, &mut Vec::new())?;
+    }
+    if expanded.names.is_empty() {
         return Err(ResolveError::Empty);
     }
     let mut chosen: Vec<(Arc<Model>, Vec<Arc<Component>>)> = Vec::new();
-    for name in names {
+    for name in &expanded.names {
         let found = find(catalogue, name)?;
         match chosen
             .iter_mut()
@@ -209,7 +304,16 @@ pub fn resolve(
             }
         }
     }
-    Ok(build(&chosen, &bases))
+    let mut declared = Vec::new();
+    for order in &expanded.orders {
+        let parts = order.iter().map(|names| {
+            let found = names.iter().map(|name| Ok(find(catalogue, name)?.1));
+            let components: Result<Vec<_>, ResolveError> = found.collect();
+            Ok(components?.concat())
+        });
+        declared.push(parts.collect::<Result<Vec<_>, ResolveError>>()?);
+    }
+    build(&chosen, &bases, &declared)
 }
 
 /// A model with all its components, or with the one that is named.
@@ -352,7 +456,8 @@ fn base_of(
 fn build(
     chosen: &[(Arc<Model>, Vec<Arc<Component>>)],
     bases: &[(ModelName, ModelName)],
-) -> DependencyGraph {
+    declared: &[Vec<Vec<Arc<Component>>>],
+) -> Result<DependencyGraph, ResolveError> {
     let mut graph = DiGraph::new();
     let mut nodes: HashMap<ContentId, NodeIndex> = HashMap::new();
     let mut of_model: HashMap<&ModelName, Vec<NodeIndex>> = HashMap::new();
@@ -393,7 +498,36 @@ fn build(
             }
         }
     }
-    DependencyGraph { graph }
+    for order in declared {
+        for pair in order.windows(2) {
+            let [first, second] = pair else { continue };
+            for before in first.iter().filter_map(|c| nodes.get(&c.content_id)) {
+                for after in second.iter().filter_map(|c| nodes.get(&c.content_id)) {
+                    if before != after && !graph.contains_edge(*before, *after) {
+                        graph.add_edge(*before, *after, Edge::Declared);
+                    }
+                }
+            }
+        }
+    }
+    match petgraph::algo::toposort(&graph, None) {
+        Ok(_) => Ok(DependencyGraph { graph }),
+        Err(cycle) => Err(ResolveError::OrderCycle {
+            path: cycle_through(&graph, cycle.node_id()),
+        }),
+    }
+}
+
+/// A way from a node back to itself; just the node where there is none.
+fn cycle_through(graph: &DiGraph<Arc<Component>, Edge>, node: NodeIndex) -> Vec<ComponentId> {
+    let ways = graph.neighbors(node).find_map(|next| {
+        let found = petgraph::algo::astar(graph, next, |at| at == node, |_| 1_u32, |_| 0)?;
+        Some(found.1)
+    });
+    std::iter::once(node)
+        .chain(ways.unwrap_or_default())
+        .filter_map(|node| Some(graph.node_weight(node)?.id.clone()))
+        .collect()
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ fn set(components: &[Arc<Component>]) -> DependencyGraph {
         test_utils::model(name, Kind::Unknown, None, vec![component.clone()])
     }));
     let names: Vec<String> = components.iter().map(|c| c.id.model.to_string()).collect();
-    resolve(&catalogue, &names, true).unwrap()
+    resolve(&catalogue, &[], &names, true).unwrap()
 }
 
 /// A tier of this budget in MiB that holds these components; those with `true` are leased.
