@@ -47,7 +47,7 @@ fn nothing_breaks_under_all_faults_and_every_load() {
             assert_clean(&scenario, &outcome);
             granted += outcome.granted;
         }
-        assert!(granted > 100, "{profile:?} granted only {granted}");
+        assert!(granted > 20, "{profile:?} granted only {granted}");
     }
 }
 
