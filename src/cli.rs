@@ -15,6 +15,7 @@ mod plan;
 mod replay;
 mod serve;
 mod server;
+mod simulate;
 mod status;
 mod why;
 

@@ -75,6 +75,7 @@ pub struct HotsetBuilder {
     devices: Option<Vec<Arc<dyn Device>>>,
     eviction: Option<EvictionPolicyFactory>,
     scan_later: bool,
+    machine: Option<Machine>,
 }
 
 impl std::fmt::Debug for HotsetBuilder {
@@ -110,6 +111,12 @@ impl HotsetBuilder {
         self
     }
 
+    /// On this machine instead of the one that it runs on: the memory that it has, and what others do to it.
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = Some(machine);
+        self
+    }
+
     /// Does not wait for the first scan; models appear as they are found.
     pub const fn scan_later(mut self) -> Self {
         self.scan_later = true;
@@ -121,7 +128,8 @@ impl HotsetBuilder {
     /// # Errors
     /// [`StartError`].
     pub async fn start(mut self) -> Result<Hotset, StartError> {
-        let host_memory = match (self.config.ram.budget, host_memory()) {
+        let machine = self.machine.unwrap_or_else(Machine::here);
+        let host_memory = match (self.config.ram.budget, host_memory(&machine)) {
             (_, Ok(bytes)) => {
                 bound_budget(&mut self.config, bytes);
                 bytes
@@ -148,6 +156,7 @@ impl HotsetBuilder {
             devices,
             eviction: self.eviction,
             host_memory,
+            machine,
             config: self.config,
         })
         .await?;
@@ -224,8 +233,8 @@ async fn configured(config: &Config) -> Result<Vec<Arc<dyn Device>>, StartError>
 }
 
 /// What this process may use of the machine's memory: all of it, or what its control groups allow.
-fn host_memory() -> Result<Bytes, String> {
-    Machine::here()
+fn host_memory(machine: &Machine) -> Result<Bytes, String> {
+    machine
         .memory()
         .map(|host| host.usable())
         .ok_or_else(|| "it is missing, or has no MemTotal".into())

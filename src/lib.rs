@@ -38,6 +38,7 @@
 //! | enhance metadata, build the model index | every scan does; [`Hotset::catalogue`] is the index |
 
 pub mod bridge;
+pub mod chaos;
 pub mod client;
 mod config;
 pub mod documents;

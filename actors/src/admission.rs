@@ -312,7 +312,7 @@ impl Admission {
             });
             match self.tier {
                 // Unmapping gigabytes takes long.
-                Tier::Ram => drop(self.house.tasks.spawn_blocking(move || drop(evicted))),
+                Tier::Ram => drop(self.house.off_thread(move || drop(evicted))),
                 Tier::Vram(_) => drop(evicted),
             }
         }

@@ -242,8 +242,9 @@ impl Discovery {
             return;
         };
         let now = Instant::now().into_std();
+        let house = state.house.clone();
         state.house.tasks.spawn(async move {
-            let looked = tokio::task::spawn_blocking(move || {
+            let looked = house.aside(move || {
                 let size = |path: &std::path::Path| path.metadata().ok().map(|found| found.len());
                 let ready = settler.ready(now, size, std::path::Path::exists);
                 (settler, ready)
@@ -378,7 +379,7 @@ fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
     let myself = myself.clone();
     let began = Instant::now();
     house.clone().tasks.spawn(async move {
-        let work = tokio::task::spawn_blocking(move || {
+        let work = house.clone().aside(move || {
             let mut options = options(&house);
             let mut previous = house.catalogue.load();
             if house.config.catalog.watch {

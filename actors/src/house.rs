@@ -18,6 +18,7 @@ use hotset_core::plan::Planner;
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -165,18 +166,28 @@ const CHANGES_KEPT: usize = 256;
 /// Systems started in this process so far. Only used to name actors.
 static SYSTEMS: AtomicU64 = AtomicU64::new(0);
 
+/// The GPUs as they were found at the start.
+pub(crate) struct Gpus {
+    pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
+    pub(crate) links: Links,
+    pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
+}
+
 impl House {
     pub(crate) fn new(
         config: Arc<Config>,
         ledger: Arc<Ledger>,
         reader: Arc<dyn Reader>,
-        devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
-        links: Links,
-        first_figures: BTreeMap<GpuIndex, Figures>,
+        gpus: Gpus,
         eviction: Option<EvictionPolicyFactory>,
+        machine: Machine,
     ) -> Self {
+        let Gpus {
+            devices,
+            links,
+            first_figures,
+        } = gpus;
         let name = config.policy.eviction;
-        let machine = Machine::here();
         let ram_budget = ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget);
         Self {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
@@ -231,6 +242,30 @@ impl House {
             next_request: AtomicU64::new(1),
             config,
             ledger,
+        }
+    }
+
+    /// Does work that blocks where that is allowed, and counts it among the system's tasks.
+    pub(crate) fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        if self.machine.is_simulated() {
+            self.tasks.spawn(async move { work() })
+        } else {
+            self.tasks.spawn_blocking(work)
+        }
+    }
+
+    /// The same for work that the end of the system does not wait for.
+    pub(crate) fn aside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        if self.machine.is_simulated() {
+            tokio::spawn(async move { work() })
+        } else {
+            tokio::task::spawn_blocking(work)
         }
     }
 

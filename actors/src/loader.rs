@@ -5,7 +5,7 @@
 
 mod load;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hotset_core::plan::ComponentSet;
@@ -39,7 +39,7 @@ pub(crate) struct Loader;
 pub(crate) struct State {
     house: Arc<House>,
     session: SessionId,
-    running: HashMap<RequestId, Running>,
+    running: BTreeMap<RequestId, Running>,
 }
 
 struct Running {
@@ -57,7 +57,7 @@ impl Loader {
         Ok(State {
             house,
             session,
-            running: HashMap::new(),
+            running: BTreeMap::new(),
         })
     }
 

@@ -5,13 +5,12 @@
 //!
 //! The decision log and the counters are kept in the house, so that they outlive this actor.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hotset_core::Tier;
 use hotset_core::decision::EvictCause;
-use hotset_core::machine::PressureTrigger;
+use hotset_core::machine::{Machine, PressureTrigger};
 use hotset_core::policy::pressure::{HostMemory, Judgement, judge};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
@@ -103,7 +102,7 @@ impl Monitor {
             house.pressure.send_replace(pressure);
             let arena = house.arena.clone();
             // Unmapping gigabytes takes long.
-            house.tasks.spawn_blocking(move || {
+            house.off_thread(move || {
                 let released = arena.set_pressed(pressure == Pressure::High);
                 if !released.is_zero() {
                     tracing::info!(%released, "warm memory went back to the system");
@@ -137,18 +136,19 @@ impl Monitor {
 
 /// Reads the kernel's figures on a blocking thread, since `/proc` can be slow on a machine in trouble.
 fn measure_every(house: &Arc<House>, monitor: ActorRef<MonitorMessage>) -> AbortOnDropHandle<()> {
-    let machine = house.machine.clone();
+    let (house, machine) = (house.clone(), house.machine.clone());
     let mut ticks = tokio::time::interval(house.config.monitor.interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     AbortOnDropHandle::new(tokio::spawn(async move {
-        let alarms = Alarms::listen(machine.pressure_file());
+        let alarms = Alarms::listen(&machine);
         loop {
             let alarm = tokio::select! {
+                biased;
                 () = alarms.went() => true,
                 _ = ticks.tick() => false,
             };
             let machine = machine.clone();
-            let Ok(host) = tokio::task::spawn_blocking(move || machine.memory()).await else {
+            let Ok(host) = house.aside(move || machine.memory()).await else {
                 continue;
             };
             if let Some(host) = host
@@ -173,13 +173,16 @@ impl Alarms {
     /// How often the thread looks whether it is still wanted.
     const LOOK: Duration = Duration::from_secs(2);
 
-    /// Listens to this file; never rings where the kernel cannot.
-    fn listen(path: &Path) -> Self {
+    /// Listens to the machine's file; never rings where the kernel cannot.
+    fn listen(machine: &Machine) -> Self {
         let alarms = Self {
             rung: Arc::new(Notify::new()),
             alive: Arc::new(()),
         };
-        let trigger = match PressureTrigger::watch(path) {
+        if machine.is_simulated() {
+            return alarms;
+        }
+        let trigger = match PressureTrigger::watch(machine.pressure_file()) {
             Ok(trigger) => trigger,
             Err(error) => {
                 tracing::debug!("{error}");

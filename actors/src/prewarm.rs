@@ -20,6 +20,7 @@ pub(crate) fn start(house: &Arc<House>) {
 
 async fn run(house: Arc<House>) {
     tokio::select! {
+        biased;
         () = house.stop.cancelled() => return,
         _ = house.discovery.insist(DiscoveryMessage::Published) => {}
     }
@@ -50,5 +51,5 @@ async fn run(house: Arc<House>) {
         tracing::info!(warm = %warmed.arena.view().warm, "memory is ready");
     };
     // It ends early where the system does.
-    let _ = house.tasks.spawn_blocking(work).await;
+    let _ = house.off_thread(work).await;
 }

@@ -5,7 +5,7 @@
 
 mod read;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hotset_core::catalog::Component;
@@ -59,7 +59,7 @@ pub(crate) struct State {
     house: Arc<House>,
     admission: Admission,
     /// Holds each prefetch until it lands. Who drops one of these calls its read off, unless somebody demands it by now.
-    guesses: HashMap<ContentId, Reservation>,
+    guesses: BTreeMap<ContentId, Reservation>,
     _wake: AbortOnDropHandle<()>,
 }
 
@@ -91,7 +91,7 @@ impl RamCache {
         Ok(State {
             house,
             admission,
-            guesses: HashMap::new(),
+            guesses: BTreeMap::new(),
             _wake: wake,
         })
     }

@@ -3,7 +3,7 @@
 //! It owns the loaders, not what they hold. A loader that dies takes its loads with it, but not its session: the next load
 //! gets a new loader. Nor do sessions end when this actor is restarted: each comes back with its next load.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -51,7 +51,7 @@ pub(crate) struct Sessions;
 
 pub(crate) struct State {
     house: Arc<House>,
-    open: HashMap<SessionId, Arc<Record>>,
+    open: BTreeMap<SessionId, Arc<Record>>,
 }
 
 #[ractor::actor(message = SessionsMessage, state = State, arguments = Arc<House>)]
@@ -63,7 +63,7 @@ impl Sessions {
     ) -> Result<State, ActorProcessingErr> {
         Ok(State {
             house,
-            open: HashMap::new(),
+            open: BTreeMap::new(),
         })
     }
 

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use hotset_core::watch;
 use ractor::{ActorRef, Message, RpcReplyPort};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 /// The actor is not there now: it is being restarted, is out of service, or ended before it answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

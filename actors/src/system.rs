@@ -10,6 +10,7 @@ use hotset_core::config::Config;
 use hotset_core::decision::{Decision, EvictCause};
 use hotset_core::device::{self, Device, DeviceError, budget};
 use hotset_core::io::Reader;
+use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
@@ -19,7 +20,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
 use crate::discovery::{DiscoveryMessage, DiscoveryView};
-use crate::house::{EvictionPolicyFactory, GpuEvent, House, Shortage};
+use crate::house::{EvictionPolicyFactory, GpuEvent, Gpus, House, Shortage};
 use crate::loading::{LoadError, SessionError};
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::predictor::PredictorMessage;
@@ -44,6 +45,9 @@ pub struct Parts {
     pub eviction: Option<EvictionPolicyFactory>,
     /// Host memory that this process may use in all, for budgets that are a share of it.
     pub host_memory: Bytes,
+    /// The machine. With a simulated one everything runs on the runtime's own thread, one after the other, so that a paused
+    /// clock makes runs repeat.
+    pub machine: Machine,
 }
 
 /// Why a system could not be started.
@@ -123,6 +127,7 @@ impl System {
             devices,
             eviction,
             host_memory,
+            machine,
         } = parts;
         let ledger = Ledger::new();
         ledger.open_tier(
@@ -146,10 +151,13 @@ impl System {
             Arc::new(config),
             ledger,
             reader,
-            by_index,
-            links,
-            first_figures,
+            Gpus {
+                devices: by_index,
+                links,
+                first_figures,
+            },
             eviction,
+            machine,
         ));
         let name = house.actor_name("supervisor");
         let (supervisor, ended) = Actor::spawn(Some(name), Supervisor, house.clone())
@@ -478,7 +486,7 @@ impl System {
             );
         }
         let ledger = house.ledger.clone();
-        let _ = tokio::task::spawn_blocking(move || forget_everything(&ledger)).await;
+        let _ = house.aside(move || forget_everything(&ledger)).await;
         tracing::info!("drained");
     }
 
@@ -498,7 +506,16 @@ impl System {
             ActorName::VramManager(gpu) => house.vram.get(&gpu).is_some_and(|slot| kill!(slot)),
             ActorName::Predictor => kill!(house.predictor),
             ActorName::Monitor => kill!(house.monitor),
-            ActorName::Sessions => kill!(house.sessions),
+            ActorName::Sessions => {
+                // Its loaders die with it. One after the other, by age: left to ractor, it would be by chance.
+                let sessions = house.sessions.get();
+                let mut loaders = sessions.map_or_else(Vec::new, |actor| actor.get_children());
+                loaders.sort_by_key(ractor::ActorCell::get_id);
+                for loader in loaders {
+                    loader.kill();
+                }
+                kill!(house.sessions)
+            }
         }
     }
 
@@ -522,7 +539,11 @@ impl Drop for System {
         self.supervisor.stop(Some("the system was dropped".into()));
         let ledger = self.house.ledger.clone();
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            drop(runtime.spawn_blocking(move || forget_everything(&ledger)));
+            if self.house.machine.is_simulated() {
+                forget_everything(&ledger);
+            } else {
+                drop(runtime.spawn_blocking(move || forget_everything(&ledger)));
+            }
         }
     }
 }

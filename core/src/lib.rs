@@ -26,6 +26,7 @@ mod random;
 pub mod replay;
 pub mod tensor;
 pub mod units;
+pub mod watch;
 
 pub use ids::{ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier};
 pub use units::Bytes;

@@ -8,6 +8,7 @@ mod numa;
 mod psi;
 
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use cgroup::Cgroup;
 pub use numa::NumaNode;
@@ -20,6 +21,7 @@ use crate::units::Bytes;
 #[derive(Debug, Clone)]
 pub struct Machine {
     cgroup: Option<Cgroup>,
+    simulated: Option<Arc<Mutex<HostMemory>>>,
 }
 
 impl Machine {
@@ -28,7 +30,23 @@ impl Machine {
     pub fn here() -> Self {
         Self {
             cgroup: Cgroup::of_this_process(),
+            simulated: None,
         }
+    }
+
+    /// A machine that has these figures, whatever the real one's are.
+    #[must_use]
+    pub const fn simulated(figures: Arc<Mutex<HostMemory>>) -> Self {
+        Self {
+            cgroup: None,
+            simulated: Some(figures),
+        }
+    }
+
+    /// Whether it is made up.
+    #[must_use]
+    pub const fn is_simulated(&self) -> bool {
+        self.simulated.is_some()
     }
 
     /// The control group that bounds the process's memory, where one does.
@@ -40,6 +58,9 @@ impl Machine {
     /// Reads the figures. `None` where `/proc/meminfo` is missing or says nothing.
     #[must_use]
     pub fn memory(&self) -> Option<HostMemory> {
+        if let Some(figures) = &self.simulated {
+            return Some(*figures.lock().unwrap_or_else(PoisonError::into_inner));
+        }
         let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
         let pressure = std::fs::read_to_string(self.pressure_file()).ok();
         let mut host = HostMemory::parse(&meminfo, pressure.as_deref())?;

@@ -24,13 +24,22 @@ use run::Run;
 /// Options of `chaos`.
 #[derive(Debug, Args)]
 pub(crate) struct ChaosArgs {
+    /// Simulation: these seeds under each profile, in virtual time
+    #[arg(long, value_name = "FROM..TO", value_parser = super::simulate::seeds, conflicts_with_all = ["processes", "soak"])]
+    seeds: Option<std::ops::Range<u64>>,
+    /// Simulation: this load alone
+    #[arg(long, value_parser = super::simulate::profile, conflicts_with_all = ["processes", "soak"])]
+    profile: Option<hotset::chaos::Profile>,
+    /// Simulation: print every event to stderr
+    #[arg(long, conflicts_with_all = ["processes", "soak"])]
+    trace: bool,
     /// Real processes: a server of this run's own and workers, killed, stopped and disturbed at random moments
     #[arg(long, conflicts_with = "soak")]
     processes: bool,
     /// So long, workers come, go and die at the running server; at the end it must hold what it held before
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     soak: Option<Duration>,
-    /// How long `--processes` runs
+    /// How long `--processes` runs, or each seed in its own time
     #[arg(long, value_name = "MINUTES", default_value = "1")]
     minutes: f64,
     /// Workers at the same time
@@ -49,6 +58,15 @@ pub(crate) struct ChaosArgs {
 
 /// `hotset chaos`
 pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliError> {
+    let one = args.trace || args.profile.is_some();
+    let seeds = args.seeds.clone();
+    let seeds = seeds.or_else(|| one.then(|| args.seed..args.seed.saturating_add(1)));
+    if let Some(seeds) = seeds {
+        let profiles = args
+            .profile
+            .map_or_else(|| hotset::chaos::Profile::ALL.to_vec(), |p| vec![p]);
+        return super::simulate::simulate(&seeds, &profiles, args.minutes, args.trace, global);
+    }
     let report = match (args.processes, args.soak) {
         (_, Some(time)) => {
             let config = super::config(global)?;
@@ -59,7 +77,7 @@ pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliEr
         (true, None) => Run::processes(args).await?,
         (false, None) => {
             return Err(CliError::Usage(
-                "say what to put under chaos: --processes, a server of its own; or --soak 30m, the running server"
+                "say what to put under chaos: --seeds 0..1000, a simulation; --processes, a server of its own; or --soak 30m, the running server"
                     .into(),
             ));
         }

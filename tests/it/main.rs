@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod bridge;
+mod chaos;
 mod coordination;
 mod faults;
 mod library;

@@ -2,7 +2,7 @@
 //!
 //! Everything that it holds on the way, it holds by handles: wherever it is dropped, the bytes come back.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -283,12 +283,12 @@ impl Job {
 
     /// The ways by which the components of a plan get to its GPU, and claims on those that come from other GPUs. A claim on
     /// what is resident is had at once or not at all, so it needs no place in the order of reservations.
-    fn route(&self, plan: &Plan) -> Result<(Plan, HashMap<ContentId, Claim>), LoadError> {
+    fn route(&self, plan: &Plan) -> Result<(Plan, BTreeMap<ContentId, Claim>), LoadError> {
         let tiers = self.house.ledger.views();
         let mut routed = plan.clone();
         let links = self.house.links();
         self.house.planner(&tiers, &links).route(&mut routed)?;
-        let mut peers = HashMap::new();
+        let mut peers = BTreeMap::new();
         for step in &routed.steps {
             let Some(gpu) = step.peer else { continue };
             let (tier, one) = (Tier::Vram(gpu), std::slice::from_ref(&step.component));
@@ -303,7 +303,7 @@ impl Job {
                     self.house
                         .planner(&tiers, &Links::new())
                         .route(&mut routed)?;
-                    return Ok((routed, HashMap::new()));
+                    return Ok((routed, BTreeMap::new()));
                 }
             }
         }
@@ -440,6 +440,7 @@ impl Job {
                     FlightState::Waiting => self.start(&claim, &mut source),
                 }
                 tokio::select! {
+                    biased;
                     changed = states.changed() => {
                         changed.map_err(|_| failed(FlightFailure::Interrupted))?;
                     }
@@ -499,7 +500,7 @@ impl Job {
 #[derive(Default)]
 struct Handed {
     /// Not handed out yet: one before it is not there, or the reader is behind. Kept for the next attempt where one fails.
-    ready: HashMap<ContentId, Lease>,
+    ready: BTreeMap<ContentId, Lease>,
     sent: HashSet<ContentId>,
 }
 
@@ -544,10 +545,10 @@ fn used(plan: &Plan) -> UsedSet {
 /// What is reserved in RAM on the way to a GPU.
 #[derive(Default)]
 struct Staging {
-    claims: HashMap<ContentId, Claim>,
+    claims: BTreeMap<ContentId, Claim>,
     ring: Option<Ring>,
     /// What is resident on other GPUs.
-    peers: HashMap<ContentId, Claim>,
+    peers: BTreeMap<ContentId, Claim>,
 }
 
 impl Staging {
@@ -566,8 +567,8 @@ impl Staging {
 
 /// Tells when the keeper of a tier was started again.
 enum Restarts {
-    Ram(watch::Receiver<Option<ractor::ActorRef<RamCacheMessage>>>),
-    Vram(watch::Receiver<Option<ractor::ActorRef<VramManagerMessage>>>),
+    Ram(hotset_core::watch::Receiver<Option<ractor::ActorRef<RamCacheMessage>>>),
+    Vram(hotset_core::watch::Receiver<Option<ractor::ActorRef<VramManagerMessage>>>),
     Never,
 }
 

@@ -31,6 +31,7 @@ pub(super) async fn run(
     let cancelled = ticket.cancelled();
     let called_off = async {
         tokio::select! {
+            biased;
             () = cancelled.cancelled() => {}
             () = house.stop.cancelled() => {}
         }
@@ -123,9 +124,7 @@ async fn slab(
     let mut pause = FIRST_PAUSE;
     for left in (0..TRIES).rev() {
         let (arena, label) = (house.arena.clone(), component.id.to_string());
-        let making = house
-            .tasks
-            .spawn_blocking(move || arena.slab_near(&label, bytes, near));
+        let making = house.off_thread(move || arena.slab_near(&label, bytes, near));
         match making.await.map_err(|_| FlightFailure::Interrupted)? {
             Err(SlabError::NoRoom { room, .. }) if left > 0 => {
                 relieve(house, bytes.saturating_sub(room));
@@ -184,7 +183,7 @@ impl<'a> Verifying<'a> {
         }
         if let Some(mut verifier) = self.idle.take() {
             let slab = self.slab.clone();
-            self.busy = Some(self.house.tasks.spawn_blocking(move || {
+            self.busy = Some(self.house.off_thread(move || {
                 verifier.follow(&slab);
                 verifier
             }));

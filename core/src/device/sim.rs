@@ -35,6 +35,10 @@ struct State {
     /// The link carries one upload after the other; this is when it is free again.
     link_free: Option<Instant>,
     uploaded: Bytes,
+    /// The next allocations that fail although there is memory.
+    refused_allocations: u32,
+    /// The next uploads that the driver refuses.
+    refused_uploads: u32,
 }
 
 #[derive(Debug)]
@@ -61,6 +65,8 @@ impl SimDevice {
                 allocations: HashMap::new(),
                 link_free: None,
                 uploaded: Bytes::ZERO,
+                refused_allocations: 0,
+                refused_uploads: 0,
             }),
         })
     }
@@ -73,6 +79,16 @@ impl SimDevice {
     /// The device stops answering, or answers again.
     pub fn set_lost(&self, reason: Option<Arc<str>>) {
         self.lock().lost = reason;
+    }
+
+    /// The next `count` allocations fail, whatever is free.
+    pub fn refuse_allocations(&self, count: u32) {
+        self.lock().refused_allocations = count;
+    }
+
+    /// The driver refuses the next `count` uploads.
+    pub fn refuse_uploads(&self, count: u32) {
+        self.lock().refused_uploads = count;
     }
 
     /// Bytes that are allocated now, over all allocations.
@@ -168,7 +184,9 @@ impl Device for SimDevice {
                 let mut state = self.lock();
                 self.alive(&state)?;
                 let free = self.free_in(&state);
-                if bytes > free {
+                let refused = state.refused_allocations > 0;
+                state.refused_allocations = state.refused_allocations.saturating_sub(1);
+                if refused || bytes > free {
                     return Err(DeviceError::OutOfMemory {
                         gpu: self.gpu,
                         wanted: bytes,
@@ -202,6 +220,14 @@ impl Device for SimDevice {
             tokio::time::sleep_until(self.book_link(from.bytes())?).await;
             let mut state = self.lock();
             self.alive(&state)?;
+            if state.refused_uploads > 0 {
+                state.refused_uploads -= 1;
+                return Err(DeviceError::Driver {
+                    gpu: self.gpu,
+                    call: "upload",
+                    code: "refused by the simulation".into(),
+                });
+            }
             state.uploaded += from.bytes();
             if let Some(contents) = state
                 .allocations
@@ -310,6 +336,16 @@ mod tests {
             device.clone().allocate(Bytes::mib(8)).await,
             Err(DeviceError::OutOfMemory { free, .. }) if free == Bytes::mib(4)
         ));
+        device.set_foreign_use(Bytes::ZERO);
+        device.refuse_allocations(1);
+        let refused = device.clone().allocate(Bytes::mib(2)).await;
+        assert!(matches!(refused, Err(DeviceError::OutOfMemory { .. })));
+        let to = device.clone().allocate(Bytes::mib(2)).await.unwrap();
+        device.refuse_uploads(1);
+        let source = contract::host_bytes(&[7; 4096]);
+        let refused = device.upload(&to, 0, source.clone()).await;
+        assert!(matches!(refused, Err(DeviceError::Driver { .. })));
+        device.upload(&to, 0, source).await.unwrap();
         device.set_lost(Some("Xid 79".into()));
         assert!(matches!(
             device.clone().allocate(Bytes::mib(1)).await,

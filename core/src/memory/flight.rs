@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use tokio::sync::watch;
+use crate::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::ledger::{Charge, EntryKey, Held, Ledger, Memory};

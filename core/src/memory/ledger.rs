@@ -148,7 +148,7 @@ struct TierBooks {
     /// The part of `committed` that is evicted and about to be freed.
     evicting: Bytes,
     out_of_service: Option<Arc<str>>,
-    entries: HashMap<u64, Entry>,
+    entries: BTreeMap<u64, Entry>,
     /// The entry of each content; one entry may have several, once digests have shown that they are the same bytes.
     by_content: HashMap<ContentId, u64>,
     wake: Arc<Notify>,
@@ -568,7 +568,7 @@ impl Ledger {
             committed: Bytes::ZERO,
             evicting: Bytes::ZERO,
             out_of_service: None,
-            entries: HashMap::new(),
+            entries: BTreeMap::new(),
             by_content: HashMap::new(),
             wake: Arc::new(Notify::new()),
             wake_when: WakeWhen {
@@ -970,7 +970,7 @@ impl Ledger {
                 None => return,
                 Some(open) => {
                     open.by_content.clear();
-                    open.entries.drain().map(|(_, entry)| entry).collect()
+                    std::mem::take(&mut open.entries).into_values().collect()
                 }
             }
         };

@@ -1,6 +1,6 @@
 //! The dependency graph of a set: which components it consists of, and which of them is used before which.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -460,7 +460,7 @@ fn build(
 ) -> Result<DependencyGraph, ResolveError> {
     let mut graph = DiGraph::new();
     let mut nodes: HashMap<ContentId, NodeIndex> = HashMap::new();
-    let mut of_model: HashMap<&ModelName, Vec<NodeIndex>> = HashMap::new();
+    let mut of_model: BTreeMap<&ModelName, Vec<NodeIndex>> = BTreeMap::new();
     for (model, components) in chosen {
         for component in components {
             // One content is loaded once, whichever models have it.

@@ -1,0 +1,161 @@
+//! The whole system under faults, in virtual time, from one seed.
+//!
+//! The real actors, messages, policy and planner run on one thread with a paused clock, over simulated GPUs, a simulated
+//! disk and simulated clients. The same seed gives the same events, bit for bit, so a seed that breaks an invariant breaks it
+//! again. After every event the [`Invariant`]s are checked, and once more when faults have stopped and clients have gone.
+//!
+//! A host brings its own load by a [`Workload`]: which sets its clients ask for. [`run`] takes one seed, [`shrink`] finds a
+//! smaller list of faults that breaks the same invariant.
+//!
+//! ```
+//! use hotset::chaos::{Profile, Scenario, run};
+//!
+//! let outcome = run(&Scenario::of(Profile::Thrash), 7)?;
+//! assert!(outcome.violations.is_empty());
+//! assert_eq!(outcome.trace, run(&Scenario::of(Profile::Thrash), 7)?.trace);
+//! # Ok::<(), hotset::chaos::ChaosError>(())
+//! ```
+
+mod check;
+mod clients;
+mod disk;
+mod faults;
+mod library;
+mod world;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+pub use check::{Invariant, Violation};
+pub use clients::{Ask, Profile, Workload};
+pub use faults::{Fault, PlannedFault};
+
+/// Why a run could not begin.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChaosError {
+    /// The simulated library could not be written.
+    #[error("cannot write the models of a simulation: {0}; is the temporary folder full?")]
+    Library(#[from] std::io::Error),
+    /// The system did not start.
+    #[error(transparent)]
+    Start(#[from] crate::StartError),
+}
+
+/// What every seed of a run has in common.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    /// What the clients ask for.
+    pub workload: Workload,
+    /// Values that matter to a host: policy, watermarks, bounds. Folders, budgets and GPUs are the simulation's.
+    pub config: crate::Config,
+    /// How long faults and clients go on, in virtual time.
+    pub time: Duration,
+    /// These faults, instead of those that the seed draws.
+    pub faults: Option<Vec<PlannedFault>>,
+    /// The last events that an outcome keeps.
+    pub log: usize,
+    /// A part that is broken on purpose, to see that the invariant notices.
+    pub broken: Option<Invariant>,
+}
+
+impl Scenario {
+    /// A profile, with the default configuration, for a minute.
+    #[must_use]
+    pub fn of(profile: Profile) -> Self {
+        Self {
+            workload: Workload::Profile(profile),
+            config: crate::Config::default(),
+            time: Duration::from_secs(60),
+            faults: None,
+            log: 200,
+            broken: None,
+        }
+    }
+}
+
+/// What one seed gave.
+#[derive(Debug, Clone, Serialize)]
+pub struct Outcome {
+    /// The seed.
+    pub seed: u64,
+    /// A digest of all events with their times and of all decisions. Equal seeds have equal ones.
+    pub trace: u64,
+    /// The faults, in their order.
+    pub faults: Vec<PlannedFault>,
+    /// Loads that clients asked for.
+    pub requests: u64,
+    /// Loads that were granted.
+    pub granted: u64,
+    /// Events, after each of which the invariants were checked.
+    pub events: u64,
+    /// What must never be.
+    pub violations: Vec<Violation>,
+    /// The last events.
+    pub log: Vec<String>,
+}
+
+/// Runs one seed, on a runtime and a thread of its own.
+///
+/// # Errors
+/// [`ChaosError`].
+pub fn run(scenario: &Scenario, seed: u64) -> Result<Outcome, ChaosError> {
+    let simulate = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()?;
+        runtime.block_on(world::simulate(scenario, seed))
+    };
+    // Its own thread: a run may be asked for from inside of another runtime.
+    std::thread::scope(|scope| scope.spawn(simulate).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Finds a smaller list of faults with which the seed still breaks the invariant: half of them, then single ones, and each
+/// as early as it may be. Gives the outcome with the smallest list that was found.
+///
+/// # Errors
+/// [`ChaosError`].
+pub fn shrink(scenario: &Scenario, found: Outcome) -> Result<Outcome, ChaosError> {
+    let Some(broken) = found.violations.first().map(|v| v.invariant) else {
+        return Ok(found);
+    };
+    let mut best = found;
+    let again = |faults: Vec<PlannedFault>, seed| {
+        let scenario = Scenario {
+            faults: Some(faults),
+            ..scenario.clone()
+        };
+        run(&scenario, seed)
+    };
+    let breaks = |outcome: &Outcome| outcome.violations.iter().any(|v| v.invariant == broken);
+    let mut piece = best.faults.len().div_ceil(2);
+    while piece > 0 {
+        let mut at = 0;
+        while at < best.faults.len() {
+            let mut fewer = best.faults.clone();
+            fewer.drain(at..(at + piece).min(fewer.len()));
+            let outcome = again(fewer, best.seed)?;
+            if breaks(&outcome) {
+                best = outcome;
+            } else {
+                at += piece;
+            }
+        }
+        piece /= 2;
+    }
+    for i in 0..best.faults.len() {
+        let mut earlier = best.faults.clone();
+        if let Some(fault) = earlier.get_mut(i) {
+            fault.at_ms /= 2;
+        }
+        earlier.sort_by_key(|fault| fault.at_ms);
+        let outcome = again(earlier, best.seed)?;
+        if breaks(&outcome) {
+            best = outcome;
+        }
+    }
+    Ok(best)
+}
