@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hotset_core::catalog::{CatalogueCell, Change};
@@ -14,7 +15,7 @@ use hotset_core::device::{self, Device, Figures, Granules, Links};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
-use hotset_core::plan::Planner;
+use hotset_core::plan::{ComponentSet, Planner};
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -370,6 +371,11 @@ impl House {
     }
 
     /// A planner over these books and links.
+    /// How long a load of this set may take.
+    pub(crate) fn deadline_of(&self, set: &ComponentSet) -> Duration {
+        set.deadline.unwrap_or(self.config.load.deadline)
+    }
+
     pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView], links: &'a Links) -> Planner<'a> {
         Planner {
             tiers,

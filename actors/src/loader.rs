@@ -7,6 +7,7 @@ mod load;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hotset_core::plan::ComponentSet;
 use hotset_core::{RequestId, SessionId};
@@ -25,6 +26,9 @@ pub(crate) enum LoaderMessage {
         request: RequestId,
         /// What.
         set: ComponentSet,
+        /// When it was asked for, since the start of the system: its deadline counts from there, however late a loader
+        /// hears of it.
+        asked: Duration,
         /// Who hears of it.
         outlet: Outlet,
     },
@@ -61,12 +65,13 @@ impl Loader {
         })
     }
 
-    #[ractor::message(LoaderMessage::Load { request, set, outlet })]
+    #[ractor::message(LoaderMessage::Load { request, set, asked, outlet })]
     fn load(
         &self,
         myself: ActorRef<LoaderMessage>,
         request: RequestId,
         set: ComponentSet,
+        asked: Duration,
         outlet: Outlet,
         state: &mut State,
     ) {
@@ -95,7 +100,7 @@ impl Loader {
             )));
         };
         let cancel = outlet.cancel.clone();
-        let job = load::Job::new(house.clone(), state.session, request, set);
+        let job = load::Job::new(house.clone(), state.session, request, set, asked);
         let task = house.tasks.spawn(async move {
             job.run(outlet).await;
             drop(permit);

@@ -13,10 +13,12 @@ use hotset_core::Tier;
 use hotset_core::plan::{ComponentSet, Target};
 use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort, SupervisionEvent};
 
+use tokio::sync::Notify;
+
 use crate::counters::add;
 use crate::house::House;
 use crate::loader::{Loader, LoaderMessage};
-use crate::loading::{LoadError, Loading, SessionError};
+use crate::loading::{LoadError, Loading, SessionError, Stage};
 use crate::slot::Slot;
 
 /// How long opening a session may take before the caller is told that nobody answers. Opening takes microseconds; this
@@ -184,6 +186,8 @@ pub(crate) struct OpenSession {
     /// Loads that came while a loader is being got, in their order; `None` while none is. A load never passes one that
     /// came before it.
     unsent: Mutex<Option<Vec<LoaderMessage>>>,
+    /// One more came, whose deadline may be the next.
+    one_more: Notify,
 }
 
 impl Drop for OpenSession {
@@ -216,6 +220,7 @@ impl Session {
             house,
             record,
             unsent: Mutex::new(None),
+            one_more: Notify::new(),
         });
         open.ask(SessionsMessage::Open).await?;
         Ok(Self { open })
@@ -244,11 +249,13 @@ impl Session {
         let message = LoaderMessage::Load {
             request,
             set,
+            asked: open.house.ledger.now(),
             outlet,
         };
         let mut unsent = open.unsent();
         if let Some(before) = unsent.as_mut() {
             before.push(message);
+            open.one_more.notify_one();
         } else if let Err(message) = open.send(message) {
             // There is none yet, or it is gone: get one, then send again. Bounded by the time for opening.
             *unsent = Some(vec![message]);
@@ -310,9 +317,20 @@ impl OpenSession {
         self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gets a loader and sends what waits for it.
+    /// Gets a loader and sends what waits for it, as far as its deadline has not passed.
     async fn send_late(&self) {
-        let employed = self.ask(SessionsMessage::Employ).await;
+        let employ = self.ask(SessionsMessage::Employ);
+        tokio::pin!(employ);
+        let employed = loop {
+            let now = self.house.ledger.now();
+            let due = self.end_overdue(now).unwrap_or(OPEN_TIMEOUT);
+            tokio::select! {
+                biased;
+                employed = &mut employ => break employed,
+                () = self.one_more.notified() => {}
+                () = tokio::time::sleep(due) => {}
+            }
+        };
         // Sent under the lock, so that no load comes between these.
         let mut unsent = self.unsent();
         for message in unsent.take().unwrap_or_default() {
@@ -327,6 +345,37 @@ impl OpenSession {
                 outlet.end(Err(error));
             }
         }
+    }
+
+    /// Ends the loads that wait for a loader and whose time is over; gives how long the next one has.
+    fn end_overdue(&self, now: Duration) -> Option<Duration> {
+        let mut unsent = self.unsent();
+        let waiting = unsent.take()?;
+        let (mut kept, mut next) = (Vec::new(), None::<Duration>);
+        for message in waiting {
+            match message {
+                LoaderMessage::Load {
+                    set, asked, outlet, ..
+                } if asked.saturating_add(self.house.deadline_of(&set)) <= now => {
+                    outlet.end(Err(LoadError::TimedOut {
+                        waited: now.saturating_sub(asked),
+                        stage: Stage::Planning,
+                        held: Vec::new(),
+                    }));
+                }
+                message => {
+                    if let LoaderMessage::Load { set, asked, .. } = &message {
+                        let left = asked
+                            .saturating_add(self.house.deadline_of(set))
+                            .saturating_sub(now);
+                        next = Some(next.map_or(left, |next| next.min(left)));
+                    }
+                    kept.push(message);
+                }
+            }
+        }
+        *unsent = Some(kept);
+        next
     }
 
     async fn ask(

@@ -201,9 +201,8 @@ pub(super) fn word(error: &impl fmt::Debug) -> String {
     text[..end].to_owned()
 }
 
-/// What takes no part in a load's deadline: its session gets a loader first, which takes as long as Sessions takes to be
-/// started again, with its backoff (5 s at most) and where it is killed again meanwhile.
-const MARGIN: Duration = Duration::from_secs(15);
+/// What a load may end later than its deadline: the steps of the clock.
+const MARGIN: Duration = Duration::from_millis(20);
 
 /// Loads, within the deadline of the set.
 async fn load(

@@ -44,6 +44,12 @@ pub(crate) struct ShowArgs {
     /// Compute the SHA-256 of its files, as catalogues on the web list them
     #[arg(long)]
     sha256: bool,
+    /// Print what it consists of with what it depends on, in loading order, and what comes before what; takes declared sets
+    #[arg(long, conflicts_with_all = ["why_identified", "sha256"])]
+    graph: bool,
+    /// The same in the language of Graphviz: `hotset show NAME --dot | dot -Tsvg > set.svg`
+    #[arg(long, conflicts_with_all = ["why_identified", "sha256", "graph"])]
+    dot: bool,
 }
 
 /// Scans, with a spinner on a terminal.
@@ -205,6 +211,9 @@ pub(super) fn list(models: impl Iterator<Item = Value>) -> Result<(), CliError> 
 
 /// `hotset show MODEL`
 pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
+    if args.graph || args.dot {
+        return show_graph(args, global).await;
+    }
     let mut document = match server::connect(&config(global)?, global).await? {
         Some(client) => client.show(&name_or_path(&args.model)).await?,
         None => {
@@ -221,6 +230,45 @@ pub(crate) async fn show(args: &ShowArgs, global: &Global) -> Result<(), CliErro
         return output::json(&document);
     }
     print(output::view(document)?, args.why_identified)
+}
+
+/// What depends on what, by the folders alone: no server need run.
+async fn show_graph(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
+    let config = config_with_models(global)?;
+    let report = scanned(&config.catalog, global.json).await?;
+    let names = [args.model.clone()];
+    let graph = resolve(&report.catalogue, &config.set, &names, true)?;
+    if args.dot {
+        return line(graph.dot().trim_end());
+    }
+    let edges: Vec<_> = graph
+        .edges()
+        .map(|(from, to, edge)| json!({"from": from.id, "to": to.id, "why": edge.to_string()}))
+        .collect();
+    if global.json {
+        return output::json(&json!({"components": graph.order(), "edges": edges}));
+    }
+    let mut rows = table(&["#", "component", "kind", "size", "after"], &["#", "size"]);
+    for (i, component) in graph.order().iter().enumerate() {
+        let mut after: Vec<String> = graph
+            .edges()
+            .filter(|(_, to, _)| to.id == component.id)
+            .map(|(from, _, edge)| match edge {
+                Edge::UsedBefore => from.id.to_string(),
+                Edge::Adapts => format!("{} (adapts it)", from.id),
+                Edge::Declared => format!("{} (declared)", from.id),
+            })
+            .collect();
+        after.sort();
+        rows.add_row([
+            (i + 1).to_string(),
+            component.id.to_string(),
+            component.kind.to_string(),
+            component.bytes.to_string(),
+            after.join(", "),
+        ]);
+    }
+    line(rows.to_string())
 }
 
 /// A path as the server's catalogue has it, where the text is one.

@@ -32,6 +32,9 @@ const ATTEMPTS: u32 = 5;
 /// Wait before it begins again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
+/// Thirty years.
+const FOR_EVER: Duration = Duration::from_secs(30 * 365 * 86_400);
+
 /// One load.
 pub(super) struct Job {
     house: Arc<House>,
@@ -56,15 +59,17 @@ impl Job {
         session: SessionId,
         request: RequestId,
         set: ComponentSet,
+        asked: Duration,
     ) -> Self {
-        let asked = house.ledger.now();
+        let late = house.ledger.now().saturating_sub(asked);
+        let now = Instant::now();
         Self {
             house,
             session,
             request,
             set,
             asked,
-            started: Instant::now(),
+            started: now.checked_sub(late).unwrap_or(now),
         }
     }
 
@@ -72,7 +77,9 @@ impl Job {
     pub(super) async fn run(self, outlet: Outlet) {
         let counters = &self.house.counters;
         add(&counters.loads_requested, 1);
-        let deadline = self.deadline();
+        // Longer than any system runs, where it is too long for a clock.
+        let due = self.started.checked_add(self.deadline());
+        let due = due.unwrap_or_else(|| self.started + FOR_EVER);
         let mut board = Board {
             stage: Stage::Planning,
             components: Vec::new(),
@@ -83,7 +90,7 @@ impl Job {
             biased;
             () = outlet.cancel.cancelled() => Err(LoadError::Cancelled),
             () = self.house.stop.cancelled() => Err(crate::SessionError::Draining.into()),
-            outcome = tokio::time::timeout(deadline, self.attempts(&outlet, &mut board)) => {
+            outcome = tokio::time::timeout_at(due, self.attempts(&outlet, &mut board)) => {
                 outcome.unwrap_or_else(|_| Err(self.timed_out(&board)))
             }
         };
@@ -113,7 +120,7 @@ impl Job {
 
     /// How long it may take.
     fn deadline(&self) -> Duration {
-        self.set.deadline.unwrap_or(self.house.config.load.deadline)
+        self.house.deadline_of(&self.set)
     }
 
     fn timed_out(&self, board: &Board) -> LoadError {
@@ -422,7 +429,7 @@ impl Job {
         };
         if let ResidencyState::Loading(flight) = claim.state() {
             // A batch load's bytes come when nobody else's do.
-            let due = self.asked + self.deadline();
+            let due = self.asked.saturating_add(self.deadline());
             let interactive = self.set.priority == Priority::Interactive;
             flight.urgency().raise(interactive.then_some(due));
             let mut states = flight.subscribe();
