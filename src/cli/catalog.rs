@@ -10,6 +10,7 @@ use hotset::client::Client;
 use hotset::core::catalog::query::Query;
 use hotset::core::catalog::{Facts, ScanOptions, ScanReport};
 use hotset::core::config::CatalogConfig;
+use hotset::core::plan::{Edge, resolve};
 use hotset::{Bytes, ContentId, documents};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
@@ -237,7 +238,8 @@ async fn show_graph(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
     let config = config_with_models(global)?;
     let report = scanned(&config.catalog, global.json).await?;
     let names = [args.model.clone()];
-    let graph = resolve(&report.catalogue, &config.set, &names, true)?;
+    let graph =
+        resolve(&report.catalogue, &config.set, &names, true).map_err(hotset::LoadError::from)?;
     if args.dot {
         return line(graph.dot().trim_end());
     }

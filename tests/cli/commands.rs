@@ -90,6 +90,19 @@ fn the_catalogue_is_scanned_listed_and_shown() {
     let shown = home.json(&["--models", library, "show", "sdxl-demo", "--json"]);
     let order = shown["dependencies"]["loading_order"].as_array().unwrap();
     assert_eq!(order.len(), 4, "{shown}");
+    let graph = home.json(&[
+        "--models",
+        library,
+        "show",
+        "sdxl-demo",
+        "--graph",
+        "--json",
+    ]);
+    let order = graph["components"].as_array().unwrap();
+    assert_eq!(order.len(), shown["components"].as_array().unwrap().len());
+    assert_eq!(graph["edges"][0]["why"], "used before");
+    let dot = home.run(&["--models", library, "show", "sdxl-demo", "--dot"]);
+    assert!(dot.stdout.starts_with(b"digraph set {"), "{dot:?}");
     let text = home.run(&["--models", library, "show", "sdxl-demo"]);
     assert!(
         String::from_utf8_lossy(&text.stdout).contains("loading order"),
