@@ -378,21 +378,25 @@ fn build(figment: &Figment, origins: &BTreeMap<String, Origin>) -> Result<Config
     let mut table: toml::Table = figment
         .extract()
         .map_err(|error| unusable(&error.path.join("."), error.kind.to_string()))?;
-    if let Some(toml::Value::Table(mut gpus)) = table.remove("gpu") {
+    for key in keys::LISTS {
+        let Some(toml::Value::Table(mut sections)) = table.remove(key) else {
+            continue;
+        };
         let mut list = Vec::new();
-        while let Some(gpu) = gpus.remove(&list.len().to_string()) {
-            list.push(gpu);
+        while let Some(section) = sections.remove(&list.len().to_string()) {
+            list.push(section);
         }
-        if let Some(index) = gpus.keys().next() {
+        if let Some(index) = sections.keys().next() {
+            let what = if key == "gpu" { "GPUs" } else { "sets" };
             return Err(unusable(
-                &format!("gpu.{index}"),
+                &format!("{key}.{index}"),
                 format!(
-                    "GPUs are counted from 0 without gaps; the next one is gpu.{}",
+                    "{what} are counted from 0 without gaps; the next one is {key}.{}",
                     list.len()
                 ),
             ));
         }
-        table.insert("gpu".into(), toml::Value::Array(list));
+        table.insert(key.into(), toml::Value::Array(list));
     }
     Config::deserialize(toml::Value::Table(table))
         .map_err(|error| unusable("", error.message().to_owned()))

@@ -1,5 +1,6 @@
 //! The embedding API: a builder and a handle over the actor system.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hotset_actors::{Parts, System};
@@ -14,6 +15,7 @@ use hotset_core::machine::Machine;
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
+use crate::decisions_file;
 use crate::{
     ActorName, EvictionPolicyFactory, GpuEvent, LoadError, MonitorView, ScanSummary, Session,
     SessionError, Shortage, Status, UsageReport,
@@ -23,6 +25,14 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// The file for decisions cannot be written.
+    #[error("cannot write decisions to {}: {source}; see monitor.decisions_file", path.display())]
+    DecisionsFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The system did not start.
     #[error(transparent)]
     System(#[from] hotset_actors::StartError),
@@ -151,6 +161,16 @@ impl HotsetBuilder {
             Some(reader) => reader,
             None => Arc::new(DiskReader::start(&self.config.load)?),
         };
+        let decisions_file = match &self.config.monitor.decisions_file {
+            None => None,
+            Some(path) => {
+                let file = decisions_file::open(path);
+                Some(file.map_err(|source| StartError::DecisionsFile {
+                    path: path.clone(),
+                    source,
+                })?)
+            }
+        };
         let system = System::start(Parts {
             reader,
             devices,
@@ -161,6 +181,11 @@ impl HotsetBuilder {
         })
         .await?;
         let hotset = Hotset { system };
+        if let Some(file) = decisions_file
+            && let Err(error) = decisions_file::start(file, hotset.subscribe_decisions())
+        {
+            tracing::error!(%error, "no thread for decisions; they are not written");
+        }
         if !self.scan_later {
             hotset.system.catalogued().await?;
         }

@@ -41,6 +41,7 @@ pub mod bridge;
 pub mod chaos;
 pub mod client;
 mod config;
+mod decisions_file;
 pub mod documents;
 mod embed;
 pub mod http;

@@ -161,8 +161,10 @@ impl fmt::Debug for House {
 /// Prefetches that are read at the same time: while one reads its last piece, the next one opens its files.
 const PREFETCHES: usize = 2;
 
-/// Changes, decisions and events that a slow listener may be behind.
+/// Changes and events that a slow listener may be behind.
 const CHANGES_KEPT: usize = 256;
+/// The same for decisions.
+const DECISIONS_KEPT: usize = 4096;
 
 /// Systems started in this process so far. Only used to name actors.
 static SYSTEMS: AtomicU64 = AtomicU64::new(0);
@@ -195,7 +197,8 @@ impl House {
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             gpu_events: broadcast::Sender::new(CHANGES_KEPT),
-            decided: broadcast::Sender::new(CHANGES_KEPT),
+            // A set of hundreds evicts as many at once.
+            decided: broadcast::Sender::new(DECISIONS_KEPT),
             shortages: broadcast::Sender::new(CHANGES_KEPT),
             measured: watch::Sender::new(MonitorView::default()),
             reader,

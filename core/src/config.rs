@@ -249,14 +249,13 @@ impl Default for SimDeviceConfig {
 
 /// A set with a name, which is loaded like a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct SetConfig {
     /// Its name. Models of the same name are hidden by it.
     pub name: String,
     /// Models, components (`MODEL/COMPONENT`), or other sets.
     pub models: Vec<String>,
     /// Some of them in the order in which they are used, where hotset cannot know it.
-    #[serde(default)]
     pub order: Vec<String>,
 }
 
@@ -477,6 +476,8 @@ impl Default for SupervisionConfig {
 pub struct MonitorConfig {
     /// How many decisions are kept in memory.
     pub decisions: usize,
+    /// A file to which each decision is appended, a line of JSON each. `None`: no file.
+    pub decisions_file: Option<PathBuf>,
     /// How often memory pressure is measured.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
@@ -489,6 +490,7 @@ impl Default for MonitorConfig {
     fn default() -> Self {
         Self {
             decisions: 10_000,
+            decisions_file: None,
             interval: Duration::from_secs(1),
             gpu_interval: Duration::from_millis(250),
         }

@@ -7,11 +7,15 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{Keys, Known};
+use super::keys::{Keys, Known, LISTS};
 use super::{ConfigError, Given, Origin, checked};
 
 /// The keys that hold one path.
-const SINGLE_PATHS: [&str; 2] = ["catalog.database", "bridge.socket"];
+const SINGLE_PATHS: [&str; 3] = [
+    "catalog.database",
+    "bridge.socket",
+    "monitor.decisions_file",
+];
 
 /// The values of a file, each checked. Relative paths are those beside the file.
 pub(super) fn read(keys: &Keys, path: &Path, text: &str) -> Result<Vec<Given>, ConfigError> {
@@ -77,17 +81,17 @@ impl Reader<'_> {
         given: &mut Vec<Given>,
     ) -> Result<(), ConfigError> {
         match value.get_ref() {
-            DeValue::Table(table) if key != "gpu" => self.table(table, key, given),
-            DeValue::Array(gpus) if key == "gpu" => {
-                for (i, gpu) in gpus.iter().enumerate() {
+            DeValue::Table(table) if !LISTS.contains(&key) => self.table(table, key, given),
+            DeValue::Array(list) if LISTS.contains(&key) => {
+                for (i, section) in list.iter().enumerate() {
                     let key = format!("{key}.{i}");
-                    match gpu.get_ref() {
+                    match section.get_ref() {
                         DeValue::Table(table) => {
-                            // A GPU without a key is a GPU with all defaults.
-                            given.push(self.present(&key, gpu.span()));
+                            // A section without a key is one with all defaults.
+                            given.push(self.present(&key, section.span()));
                             self.table(table, &key, given)?;
                         }
-                        other => return Err(self.no_section(gpu.span(), &key, other)),
+                        other => return Err(self.no_section(section.span(), &key, other)),
                     }
                 }
                 Ok(())
@@ -107,6 +111,8 @@ impl Reader<'_> {
     fn no_section(&self, span: Range<usize>, key: &str, found: &DeValue<'_>) -> ConfigError {
         let wanted = if key == "gpu" {
             "one [[gpu]] section for each GPU".to_owned()
+        } else if LISTS.contains(&key) {
+            format!("one [[{key}]] section for each {key}")
         } else {
             format!("a section, [{key}]")
         };
@@ -133,7 +139,7 @@ impl Reader<'_> {
         })
     }
 
-    /// Paths in a file are relative to the file. The only lists of the configuration are lists of paths.
+    /// Paths in a file are relative to the file. All lists of the configuration are lists of paths, but for those of sets.
     fn beside_the_file(
         &self,
         key: &str,
@@ -148,7 +154,7 @@ impl Reader<'_> {
             other => other,
         };
         match value {
-            toml::Value::Array(paths) if default.is_array() => {
+            toml::Value::Array(paths) if default.is_array() && !key.starts_with("set.") => {
                 toml::Value::Array(paths.into_iter().map(beside).collect())
             }
             path if SINGLE_PATHS.contains(&key) => beside(path),

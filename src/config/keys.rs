@@ -1,9 +1,12 @@
 //! The keys of the configuration, as the type [`Config`] itself states them.
 
-use hotset_core::config::{Config, GpuConfig};
+use hotset_core::config::{Config, GpuConfig, SetConfig};
 use serde_json::Value;
 
-/// All keys with their defaults; `gpu` holds one GPU, which stands for each.
+/// The keys that hold lists of sections.
+pub(super) const LISTS: [&str; 2] = ["gpu", "set"];
+
+/// All keys with their defaults; `gpu` and `set` hold one section, which stands for each.
 pub(super) struct Keys {
     tree: Value,
 }
@@ -23,6 +26,7 @@ impl Keys {
     pub(super) fn new() -> Self {
         let config = Config {
             gpu: vec![GpuConfig::default()],
+            set: vec![SetConfig::default()],
             ..Config::default()
         };
         Self {
@@ -30,13 +34,13 @@ impl Keys {
         }
     }
 
-    /// What is known of a key with dots. The index of a GPU may be any number.
+    /// What is known of a key with dots. The index of a section may be any number.
     pub(super) fn find(&self, key: &str) -> Option<Known<'_>> {
         let mut node = &self.tree;
         for part in key.split('.') {
             node = match node {
                 Value::Object(section) => section.get(part)?,
-                Value::Array(gpus) if part.parse::<u32>().is_ok() => gpus.first()?,
+                Value::Array(list) if part.parse::<u32>().is_ok() => list.first()?,
                 _ => return None,
             };
         }
@@ -93,15 +97,15 @@ impl Keys {
         self.all("0").into_iter().find(|key| plain(key) == wanted)
     }
 
-    /// All keys and sections, with this index for GPUs.
+    /// All keys and sections, with this index for those in lists.
     fn all(&self, index: &str) -> Vec<String> {
         let mut keys = Vec::new();
         collect(&self.tree, "", &mut |key, _| {
-            let key = match key.strip_prefix("gpu.0") {
-                Some(rest) => format!("gpu.{index}{rest}"),
-                None => key.to_owned(),
-            };
-            keys.push(key);
+            let listed = LISTS.iter().find_map(|list| {
+                let rest = key.strip_prefix(&format!("{list}.0"))?;
+                Some(format!("{list}.{index}{rest}"))
+            });
+            keys.push(listed.unwrap_or_else(|| key.to_owned()));
         });
         keys
     }

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use hotset_core::Bytes;
-use hotset_core::config::{EvictionPolicyName, GpuConfig};
+use hotset_core::config::{EvictionPolicyName, GpuConfig, SetConfig};
 
 use super::*;
 
@@ -69,6 +69,13 @@ fn the_shipped_file_names_every_key_with_its_default() {
     let loaded = Case::new(&all).load().unwrap();
     let mut expected = Config {
         gpu: vec![GpuConfig::default()],
+        set: vec![SetConfig {
+            name: "portrait".into(),
+            models: ["sdxl-base", "portrait-lora", "sdxl-refiner"]
+                .map(Into::into)
+                .into(),
+            order: ["sdxl-base", "sdxl-refiner"].map(Into::into).into(),
+        }],
         ..Config::default()
     };
     let named: BTreeSet<_> = loaded.origins.keys().cloned().collect();
@@ -78,6 +85,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
             "config/hotset.toml does not mention {key}"
         );
     }
+    expected.monitor.decisions_file = Some("/var/log/hotset/decisions.jsonl".into());
     expected.catalog.database = Some("/var/cache/hotset/catalogue.db".into());
     expected.ram.budget = Some(Bytes::gib(16));
     expected.ram.keep_warm = Some(Bytes::gib(8));
@@ -283,4 +291,22 @@ fn the_file_is_looked_for_where_it_should_be() {
     let missing = home.path().join("none.toml");
     let error = load_with(&named, env("HOTSET_CONFIG", &missing)).unwrap_err();
     assert!(error.to_string().contains("$HOTSET_CONFIG"), "{error}");
+}
+
+#[test]
+fn sets_have_names_and_models() {
+    let case = Case::new("[[set]]\nname = 'one'\nmodels = ['a', 'b']\norder = ['b', 'a']\n");
+    let set = &case.load().unwrap().config.set[0];
+    // Names are no paths.
+    assert_eq!(set.models, ["a", "b"]);
+    let error = |text: &str| Case::new(text).error();
+    assert!(error("[[set]]\nmodels = ['a']\n").contains("give the set a name"));
+    assert!(error("[[set]]\nname = 'one'\n").contains("name at least one model"));
+    let twice = "[[set]]\nname = 'x'\nmodels = ['a']\n[[set]]\nname = 'x'\nmodels = ['b']\n";
+    assert!(error(twice).contains("there is another set `x`"));
+    let stranger = "[[set]]\nname = 'x'\nmodels = ['a']\norder = ['b']\n";
+    assert!(error(stranger).contains("`b` is not among the models"));
+    assert!(error("[set]\nname = 'x'\n").contains("one [[set]] section for each set"));
+    let slip = error("[[set]]\nname = 'x'\nmodel = ['a']\n");
+    assert!(slip.contains("set.0.models"), "{slip}");
 }

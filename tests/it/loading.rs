@@ -321,3 +321,51 @@ async fn one_component_can_be_loaded_alone_and_dependencies_come_along() {
         .unwrap_err();
     assert!(wrong.to_string().contains("text_encoder_2"), "{wrong}");
 }
+
+#[tokio::test]
+async fn decisions_are_appended_to_a_file_where_one_is_named() {
+    let library = Library::new();
+    library.single("a", 1, 700);
+    library.single("b", 2, 700);
+    let path = library.path("decisions.jsonl");
+    std::fs::write(&path, "{\"before\":1}\n").unwrap();
+    let mut config = library.config(Bytes::mib(1));
+    config.monitor.decisions_file = Some(path.clone());
+    let rig = Rig::start(config.clone()).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    for name in ["a", "b"] {
+        drop(outcome(session.load(ComponentSet::new([name]))).await);
+    }
+    let read = || -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(&path).unwrap();
+        // The last line may not be whole yet.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let decided = rig.hotset.decisions(usize::MAX);
+    until("all decisions to be written", async || {
+        read().len() == decided.len() + 1
+    })
+    .await;
+    let lines = read();
+    assert_eq!(lines[0]["before"], 1, "it is appended to");
+    for (line, decision) in lines[1..].iter().zip(decided.iter().rev()) {
+        assert_eq!(*line, serde_json::json!(decision));
+    }
+    assert!(decided.len() >= 3, "two admissions and an eviction");
+    drop((session, rig));
+
+    config.monitor.decisions_file = Some(library.path("no/such/folder/file"));
+    let error = hotset::Hotset::builder()
+        .config(config)
+        .start()
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("monitor.decisions_file"),
+        "{error}"
+    );
+}
