@@ -13,6 +13,7 @@ use hotset_core::device::{Device, DeviceError};
 use hotset_core::io::{DiskReader, Reader};
 use hotset_core::machine::Machine;
 use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
+use hotset_core::policy::pressure::ram_budget;
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::decisions_file;
@@ -141,11 +142,11 @@ impl HotsetBuilder {
         let machine = self.machine.unwrap_or_else(Machine::here);
         let host_memory = match (self.config.ram.budget, host_memory(&machine)) {
             (_, Ok(bytes)) => {
-                bound_budget(&mut self.config, bytes);
-                bytes
+                warn_of_budget(&self.config, bytes);
+                Some(bytes)
             }
             // It is not needed.
-            (Some(budget), Err(_)) => budget,
+            (Some(_), Err(_)) => None,
             (None, Err(reason)) => return Err(StartError::HostMemory { reason }),
         };
         let devices = match self.devices {
@@ -265,17 +266,13 @@ fn host_memory(machine: &Machine) -> Result<Bytes, String> {
         .ok_or_else(|| "it is missing, or has no MemTotal".into())
 }
 
-/// The most of what a control group allows that a budget may take: more would be reclaimed or killed for.
-const MOST_OF_ALLOWED: f64 = 0.9;
-
-/// Cuts the budget down to what the process may use at all.
-fn bound_budget(config: &mut Config, host_memory: Bytes) {
-    let most = host_memory.share(MOST_OF_ALLOWED);
-    if let Some(budget) = config.ram.budget
-        && budget > most
-    {
-        tracing::warn!(%budget, allowed = %host_memory, "ram.budget is more than this process may use; it is {most}");
-        config.ram.budget = Some(most);
+/// Says so where the budget is more than the process may use at all; what is used follows what is allowed.
+fn warn_of_budget(config: &Config, host_memory: Bytes) {
+    if let Some(budget) = config.ram.budget {
+        let most = ram_budget(Some(budget), host_memory);
+        if most < budget {
+            tracing::warn!(%budget, allowed = %host_memory, "ram.budget is more than this process may use; it is {most}");
+        }
     }
 }
 

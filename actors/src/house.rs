@@ -16,6 +16,7 @@ use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
 use hotset_core::plan::{ComponentSet, Planner};
+use hotset_core::policy::pressure::{HostMemory, ram_budget};
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -102,8 +103,6 @@ pub(crate) struct House {
     /// Host memory, kept warm between components.
     pub(crate) arena: Arena,
     pub(crate) machine: Machine,
-    /// The RAM tier's budget as it was set; what lingers outside of the books is taken off while it does.
-    ram_budget: Bytes,
     /// Whether others need host memory, for whoever wants to let go of something.
     pub(crate) pressure: watch::Sender<Pressure>,
     pub(crate) devices: BTreeMap<GpuIndex, Arc<dyn Device>>,
@@ -229,7 +228,6 @@ impl House {
                 ..ArenaOptions::default()
             }),
             machine,
-            ram_budget,
             pressure: watch::Sender::new(Pressure::Unknown),
             loads: Arc::new(Semaphore::new(config.sessions.max_loads.max(1))),
             stop: CancellationToken::new(),
@@ -343,14 +341,25 @@ impl House {
             .collect()
     }
 
-    /// Takes memory that clients still have, though its lease has ended, off the budget, and gives back what they no longer
-    /// have.
-    pub(crate) fn settle_budget(&self) {
-        let budget = self.ram_budget.saturating_sub(self.arena.view().lingering);
-        let current = self.ledger.view(Tier::Ram).map(|ram| ram.budget);
-        if current.is_some_and(|current| current != budget) {
-            self.ledger.open_tier(Tier::Ram, budget);
+    /// Makes the budget of the RAM tier what this process may use now, since the limits of a container can change while it
+    /// runs, without the memory that clients still have though its lease has ended.
+    pub(crate) fn settle_budget(self: &Arc<Self>, host: &HostMemory) {
+        let allowed = ram_budget(self.config.ram.budget, host.usable());
+        let budget = allowed.saturating_sub(self.arena.view().lingering);
+        let Some(current) = self.ledger.view(Tier::Ram).map(|ram| ram.budget) else {
+            return;
+        };
+        if current == budget {
+            return;
         }
+        self.ledger.open_tier(Tier::Ram, budget);
+        if budget < current {
+            // What nobody holds goes, down to what is allowed.
+            let _ = self.ram.cast(RamCacheMessage::Woken);
+        }
+        let arena = self.arena.clone();
+        // Unmapping gigabytes takes long.
+        self.off_thread(move || arena.set_limit(allowed));
     }
 
     /// How the GPUs reach each other's memory now.

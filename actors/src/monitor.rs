@@ -97,7 +97,7 @@ impl Monitor {
             pressure,
         };
         house.measured.send_replace(state.view.clone());
-        house.settle_budget();
+        house.settle_budget(&host);
         if pressure != before {
             house.pressure.send_replace(pressure);
             let arena = house.arena.clone();

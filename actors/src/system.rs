@@ -13,6 +13,7 @@ use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, Plan, resolve};
+use hotset_core::policy::pressure::ram_budget;
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
@@ -43,8 +44,8 @@ pub struct Parts {
     pub devices: Vec<Arc<dyn Device>>,
     /// Another eviction policy than the configuration's.
     pub eviction: Option<EvictionPolicyFactory>,
-    /// Host memory that this process may use in all, for budgets that are a share of it.
-    pub host_memory: Bytes,
+    /// Host memory that this process may use in all, at the start. `None`: it cannot be told, and a budget is configured.
+    pub host_memory: Option<Bytes>,
     /// The machine. With a simulated one everything runs on the runtime's own thread, one after the other, so that a paused
     /// clock makes runs repeat.
     pub machine: Machine,
@@ -90,8 +91,6 @@ fn seconds<S: serde::Serializer>(took: &Duration, serializer: S) -> Result<S::Ok
     serializer.serialize_f64(took.as_secs_f64())
 }
 
-/// Share of the host's memory that the RAM tier takes where no budget is set.
-const RAM_SHARE: f64 = 0.5;
 /// How long an actor may take to answer a question about its state. Handlers take microseconds, and a restart far less
 /// than this.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
@@ -130,10 +129,11 @@ impl System {
             machine,
         } = parts;
         let ledger = Ledger::new();
-        ledger.open_tier(
-            Tier::Ram,
-            config.ram.budget.unwrap_or(host_memory.share(RAM_SHARE)),
-        );
+        let wanted = config.ram.budget;
+        let ram = host_memory.map_or(wanted.unwrap_or(Bytes::ZERO), |usable| {
+            ram_budget(wanted, usable)
+        });
+        ledger.open_tier(Tier::Ram, ram);
         let (mut by_index, mut first_figures) = (BTreeMap::new(), BTreeMap::new());
         for (i, device) in (0..).zip(devices) {
             let gpu = GpuIndex(i);

@@ -123,3 +123,51 @@ async fn memory_that_others_take_is_given_up_within_a_second() {
     drop(held);
     rig.assert_empty().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_budget_follows_the_limit_of_the_container_both_ways() {
+    use hotset::core::machine::Machine;
+    use hotset::core::policy::pressure::{CgroupEvents, CgroupMemory, HostMemory};
+    use std::sync::{Arc, Mutex};
+
+    let library = Library::new();
+    library.single("a", 1, 700);
+    library.single("b", 2, 700);
+    let limited = |kib: u64| HostMemory {
+        total: Bytes::gib(1),
+        available: Bytes::gib(1),
+        full_avg10: None,
+        cgroup: Some(CgroupMemory {
+            limit: Bytes::kib(kib),
+            room: Bytes::kib(kib),
+            events: CgroupEvents::default(),
+        }),
+    };
+    let figures = Arc::new(Mutex::new(limited(500)));
+    // Wanted are 2 MiB, and what is allowed at the start is far less.
+    let hotset = hotset::Hotset::builder()
+        .config(library.config(Bytes::mib(2)))
+        .machine(Machine::simulated(figures.clone()))
+        .devices(Vec::new())
+        .start()
+        .await
+        .unwrap();
+    let budget = || hotset.ledger().view(hotset::Tier::Ram).unwrap().budget;
+    let committed = || hotset.ledger().view(hotset::Tier::Ram).unwrap().committed;
+    assert_eq!(budget(), Bytes::kib(450));
+    let session = hotset.session("test").await.unwrap();
+    let both = ComponentSet::new(["a", "b"]);
+    assert!(session.load(both.clone()).leases().await.is_err());
+
+    *figures.lock().unwrap() = limited(1 << 20);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(budget(), Bytes::mib(2), "as much as is wanted");
+    drop(session.load(both).leases().await.unwrap());
+    assert!(committed() > Bytes::kib(1390));
+
+    *figures.lock().unwrap() = limited(1000);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(budget(), Bytes::kib(900));
+    assert!(committed() <= budget(), "what nobody holds went");
+    hotset.drain().await;
+}

@@ -92,6 +92,19 @@ impl HostMemory {
     }
 }
 
+/// The share of what is usable that hotset takes where no budget is set.
+const UNASKED_SHARE: f64 = 0.5;
+/// The most of what is usable that a budget may take: more would be reclaimed or killed for.
+const MOST_SHARE: f64 = 0.9;
+
+/// The budget of the RAM tier for what is wanted and what this process may use at the time.
+#[must_use]
+pub fn ram_budget(wanted: Option<Bytes>, usable: Bytes) -> Bytes {
+    wanted.map_or(usable.share(UNASKED_SHARE), |wanted| {
+        wanted.min(usable.share(MOST_SHARE))
+    })
+}
+
 impl HostMemory {
     /// What this process may use in all: the machine's memory, or what its control groups allow of it.
     #[must_use]
