@@ -40,6 +40,7 @@ fn large(seed: u64) -> Mix {
                 free,
                 bytes_per_s: 25e9,
                 residents,
+                near: Vec::new(),
             }
         })
         .collect();

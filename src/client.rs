@@ -22,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hotset_core::plan::KeepAlive;
 use serde_json::Value;
 use tokio::sync::{broadcast, mpsc};
 
@@ -30,7 +31,8 @@ pub use mapping::Mapping;
 
 use crate::bridge::wire::{
     Cancel, ClientMessage, Counted, Empty, ErrorReply, Hello, List, Load, MappedMemory, Models,
-    Progress, ServerMessage, Set, Show, StillMapped, Subscribe, Unmapped, VERSIONS, Welcome, Why,
+    PlanMix, Progress, ServerMessage, Set, Show, StillMapped, Subscribe, Unmapped, VERSIONS,
+    Welcome, Why,
 };
 use crate::bridge::{ChannelError, FrameError, default_socket};
 use link::Link;
@@ -140,6 +142,34 @@ impl LoadOptions {
         self
     }
 
+    /// With nobody waiting for it, now or perhaps ever: it is loaded when links are idle.
+    #[must_use]
+    pub fn prefetch(mut self) -> Self {
+        self.0.priority = "prefetch".into();
+        self
+    }
+
+    /// With components that may be split between a GPU and RAM, where they are too large for any GPU.
+    #[must_use]
+    pub const fn may_split(mut self) -> Self {
+        self.0.split = true;
+        self
+    }
+
+    /// With components that stay for so long after their last lease.
+    #[must_use]
+    pub fn keep_alive(mut self, keep: KeepAlive) -> Self {
+        self.0.keep_alive = Some(keep.to_string());
+        self
+    }
+
+    /// With leases as they come, while the rest still loads ([`RemoteEvent::Part`]).
+    #[must_use]
+    pub const fn in_parts(mut self) -> Self {
+        self.0.parts = true;
+        self
+    }
+
     /// Without the bases of adapters.
     #[must_use]
     pub const fn without_dependencies(mut self) -> Self {
@@ -171,7 +201,9 @@ pub enum RemoteEvent {
     Planned(Value),
     /// Progress.
     Progress(Progress),
-    /// All are there.
+    /// Some are there, while the rest still loads. Only where [`LoadOptions::in_parts`] asks for it.
+    Part(Vec<RemoteLease>),
+    /// All are there; these were not handed out before.
     Leased(Vec<RemoteLease>),
 }
 
@@ -188,6 +220,8 @@ impl RemoteLoading {
             Ok(link::Reply::Message(ServerMessage::Progress(progress))) => {
                 return Ok(RemoteEvent::Progress(progress));
             }
+            Ok(link::Reply::Part(Ok(leases))) => return Ok(RemoteEvent::Part(leases)),
+            Ok(link::Reply::Part(Err(error))) => Err(error),
             Ok(link::Reply::Leased(leases)) => leases.map(RemoteEvent::Leased),
             Ok(link::Reply::Message(other)) => Err(unexpected(other)),
             Err(error) => Err(error),
@@ -268,9 +302,15 @@ impl Client {
     /// [`ClientError`]; then no lease is held.
     pub async fn load(&self, options: &LoadOptions) -> Result<Vec<RemoteLease>, ClientError> {
         let mut loading = self.begin(options.0.clone())?;
+        let mut all = Vec::new();
         loop {
-            if let RemoteEvent::Leased(leases) = loading.next().await? {
-                return Ok(leases);
+            match loading.next().await? {
+                RemoteEvent::Part(leases) => all.extend(leases),
+                RemoteEvent::Leased(leases) => {
+                    all.extend(leases);
+                    return Ok(all);
+                }
+                RemoteEvent::Planned(_) | RemoteEvent::Progress(_) => {}
             }
         }
     }
@@ -300,7 +340,7 @@ impl Client {
         let (_, mut replies) = self.link.ask(&message)?;
         match self.link.reply(&mut replies).await? {
             link::Reply::Message(message) => Ok(message),
-            link::Reply::Leased(_) => Err(ClientError::Protocol {
+            link::Reply::Leased(_) | link::Reply::Part(_) => Err(ClientError::Protocol {
                 reason: format!("leases in answer to `{}`", message.kind()),
             }),
         }
@@ -347,6 +387,17 @@ impl Client {
     pub async fn plan(&self, set: Set) -> Result<Value, ClientError> {
         match self.call(ClientMessage::Plan(set)).await? {
             ServerMessage::Plan(reply) => Ok(reply.plan),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// A plan for several sets together, as `hotset plan --gpus .. --json` prints it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn plan_mix(&self, mix: PlanMix) -> Result<Value, ClientError> {
+        match self.call(ClientMessage::PlanMix(mix)).await? {
+            ServerMessage::Mix(reply) => Ok(reply.mix),
             other => Err(unexpected(other)),
         }
     }
@@ -426,7 +477,7 @@ impl Client {
         match self.link.reply(&mut replies).await? {
             link::Reply::Message(ServerMessage::Counted(counted)) => Ok(counted),
             link::Reply::Message(other) => Err(unexpected(other)),
-            link::Reply::Leased(_) => Err(ClientError::Protocol {
+            link::Reply::Leased(_) | link::Reply::Part(_) => Err(ClientError::Protocol {
                 reason: "leases in answer to `still-mapped`".into(),
             }),
         }

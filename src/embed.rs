@@ -6,20 +6,20 @@ use std::sync::Arc;
 use hotset_actors::{Parts, System};
 use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::{Config, DeviceKind, GpuConfig};
-use hotset_core::decision::{Decision, EvictCause};
+use hotset_core::decision::{Act, Decision, EvictCause};
 use hotset_core::device::cuda::{Cuda, CudaError};
 use hotset_core::device::sim::SimDevice;
 use hotset_core::device::{Device, DeviceError};
 use hotset_core::io::{DiskReader, Reader};
 use hotset_core::machine::Machine;
-use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, resolve};
+use hotset_core::plan::{ComponentSet, DependencyGraph, MixPlan, Plan, resolve};
 use hotset_core::policy::pressure::ram_budget;
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::decisions_file;
 use crate::{
-    ActorName, EvictionPolicyFactory, GpuEvent, LoadError, MonitorView, ScanSummary, Session,
-    SessionError, Shortage, Status, UsageReport,
+    ActorName, EvictionPolicyFactory, GpuChoice, GpuEvent, LoadError, MonitorView, ScanSummary,
+    Session, SessionError, Shortage, Status, UsageReport,
 };
 
 /// Why hotset could not be started.
@@ -296,6 +296,23 @@ impl Hotset {
         self.system.session(label).await
     }
 
+    /// Opens a session that counts against the quota of the label `tenant`, and that status calls `label`.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn session_of(
+        &self,
+        tenant: &str,
+        label: impl Into<String>,
+    ) -> Result<Session, SessionError> {
+        self.system.session_of(tenant, label).await
+    }
+
+    /// Records that a client was asked for its leases.
+    pub(crate) fn record(&self, act: Act) {
+        self.system.record(act);
+    }
+
     /// The catalogue as it is now. Takes no message and no lock.
     #[must_use]
     pub fn catalogue(&self) -> Arc<Catalogue> {
@@ -361,6 +378,24 @@ impl Hotset {
     /// [`LoadError::Resolve`], [`LoadError::Plan`].
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
         self.system.plan(set)
+    }
+
+    /// The same, for a set that is split where it may be ([`ComponentSet::may_split`]) and has to be: then the headers of its
+    /// files are read.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`], [`LoadError::Plan`], [`LoadError::Component`].
+    pub async fn plan_split(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
+        self.system.plan_split(set).await
+    }
+
+    /// What loading several sets together would do: which GPU each gets, what goes for them, how long it takes, and what one
+    /// would have to give up where not all fit. Moves nothing.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`]; [`LoadError::Plan`] where there is no such GPU.
+    pub fn plan_mix(&self, sets: &[ComponentSet], gpus: &GpuChoice) -> Result<MixPlan, LoadError> {
+        self.system.plan_mix(sets, gpus)
     }
 
     /// The state of everything.

@@ -28,7 +28,7 @@
 //! | load a component set | [`Session::load`] |
 //! | analyse component dependencies | [`Hotset::dependencies`] |
 //! | execute parallel component loading | [`Session::load`], `load.concurrency` in the configuration |
-//! | optimise component allocation | [`Hotset::plan`]; every load is placed by it |
+//! | optimise component allocation | [`Hotset::plan`], [`Hotset::plan_mix`]; every load is placed by it |
 //! | optimise the cache | [`Hotset::optimise_cache`] |
 //! | enable predictive caching | [`Hotset::enable_predictive_caching`] |
 //! | analyse usage patterns | [`Hotset::analyse_usage`] |
@@ -50,9 +50,9 @@ pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};
 pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
-    EvictionPolicyFactory, GpuEvent, Health, LoadError, LoadEvent, LoadProgress, Loading,
-    MonitorView, Phase, PredictorView, Pressure, ScanSummary, ServiceState, Session, SessionError,
-    SessionStatus, Shortage, Status, TierStatus, UsageReport, UsageRow,
+    EvictionPolicyFactory, GpuChoice, GpuEvent, Health, LoadError, LoadEvent, LoadProgress,
+    Loading, MonitorView, Phase, PredictorView, Pressure, ScanSummary, ServiceState, Session,
+    SessionError, SessionStatus, Shortage, Status, TierStatus, UsageReport, UsageRow,
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;
@@ -61,7 +61,9 @@ pub use hotset_core::config::Config;
 pub use hotset_core::decision::{Act, Decision, EvictCause};
 pub use hotset_core::device::{Device, DeviceError};
 pub use hotset_core::memory::{Lease, LeaseError, Place, TensorView};
-pub use hotset_core::plan::{ComponentSet, DependencyGraph, Plan, PlanError, Priority, Target};
+pub use hotset_core::plan::{
+    ComponentSet, DependencyGraph, KeepAlive, MixPlan, Plan, PlanError, Priority, Target,
+};
 pub use hotset_core::tensor::Dtype;
 pub use hotset_core::{
     Bytes, ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier,

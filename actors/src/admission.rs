@@ -121,6 +121,7 @@ impl Admission {
     /// Tries again for those who wait, in their order, and keeps below the watermark.
     pub(crate) fn retry(&mut self) {
         self.learn();
+        self.let_go();
         self.waiting.retain(|request| !request.reply.is_closed());
         while let Some(request) = self.waiting.pop_front() {
             if let Attempt::Waits(request) = self.attempt(request) {
@@ -141,6 +142,20 @@ impl Admission {
         }
         self.set_wake();
         self.trim();
+    }
+
+    /// Evicts what nobody has held for as long as it was to be kept alive.
+    fn let_go(&mut self) {
+        let (gone, _) = self.house.ledger.outlived(self.tier);
+        let count = gone.len();
+        for (content, idle) in gone {
+            let victim = Victim {
+                content,
+                score: 0.0,
+                reason: "its keep-alive is over".into(),
+            };
+            self.evict(vec![victim], count, &EvictCause::KeptLongEnough { idle });
+        }
     }
 
     /// Evicts what nobody holds, down to the low watermark, where the high one is passed.
@@ -188,7 +203,8 @@ impl Admission {
     }
 
     fn attempt(&mut self, request: Request) -> Attempt {
-        match self.house.ledger.reserve(self.tier, &request.wants, false) {
+        let ahead = request.priority == Priority::Prefetch;
+        match self.house.ledger.reserve(self.tier, &request.wants, ahead) {
             Err(never) => {
                 let _ = request.reply.send(Err(never));
                 Attempt::Answered
@@ -197,7 +213,7 @@ impl Admission {
             Ok(Reserved::Short(shortfall)) => {
                 self.make_room(&request, &shortfall);
                 // Host memory is freed by a task and comes back with a wake; what is freed at once can be had at once.
-                match self.house.ledger.reserve(self.tier, &request.wants, false) {
+                match self.house.ledger.reserve(self.tier, &request.wants, ahead) {
                     Ok(Reserved::Granted(reservation)) => grant(request, reservation),
                     _ => Attempt::Waits(request),
                 }
@@ -309,6 +325,7 @@ impl Admission {
                 reason: victim.reason,
                 cause: cause.clone(),
                 candidates,
+                wasted: evicted.prefetched(),
             });
             match self.tier {
                 // Unmapping gigabytes takes long.
@@ -319,8 +336,8 @@ impl Admission {
         freed
     }
 
-    /// Wakes the keeper when bytes come back while somebody waits, when there is something to trim, and when the first who
-    /// waits has aged.
+    /// Wakes the keeper when bytes come back while somebody waits, when there is something to trim, when the first who
+    /// waits has aged, and when the next keep-alive is over.
     fn set_wake(&mut self) {
         let ledger = &self.house.ledger;
         let (close, alarm) = self.waiting.front().map_or((false, None), |first| {
@@ -328,6 +345,11 @@ impl Admission {
             newcomers_wait(waited, self.house.config.load.aging)
         });
         ledger.set_newcomers_wait(self.tier, close);
+        let first = self.waiting.front().map(|first| self.place(first));
+        ledger.set_first_waiting(self.tier, first);
+        let (_, next) = ledger.outlived(self.tier);
+        let next = next.map(|next| next.saturating_sub(ledger.now()));
+        let alarm = alarm.into_iter().chain(next).min();
         self.alarm = alarm.zip(ledger.wake(self.tier)).map(|(after, wake)| {
             AbortOnDropHandle::new(tokio::spawn(async move {
                 tokio::time::sleep(after).await;

@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hotset_core::catalog::Component;
-use hotset_core::plan::{ComponentSet, Plan, Target, There};
+use hotset_core::plan::{ComponentSet, Plan, Step, Target, There};
 
 use crate::uses::UsedSet;
 
@@ -60,7 +60,8 @@ impl HotSets {
 
     /// Remembers a set whose plan found all of it there.
     pub(crate) fn remember(&self, set: &ComponentSet, generation: u64, plan: &Arc<Plan>) {
-        if plan.steps.iter().any(|step| step.there != There::Resident) {
+        let elsewhere = |step: &Step| step.there != There::Resident || step.tier != plan.tier;
+        if plan.steps.iter().any(elsewhere) {
             return;
         }
         let components = plan.steps.iter().map(|step| step.component.clone());

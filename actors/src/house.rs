@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -15,7 +15,8 @@ use hotset_core::device::{self, Device, Figures, Granules, Links};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, ArenaOptions, Ledger, TierView};
-use hotset_core::plan::{ComponentSet, Planner};
+use hotset_core::plan::rates::{Rates, Way};
+use hotset_core::plan::{ComponentSet, KeepAlive, Planner};
 use hotset_core::policy::pressure::{HostMemory, ram_budget};
 use hotset_core::policy::{self, EvictionPolicy};
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
@@ -28,7 +29,9 @@ use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
 use crate::hot::HotSets;
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
+use crate::plan::KnownBlocks;
 use crate::predictor::PredictorMessage;
+use crate::quotas::Quotas;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
 use crate::slot::Slot;
@@ -111,6 +114,12 @@ pub(crate) struct House {
     pub(crate) turns: BTreeMap<GpuIndex, Arc<Turns>>,
     /// How the GPUs reach each other's memory. Replaced when a link turns out not to work.
     links: ArcSwap<Links>,
+    /// What sessions may have.
+    pub(crate) quotas: Quotas,
+    /// What components can be split into.
+    pub(crate) blocks: KnownBlocks,
+    /// How fast bytes move on each of them, and from each disk. A short lock.
+    rates: Mutex<Rates>,
     /// What each device said at the start.
     pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
@@ -207,6 +216,9 @@ impl House {
                 .collect(),
             turns: devices.keys().map(|gpu| (*gpu, Arc::default())).collect(),
             links: ArcSwap::from_pointee(links),
+            rates: Mutex::default(),
+            blocks: KnownBlocks::default(),
+            quotas: Quotas::new(&config),
             hot: HotSets::default(),
             uses: std::iter::once(Tier::Ram)
                 .chain(devices.keys().map(|gpu| Tier::Vram(*gpu)))
@@ -382,19 +394,79 @@ impl House {
         });
     }
 
-    /// A planner over these books and links.
     /// How long a load of this set may take.
     pub(crate) fn deadline_of(&self, set: &ComponentSet) -> Duration {
         set.deadline.unwrap_or(self.config.load.deadline)
     }
 
-    pub(crate) fn planner<'a>(&'a self, tiers: &'a [TierView], links: &'a Links) -> Planner<'a> {
+    /// The state of everything that plans are made by.
+    pub(crate) fn outlook(&self) -> Outlook<'_> {
+        Outlook {
+            house: self,
+            tiers: self.ledger.views(),
+            links: self.links(),
+            rates: self.rates().clone(),
+        }
+    }
+
+    /// How long what a set uses stays after its last lease.
+    pub(crate) fn keep_alive_of(&self, set: &ComponentSet) -> KeepAlive {
+        set.keep_alive.unwrap_or(self.config.load.keep_alive)
+    }
+
+    pub(crate) fn rates(&self) -> MutexGuard<'_, Rates> {
+        // Nothing under the lock can panic.
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something begins to move on a way; the time until the value is dropped counts.
+    pub(crate) fn moving(self: &Arc<Self>, way: Way) -> Moving {
+        self.rates().begin(way, self.ledger.now());
+        Moving {
+            house: self.clone(),
+            way,
+            moved: Bytes::ZERO,
+        }
+    }
+}
+
+/// Bytes on their way, for the measurement of rates.
+pub(crate) struct Moving {
+    house: Arc<House>,
+    way: Way,
+    pub(crate) moved: Bytes,
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        let now = self.house.ledger.now();
+        self.house.rates().end(self.way, now, self.moved);
+    }
+}
+
+/// See [`House::outlook`].
+pub(crate) struct Outlook<'a> {
+    house: &'a House,
+    pub(crate) tiers: Vec<TierView>,
+    links: Arc<Links>,
+    rates: Rates,
+}
+
+impl Outlook<'_> {
+    /// How the GPUs reach each other is forgotten.
+    pub(crate) fn without_links(mut self) -> Self {
+        self.links = Arc::default();
+        self
+    }
+
+    pub(crate) fn planner(&self) -> Planner<'_> {
         Planner {
-            tiers,
-            granules: &self.granules,
-            links,
-            ring: self.config.load.ring,
-            now: self.ledger.now(),
+            tiers: &self.tiers,
+            granules: &self.house.granules,
+            links: &self.links,
+            rates: &self.rates,
+            ring: self.house.config.load.ring,
+            now: self.house.ledger.now(),
         }
     }
 }

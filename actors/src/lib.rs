@@ -18,8 +18,10 @@ mod house;
 mod loader;
 mod loading;
 mod monitor;
+mod plan;
 mod predictor;
 mod prewarm;
+mod quotas;
 mod ram_cache;
 mod sessions;
 mod slot;
@@ -35,6 +37,7 @@ pub use loading::{
     ComponentProgress, LoadError, LoadEvent, LoadProgress, Loading, Phase, SessionError,
 };
 pub use monitor::{MonitorView, Pressure};
+pub use plan::GpuChoice;
 pub use predictor::PredictorView;
 pub use sessions::Session;
 pub use status::{

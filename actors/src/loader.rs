@@ -9,13 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::RequestId;
 use hotset_core::plan::ComponentSet;
-use hotset_core::{RequestId, SessionId};
 use ractor::{ActorProcessingErr, ActorRef};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::house::House;
 use crate::loading::{LoadError, Outlet, SessionError};
+use crate::sessions::Record;
 
 /// What a loader is asked.
 #[derive(Debug)]
@@ -42,7 +43,7 @@ pub(crate) struct Loader;
 
 pub(crate) struct State {
     house: Arc<House>,
-    session: SessionId,
+    record: Arc<Record>,
     running: BTreeMap<RequestId, Running>,
 }
 
@@ -51,16 +52,16 @@ struct Running {
     _task: AbortOnDropHandle<()>,
 }
 
-#[ractor::actor(message = LoaderMessage, state = State, arguments = (Arc<House>, SessionId))]
+#[ractor::actor(message = LoaderMessage, state = State, arguments = (Arc<House>, Arc<Record>))]
 impl Loader {
     async fn pre_start(
         &self,
         _myself: ActorRef<LoaderMessage>,
-        (house, session): (Arc<House>, SessionId),
+        (house, record): (Arc<House>, Arc<Record>),
     ) -> Result<State, ActorProcessingErr> {
         Ok(State {
             house,
-            session,
+            record,
             running: BTreeMap::new(),
         })
     }
@@ -100,7 +101,7 @@ impl Loader {
             )));
         };
         let cancel = outlet.cancel.clone();
-        let job = load::Job::new(house.clone(), state.session, request, set, asked);
+        let job = load::Job::new(house.clone(), state.record.clone(), request, set, asked);
         let task = house.tasks.spawn(async move {
             job.run(outlet).await;
             drop(permit);

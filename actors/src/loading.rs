@@ -56,6 +56,23 @@ pub enum LoadError {
     /// A tier refused for good.
     #[error(transparent)]
     Never(#[from] Never),
+    /// It is more than its session or its label may have.
+    #[error("{whose} may have {quota} leased, {held} are leased or under way, and the set takes {needed}: {}", match retry_after {
+        Some(after) => format!("release some, or try again in {after:?}"),
+        None => "load less, or raise the quota".into(),
+    })]
+    Quota {
+        /// Whose bound it is.
+        whose: String,
+        /// The bound.
+        quota: Bytes,
+        /// What is leased or under way.
+        held: Bytes,
+        /// What the set takes.
+        needed: Bytes,
+        /// When to try again; `None`: it never fits.
+        retry_after: Option<Duration>,
+    },
     /// A component's bytes did not arrive.
     #[error("{component}: {failure}")]
     Component {

@@ -19,6 +19,7 @@ use crate::counters::add;
 use crate::house::House;
 use crate::loader::{Loader, LoaderMessage};
 use crate::loading::{LoadError, Loading, SessionError, Stage};
+use crate::quotas::Bounds;
 use crate::slot::Slot;
 
 /// How long opening a session may take before the caller is told that nobody answers. Opening takes microseconds; this
@@ -45,6 +46,8 @@ pub(crate) enum SessionsMessage {
 pub(crate) struct Record {
     pub(crate) id: SessionId,
     pub(crate) label: String,
+    /// What it may have.
+    pub(crate) bounds: Bounds,
     pub(crate) opened: Duration,
     pub(crate) loader: Slot<LoaderMessage>,
 }
@@ -169,7 +172,7 @@ async fn employ(
         .is_some_and(|loader| loader.get_status() <= ractor::ActorStatus::Upgrading);
     if !alive {
         // No name: the registry is global, and nobody looks for a loader there.
-        let arguments = (state.house.clone(), record.id);
+        let arguments = (state.house.clone(), record.clone());
         let (loader, _) = Actor::spawn_linked(None, Loader, arguments, myself.get_cell())
             .await
             .map_err(|_| SessionError::NotAnswering { actor: "loader" })?;
@@ -209,9 +212,16 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) async fn open(house: Arc<House>, label: String) -> Result<Self, SessionError> {
+    /// `tenant` is the label whose quota it counts against, `label` what it is called.
+    pub(crate) async fn open(
+        house: Arc<House>,
+        tenant: &str,
+        label: String,
+    ) -> Result<Self, SessionError> {
+        let id = house.next_session();
         let record = Arc::new(Record {
-            id: house.next_session(),
+            id,
+            bounds: house.quotas.open(id, tenant),
             label,
             opened: house.ledger.now(),
             loader: Slot::new(),
@@ -258,7 +268,7 @@ impl Session {
             open.one_more.notify_one();
         } else if let Err(message) = open.send(message) {
             // There is none yet, or it is gone: get one, then send again. Bounded by the time for opening.
-            *unsent = Some(vec![message]);
+            *unsent = Some(vec![*message]);
             let open = open.clone();
             let house = open.house.clone();
             house.tasks.spawn(async move { open.send_late().await });
@@ -282,9 +292,22 @@ impl Session {
             return None;
         }
         let (session, tier) = (self.id(), hot.plan.tier);
+        let bounds = &self.open.record.bounds;
+        let _counted = if bounds.is_empty() {
+            None
+        } else {
+            let wanted = hot
+                .components
+                .iter()
+                .map(|component| (tier, component.clone()));
+            let wanted: Vec<_> = wanted.collect();
+            // The loader says why not.
+            Some(house.quotas.count(bounds, &house.ledger, &wanted).ok()?)
+        };
+        let keep = house.keep_alive_of(set);
         let leases = house
             .ledger
-            .lease_resident(tier, &hot.components, session)?;
+            .lease_resident(tier, &hot.components, session, keep)?;
         let counters = &house.counters;
         add(&counters.loads_requested, 1);
         add(&counters.loads_granted, 1);
@@ -300,13 +323,13 @@ impl Session {
 }
 
 impl OpenSession {
-    fn send(&self, message: LoaderMessage) -> Result<(), LoaderMessage> {
+    fn send(&self, message: LoaderMessage) -> Result<(), Box<LoaderMessage>> {
         let Some(loader) = self.record.loader.get() else {
-            return Err(message);
+            return Err(Box::new(message));
         };
         match loader.send_message(message) {
             Ok(()) => Ok(()),
-            Err(MessagingErr::SendErr(message)) => Err(message),
+            Err(MessagingErr::SendErr(message)) => Err(Box::new(message)),
             // The message is lost with its outlet, which is an answer to the stream.
             Err(_) => Ok(()),
         }
@@ -337,7 +360,7 @@ impl OpenSession {
             let (message, error) = match &employed {
                 Ok(()) => match self.send(message) {
                     Ok(()) => continue,
-                    Err(message) => (message, LoadError::Restarted),
+                    Err(message) => (*message, LoadError::Restarted),
                 },
                 Err(error) => (message, error.clone().into()),
             };

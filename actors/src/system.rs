@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::Config;
-use hotset_core::decision::{Decision, EvictCause};
+use hotset_core::decision::{Act, Decision, EvictCause};
 use hotset_core::device::{self, Device, DeviceError, budget};
 use hotset_core::io::Reader;
 use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, Ledger};
-use hotset_core::plan::{ComponentSet, Plan, resolve};
+use hotset_core::plan::{ComponentSet, MixPlan, Plan};
 use hotset_core::policy::pressure::ram_budget;
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
@@ -24,6 +24,7 @@ use crate::discovery::{DiscoveryMessage, DiscoveryView};
 use crate::house::{EvictionPolicyFactory, GpuEvent, Gpus, House, Shortage};
 use crate::loading::{LoadError, SessionError};
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
+use crate::plan::{self, GpuChoice};
 use crate::predictor::PredictorMessage;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::{Record, Session, SessionsMessage};
@@ -254,26 +255,51 @@ impl System {
     /// # Errors
     /// [`SessionError`].
     pub async fn session(&self, label: impl Into<String>) -> Result<Session, SessionError> {
-        Session::open(self.house.clone(), label.into()).await
+        let label = label.into();
+        Session::open(self.house.clone(), &label.clone(), label).await
     }
 
-    /// The plan for a set as things stand; nothing is reserved or moved.
+    /// Opens a session that counts against the quota of `tenant`, and is called `label`.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn session_of(
+        &self,
+        tenant: &str,
+        label: impl Into<String>,
+    ) -> Result<Session, SessionError> {
+        Session::open(self.house.clone(), tenant, label.into()).await
+    }
+
+    /// Records a decision that was made outside of the system, such as to ask a client for its leases.
+    pub fn record(&self, act: Act) {
+        self.house.decide(act);
+    }
+
+    /// The plan for a set as things stand, undivided; nothing is reserved or moved.
     ///
     /// # Errors
     /// [`LoadError::Resolve`], [`LoadError::Plan`].
     pub fn plan(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
-        let graph = resolve(
-            &self.catalogue(),
-            &self.house.config.set,
-            &set.names,
-            set.dependencies,
-        )?;
-        let tiers = self.house.ledger.views();
-        let links = self.house.links();
-        let planner = self.house.planner(&tiers, &links);
-        let mut plan = planner.plan(&graph, set.target)?;
-        plan.evictions = planner.foresee(&plan, (self.house.eviction)().as_mut());
-        Ok(plan)
+        let (plan, _) = plan::whole(&self.house, set)?;
+        Ok(plan::foreseen(&self.house, plan))
+    }
+
+    /// The plan for a set that is split where it may be and has to be: then the headers of its files are read.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`], [`LoadError::Plan`], [`LoadError::Component`].
+    pub async fn plan_split(&self, set: &ComponentSet) -> Result<Plan, LoadError> {
+        let (plan, _) = plan::make(&self.house, set).await?;
+        Ok(plan::foreseen(&self.house, plan))
+    }
+
+    /// A plan for several sets together, on these GPUs; nothing is reserved or moved.
+    ///
+    /// # Errors
+    /// [`LoadError::Resolve`]; [`LoadError::Plan`] where there is no such GPU.
+    pub fn plan_mix(&self, sets: &[ComponentSet], gpus: &GpuChoice) -> Result<MixPlan, LoadError> {
+        plan::mix(&self.house, sets, gpus)
     }
 
     /// The last decisions that concern the components for which `concerns` holds, newest first.

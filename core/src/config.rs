@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::GpuIndex;
+use crate::plan::KeepAlive;
 use crate::units::Bytes;
 
 /// Everything that a hotset system can be told. Each field's default is what `Config::default()` gives.
@@ -31,6 +32,8 @@ pub struct Config {
     pub load: LoadConfig,
     /// Sessions and their bounds.
     pub sessions: SessionsConfig,
+    /// Bounds of those who share a label. The first that matches holds.
+    pub quota: Vec<QuotaConfig>,
     /// Eviction.
     pub policy: PolicyConfig,
     /// Prediction and prefetch.
@@ -285,6 +288,9 @@ pub struct LoadConfig {
     pub verify: bool,
     /// Host memory through which one component is streamed to a GPU when it is larger than the RAM tier can hold.
     pub ring: Bytes,
+    /// How long components stay after their last lease where a request does not say: `5m`, `0` for none, or `-1` for as long as
+    /// nobody needs the memory.
+    pub keep_alive: KeepAlive,
 }
 
 impl Default for LoadConfig {
@@ -300,6 +306,7 @@ impl Default for LoadConfig {
             prefetch_rate: Bytes::ZERO,
             verify: false,
             ring: Bytes::mib(64),
+            keep_alive: KeepAlive::Unlimited,
         }
     }
 }
@@ -332,6 +339,20 @@ pub struct SessionsConfig {
     /// What a refused client is told to wait before it tries again.
     #[serde(with = "humantime_serde")]
     pub retry_after: Duration,
+    /// What one session may have leased. `None`: no bound.
+    pub quota: Option<Bytes>,
+}
+
+/// What all sessions of a label may have together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuotaConfig {
+    /// The label that clients give themselves. With a `*` at its end, each label that begins so has this quota for itself.
+    pub label: String,
+    /// What its sessions may have leased, what several of them share counted once. `None`: no bound.
+    pub leased: Option<Bytes>,
+    /// How many loads of its sessions may be under way. `None`: no bound.
+    pub loads: Option<usize>,
 }
 
 impl Default for SessionsConfig {
@@ -341,6 +362,7 @@ impl Default for SessionsConfig {
             max_loads_per_session: 16,
             max_loads: 4_096,
             retry_after: Duration::from_secs(1),
+            quota: None,
         }
     }
 }
@@ -511,8 +533,6 @@ pub struct BridgeConfig {
     pub max_requests: usize,
     /// What may wait for a client that does not read, before its connection is ended.
     pub max_behind: Bytes,
-    /// What one client may have leased. `None`: no bound.
-    pub quota: Option<Bytes>,
     /// How long a client has to let go of leases that are taken back.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
@@ -526,7 +546,6 @@ impl Default for BridgeConfig {
             allow_uids: Vec::new(),
             max_requests: 64,
             max_behind: Bytes::mib(8),
-            quota: None,
             grace: Duration::from_secs(10),
         }
     }

@@ -49,6 +49,46 @@ pub enum Act {
         #[serde(serialize_with = "seconds")]
         waited: Duration,
     },
+    /// A tier was chosen for a set.
+    Place {
+        /// Whose.
+        session: SessionId,
+        /// Which load.
+        request: RequestId,
+        /// Where to.
+        tier: Tier,
+        /// The components of the set.
+        components: Vec<ComponentId>,
+        /// The bytes that have to move there.
+        moving: Bytes,
+        /// What there was to choose from.
+        alternatives: Vec<Alternative>,
+    },
+    /// A set that others do not wait for gave back what it had been promised, since somebody waits for that memory.
+    Yield {
+        /// Whose.
+        session: SessionId,
+        /// Which load.
+        request: RequestId,
+        /// Where from.
+        tier: Tier,
+        /// The components of the set.
+        components: Vec<ComponentId>,
+    },
+    /// Leases were asked back.
+    Revoke {
+        /// From whom.
+        session: SessionId,
+        /// Where.
+        tier: Tier,
+        /// On what.
+        components: Vec<ComponentId>,
+        /// How long the holder has, in seconds.
+        #[serde(rename = "grace_s", serialize_with = "seconds")]
+        grace: Duration,
+        /// Why.
+        reason: String,
+    },
     /// A set was refused.
     Refuse {
         /// Whose.
@@ -78,6 +118,8 @@ pub enum Act {
         cause: EvictCause,
         /// How many candidates there were.
         candidates: usize,
+        /// It was loaded on a guess, and never used.
+        wasted: bool,
     },
     /// A component is loaded on a guess.
     Prefetch {
@@ -131,6 +173,23 @@ pub enum EvictCause {
     },
     /// A client or an embedder asked for it.
     Requested,
+    /// Nobody has held it for as long as it was to be kept alive.
+    KeptLongEnough {
+        /// Since when nobody has, in seconds.
+        #[serde(rename = "idle_s", serialize_with = "seconds")]
+        idle: Duration,
+    },
+}
+
+/// A tier that a set could have gone to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Alternative {
+    /// Which.
+    pub tier: Tier,
+    /// Expected seconds: of loading, and of bringing back what would be evicted. `None`: there is no room without waiting.
+    pub seconds: Option<f64>,
+    /// What is free there.
+    pub free: Bytes,
 }
 
 impl Act {
@@ -138,9 +197,11 @@ impl Act {
     #[must_use]
     pub fn concerns(&self, matches: impl Fn(&ComponentId) -> bool) -> bool {
         match self {
-            Self::Admit { components, .. } | Self::Refuse { components, .. } => {
-                components.iter().any(matches)
-            }
+            Self::Admit { components, .. }
+            | Self::Place { components, .. }
+            | Self::Yield { components, .. }
+            | Self::Revoke { components, .. }
+            | Self::Refuse { components, .. } => components.iter().any(matches),
             Self::Evict { component, .. } | Self::Prefetch { component, .. } => matches(component),
         }
     }
@@ -161,6 +222,41 @@ impl Act {
                 "admitted {} component(s) for {session}/{request} to {tier}: {needed} more needed, {free} free, waited {:.3} s",
                 components.len(),
                 waited.as_secs_f64()
+            ),
+            Self::Place {
+                session,
+                request,
+                tier,
+                moving,
+                alternatives,
+                ..
+            } => {
+                let others = alternatives.iter().map(|other| match other.seconds {
+                    Some(seconds) => format!("{} in {seconds:.3} s", other.tier),
+                    None => format!("{} after others let go", other.tier),
+                });
+                let others: Vec<String> = others.collect();
+                format!(
+                    "placed {session}/{request} in {tier}, {moving} to move, out of: {}",
+                    others.join(", ")
+                )
+            }
+            Self::Yield {
+                session,
+                request,
+                tier,
+                ..
+            } => format!("{session}/{request} gave way in {tier} to a set that somebody waits for"),
+            Self::Revoke {
+                session,
+                tier,
+                components,
+                grace,
+                reason,
+            } => format!(
+                "asked {session} for {} lease(s) in {tier} back within {} s: {reason}",
+                components.len(),
+                grace.as_secs()
             ),
             Self::Refuse {
                 session,
@@ -195,6 +291,10 @@ impl Act {
                         format!("the GPU had only {free} free for {wanted}")
                     }
                     EvictCause::Requested => "it was asked for".into(),
+                    EvictCause::KeptLongEnough { idle } => format!(
+                        "nobody has held it for {:.1} s, as long as it was to be kept alive",
+                        idle.as_secs_f64()
+                    ),
                 };
                 format!(
                     "evicted {component} from {tier}, {bytes}, because {cause}; {policy} chose it out of {candidates} ({reason})"

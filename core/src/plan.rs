@@ -2,12 +2,23 @@
 //! they fit. Pure: catalogue and books in, a [`Plan`] or a refusal with the arithmetic out.
 
 pub mod allocate;
+mod estimate;
 mod graph;
+mod keep_alive;
+mod mix;
+mod nearest;
 mod place;
+pub mod rates;
 mod set;
+mod split;
 #[cfg(test)]
 mod test_utils;
 
+pub use estimate::{DISK_PER_S, Estimate, LINK_PER_S, disk};
 pub use graph::{DependencyGraph, Edge, ResolveError, resolve};
-pub use place::{Eviction, Fit, Plan, PlanError, Planner, Route, Shortage, Step, There};
+pub use keep_alive::{KeepAlive, ParseKeepAliveError};
+pub use mix::{GiveUp, MixPlan, MixSet, SetPlan};
+pub use nearest::{Nearest, suggest_variant};
+pub use place::{Eviction, Fit, Placement, Plan, PlanError, Planner, Route, Shortage, Step, There};
 pub use set::{ComponentSet, Priority, Target, newcomers_wait};
+pub use split::{Blocks, BlocksOf};

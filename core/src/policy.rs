@@ -22,6 +22,7 @@ mod shadow;
 pub mod sieve;
 #[cfg(test)]
 pub(crate) mod test_utils;
+pub mod worth;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;

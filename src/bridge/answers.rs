@@ -5,16 +5,19 @@ use std::collections::BTreeMap;
 use hotset_core::catalog::FindError;
 use hotset_core::catalog::query::Query;
 use hotset_core::memory::FlightFailure;
-use hotset_core::plan::{PlanError, Priority, ResolveError};
+use hotset_core::plan::{KeepAlive, PlanError, Priority, ResolveError};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::wire::{
     Decisions, ErrorReply, List, Load, MAX_DECISIONS, MAX_NAMES, MAX_PAGE, MAX_TEXT_BYTES,
-    ModelReply, Models, PlanReply, Progress, ServerMessage, Set, Why,
+    MixReply, ModelReply, Models, PlanMix, PlanReply, Progress, ServerMessage, Set, Why,
 };
 use super::{frame::FrameError, wire};
-use crate::{ComponentSet, Hotset, LoadError, LoadProgress, Phase, SessionError, documents};
+use crate::{
+    Bytes, ComponentSet, GpuChoice, GpuIndex, Hotset, LoadError, LoadProgress, Phase, SessionError,
+    documents,
+};
 
 /// How many decisions an answer has where the request does not say.
 const DEFAULT_DECISIONS: usize = 100;
@@ -81,6 +84,7 @@ pub(super) fn set_of(set: &Set) -> Result<ComponentSet, ErrorReply> {
         .map_err(|error| refusal("no-such-tier", format!("{error}")))?;
     let mut wanted = ComponentSet::new(set.names.iter().cloned()).on(target);
     wanted.dependencies = set.dependencies;
+    wanted.split = set.split;
     Ok(wanted)
 }
 
@@ -89,10 +93,11 @@ pub(super) fn load_of(load: Load) -> Result<ComponentSet, ErrorReply> {
     let priority = match load.priority.as_str() {
         "interactive" => Priority::Interactive,
         "batch" => Priority::Batch,
+        "prefetch" => Priority::Prefetch,
         other => {
             return Err(refusal(
                 "malformed",
-                format!("`{other}` is no priority; there are interactive and batch"),
+                format!("`{other}` is no priority; there are interactive, batch and prefetch"),
             ));
         }
     };
@@ -100,8 +105,17 @@ pub(super) fn load_of(load: Load) -> Result<ComponentSet, ErrorReply> {
         names: load.names,
         target: load.target,
         dependencies: load.dependencies,
+        split: load.split,
     })?
     .with_priority(priority);
+    wanted.keep_alive = match load.keep_alive {
+        None => None,
+        Some(text) => {
+            check_text("the keep-alive", &text)?;
+            let keep: Result<KeepAlive, _> = text.parse();
+            Some(keep.map_err(|error| refusal("malformed", error.to_string()))?)
+        }
+    };
     wanted.deadline = load.deadline_ms.map(std::time::Duration::from_millis);
     Ok(wanted)
 }
@@ -160,12 +174,36 @@ pub(super) fn show(hotset: &Hotset, name: &str) -> Result<ServerMessage, ErrorRe
 }
 
 /// `plan`
-pub(super) fn plan(hotset: &Hotset, set: &Set) -> Result<ServerMessage, ErrorReply> {
+pub(super) async fn plan(hotset: &Hotset, set: &Set) -> Result<ServerMessage, ErrorReply> {
     let plan = hotset
-        .plan(&set_of(set)?)
+        .plan_split(&set_of(set)?)
+        .await
         .map_err(|error| load_error(&error))?;
     Ok(ServerMessage::Plan(PlanReply {
         plan: document(&plan),
+    }))
+}
+
+/// `plan-mix`
+pub(super) fn plan_mix(hotset: &Hotset, mix: &PlanMix) -> Result<ServerMessage, ErrorReply> {
+    let many = [mix.sets.len(), mix.gpus.len(), mix.imagined.len()];
+    if many.iter().any(|count| *count > MAX_NAMES) {
+        return Err(refusal(
+            "malformed",
+            format!("more than {MAX_NAMES} sets or GPUs in one plan"),
+        ));
+    }
+    let sets: Vec<ComponentSet> = mix.sets.iter().map(set_of).collect::<Result<_, _>>()?;
+    let gpus = match (&mix.imagined[..], &mix.gpus[..]) {
+        ([], []) => GpuChoice::All,
+        ([], gpus) => GpuChoice::Only(gpus.iter().copied().map(GpuIndex).collect()),
+        (imagined, _) => GpuChoice::Imagined(imagined.iter().copied().map(Bytes).collect()),
+    };
+    let mix = hotset
+        .plan_mix(&sets, &gpus)
+        .map_err(|error| load_error(&error))?;
+    Ok(ServerMessage::Mix(MixReply {
+        mix: document(&mix),
     }))
 }
 
@@ -279,6 +317,14 @@ pub(crate) fn load_error(error: &LoadError) -> ErrorReply {
             }
             _ => "load-failed",
         },
+        LoadError::Quota { retry_after, .. } => {
+            let retry_after_ms =
+                retry_after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+            return ErrorReply {
+                retry_after_ms,
+                ..refusal("quota", message)
+            };
+        }
         LoadError::TimedOut { .. } => "timed-out",
         LoadError::Cancelled => "cancelled",
         LoadError::Restarted => "restarted",

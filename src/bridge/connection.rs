@@ -15,7 +15,7 @@ use futures::stream::FuturesUnordered;
 use hotset_core::LeaseId;
 use hotset_core::memory::Lease;
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::answers::{self, document, refusal};
@@ -29,7 +29,7 @@ use super::wire::{
     ServerMessage, StatusReply, Subscribed, UsageReply, VERSIONS, Welcome,
 };
 use super::{FAREWELL, FrameError, Shared};
-use crate::{GpuEvent, LoadError, LoadEvent, Loading, Session, SessionId, Shortage, Tier};
+use crate::{Act, GpuEvent, LoadError, LoadEvent, Loading, Session, SessionId, Shortage, Tier};
 
 /// How long a client may take to say `hello`.
 const HELLO_TIME: Duration = Duration::from_secs(10);
@@ -141,7 +141,7 @@ impl Connection {
             (label, Some(pid)) => format!("{label} (pid {pid})"),
             (label, None) => label.to_owned(),
         };
-        let session = match self.shared.hotset.session(label).await {
+        let session = match self.shared.hotset.session_of(&hello.label, label).await {
             Ok(session) => session,
             Err(error) => return Err(refuse(self, answers::session_error(&error))),
         };
@@ -158,7 +158,13 @@ impl Connection {
                 text_bytes: MAX_TEXT_BYTES as u64,
                 requests: config.max_requests as u64,
                 behind_bytes: config.max_behind.get(),
-                quota_bytes: config.quota.map(crate::Bytes::get),
+                quota_bytes: self
+                    .shared
+                    .hotset
+                    .config()
+                    .sessions
+                    .quota
+                    .map(crate::Bytes::get),
             },
         };
         tracing::debug!(session = %session.id(), pid = self.pid, software = hello.software, "a client is here");
@@ -203,7 +209,6 @@ fn send(outbox: &Outbox, id: u64, message: &ServerMessage) -> Result<(), Channel
 enum Finished {
     Load {
         id: u64,
-        reserved: u64,
         preemptible: bool,
         outcome: Result<Vec<(Lease, Option<Exported>)>, LoadError>,
     },
@@ -213,6 +218,13 @@ enum Finished {
     },
     /// The client is too slow for what the work sends.
     Failed(ChannelError),
+}
+
+/// Leases of a load that goes on.
+struct Came {
+    id: u64,
+    preemptible: bool,
+    leases: Vec<(Lease, Option<Exported>)>,
 }
 
 /// A connection with its session open.
@@ -226,8 +238,8 @@ struct Talk {
     work: FuturesUnordered<BoxFuture<'static, Finished>>,
     /// The loads under way: what cancels each.
     loads: HashMap<u64, oneshot::Sender<()>>,
-    /// Bytes of loads under way, as far as a quota asks for them.
-    reserved: u64,
+    /// Leases of loads that go on. As many at most as their sets have components.
+    parts: (mpsc::UnboundedSender<Came>, mpsc::UnboundedReceiver<Came>),
     /// Leases that were asked back, and until when.
     revoked: Option<(Instant, Vec<u64>)>,
     promise: Option<Duration>,
@@ -246,7 +258,7 @@ impl Talk {
             events: Events::new(),
             work: FuturesUnordered::new(),
             loads: HashMap::new(),
-            reserved: 0,
+            parts: mpsc::unbounded_channel(),
             revoked: None,
             promise,
             heard: Instant::now(),
@@ -263,6 +275,7 @@ impl Talk {
             let outcome = tokio::select! {
                 biased;
                 () = stop.cancelled() => Err(End::Told("draining", "the server ends".into())),
+                Some(came) = self.parts.1.recv() => self.came(came),
                 Some(finished) = self.work.next(), if !self.work.is_empty() => self.finished(finished),
                 error = &mut flushing => Err(error.into()),
                 received = inbox.receive() => match received {
@@ -321,7 +334,7 @@ impl Talk {
             ClientMessage::Hello(_) => Err(refusal("malformed", "`hello` was said already")),
             ClientMessage::List(list) => answers::list(hotset, &list),
             ClientMessage::Show(show) => answers::show(hotset, &show.name),
-            ClientMessage::Plan(set) => answers::plan(hotset, &set),
+            ClientMessage::PlanMix(mix) => answers::plan_mix(hotset, &mix),
             ClientMessage::Why(why) => answers::why(hotset, &why),
             ClientMessage::Load(load) => match self.load(id, load) {
                 Ok(Some(finished)) => return self.finished(finished),
@@ -355,7 +368,8 @@ impl Talk {
                 self.shared.drain.notify_one();
                 Ok(ServerMessage::Draining(Empty {}))
             }
-            question @ (ClientMessage::Status(_)
+            question @ (ClientMessage::Plan(_)
+            | ClientMessage::Status(_)
             | ClientMessage::Analyse(_)
             | ClientMessage::Scan(_)) => match self.ask(id, question) {
                 Ok(()) => return Ok(()),
@@ -391,6 +405,9 @@ impl Talk {
         let hotset = self.shared.hotset.clone();
         let asked = async move {
             let message = match question {
+                ClientMessage::Plan(set) => answers::plan(&hotset, &set)
+                    .await
+                    .unwrap_or_else(ServerMessage::Error),
                 ClientMessage::Status(_) => ServerMessage::Status(StatusReply {
                     status: document(&hotset.status().await),
                 }),
@@ -420,25 +437,8 @@ impl Talk {
             ));
         }
         let (progress, preemptible) = (load.progress, load.preemptible);
+        let parts = load.parts.then(|| self.parts.0.clone());
         let set = answers::load_of(load)?;
-        let mut reserved = 0;
-        if let Some(quota) = self.shared.config.quota {
-            let graph = self.shared.hotset.dependencies(&set);
-            let graph = graph.map_err(|error| answers::load_error(&error))?;
-            reserved = graph.order().iter().map(|c| c.bytes.get()).sum();
-            let held = self.leases.bytes() + self.reserved;
-            if held.saturating_add(reserved) > quota.get() {
-                return Err(refusal(
-                    "quota",
-                    format!(
-                        "this client may have {quota} leased; it has {} leased or under way, and the set takes {}: release some",
-                        crate::Bytes(held),
-                        crate::Bytes(reserved)
-                    ),
-                ));
-            }
-            self.reserved += reserved;
-        }
         self.events.watch_gpus(&self.shared.hotset);
         if preemptible {
             self.events.watch_shortages(&self.shared.hotset);
@@ -448,10 +448,16 @@ impl Talk {
         let loading = self.session.load(set);
         let outbox = self.outbox.clone();
         let pumped = async move {
-            match pump(id, loading, cancelled, progress, &outbox).await {
+            let to = To {
+                id,
+                outbox: &outbox,
+                progress,
+                preemptible,
+                parts,
+            };
+            match pump(to, loading, cancelled).await {
                 Ok(outcome) => Finished::Load {
                     id,
-                    reserved,
                     preemptible,
                     outcome: match outcome {
                         Ok(leases) => Ok(exported(leases).await),
@@ -475,24 +481,45 @@ impl Talk {
             Finished::Answer { id, message } => self.reply(id, message),
             Finished::Load {
                 id,
-                reserved,
                 preemptible,
                 outcome,
             } => {
-                self.loads.remove(&id);
-                self.reserved -= reserved;
-                let leased = outcome
-                    .map_err(|error| answers::load_error(&error))
-                    .and_then(|leases| self.leases.add(leases, preemptible, &self.shared.tables));
-                match leased {
-                    Err(error) => self.reply(id, ServerMessage::Error(error)),
-                    Ok((leased, descriptors)) => {
-                        let frame = ServerMessage::Leased(leased)
-                            .encode(id)
-                            .map_err(ChannelError::from)?;
-                        Ok(self.outbox.send_with(frame, descriptors)?)
-                    }
+                // What came on the way goes first.
+                while let Ok(came) = self.parts.1.try_recv() {
+                    self.came(came)?;
                 }
+                self.loads.remove(&id);
+                match outcome {
+                    Err(error) => self.reply(id, ServerMessage::Error(answers::load_error(&error))),
+                    Ok(leases) => self.leased(id, leases, preemptible, false),
+                }
+            }
+        }
+    }
+
+    fn came(&mut self, came: Came) -> Result<(), End> {
+        self.leased(came.id, came.leases, came.preemptible, true)
+    }
+
+    fn leased(
+        &mut self,
+        id: u64,
+        leases: Vec<(Lease, Option<Exported>)>,
+        preemptible: bool,
+        more: bool,
+    ) -> Result<(), End> {
+        match self.leases.add(leases, preemptible, &self.shared.tables) {
+            Err(error) => {
+                // One answer ends a load, and with it what is still to come.
+                self.loads.remove(&id);
+                self.reply(id, ServerMessage::Error(error))
+            }
+            Ok((mut leased, descriptors)) => {
+                leased.more = more;
+                let frame = ServerMessage::Leased(leased)
+                    .encode(id)
+                    .map_err(ChannelError::from)?;
+                Ok(self.outbox.send_with(frame, descriptors)?)
             }
         }
     }
@@ -550,17 +577,24 @@ impl Talk {
         }
         let grace = self.shared.config.grace;
         self.revoked = Some((Instant::now() + grace, leases.clone()));
-        self.reply(
-            0,
-            ServerMessage::Revoke(Revoke {
-                leases,
-                grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
-                reason: format!(
-                    "{} waits for {} more of {}",
-                    shortage.session, shortage.missing, shortage.tier
-                ),
-            }),
-        )
+        let reason = format!(
+            "{} waits for {} more of {}",
+            shortage.session, shortage.missing, shortage.tier
+        );
+        self.shared.hotset.record(Act::Revoke {
+            session: self.session.id(),
+            tier: shortage.tier,
+            components: self.leases.components(&leases),
+            grace,
+            reason: reason.clone(),
+        });
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        let revoke = Revoke {
+            leases,
+            grace_ms,
+            reason,
+        };
+        self.reply(0, ServerMessage::Revoke(revoke))
     }
 
     /// When to look at promises and grace periods next.
@@ -605,27 +639,44 @@ async fn until(when: Option<Instant>) {
     }
 }
 
-/// Follows a load to its end, and tells of its progress where that is wanted and the client keeps up.
-async fn pump(
+/// Who hears of a load, and how.
+struct To<'a> {
     id: u64,
+    outbox: &'a Outbox,
+    progress: bool,
+    preemptible: bool,
+    /// Where leases go as they come.
+    parts: Option<mpsc::UnboundedSender<Came>>,
+}
+
+/// Follows a load to its end, and tells of its progress where that is wanted and the client keeps up. Gives the leases that
+/// were not sent on their way.
+async fn pump(
+    to: To<'_>,
     mut loading: Loading,
     cancelled: oneshot::Receiver<()>,
-    progress: bool,
-    outbox: &Outbox,
 ) -> Result<Result<Vec<Lease>, LoadError>, ChannelError> {
+    let (id, outbox) = (to.id, to.outbox);
     let mut leases = Vec::new();
     let mut cancelled = cancelled.fuse();
     loop {
         tokio::select! {
             biased;
             event = loading.next() => match event {
-                Some(Ok(LoadEvent::Leased(lease))) => leases.push(lease),
+                Some(Ok(LoadEvent::Leased(lease))) => match &to.parts {
+                    None => leases.push(lease),
+                    Some(parts) => {
+                        let leases = exported(vec![lease]).await;
+                        // Who would hear of it ends with the connection, and this with it.
+                        let _ = parts.send(Came { id, preemptible: to.preemptible, leases });
+                    }
+                },
                 Some(Ok(LoadEvent::Done)) => return Ok(Ok(leases)),
-                Some(Ok(LoadEvent::Planned(plan))) if progress => {
+                Some(Ok(LoadEvent::Planned(plan))) if to.progress => {
                     let plan = document(&*plan);
                     send(outbox, id, &ServerMessage::Planned(PlanReply { plan }))?;
                 }
-                Some(Ok(LoadEvent::Progress(now))) if progress && !outbox.is_behind() => {
+                Some(Ok(LoadEvent::Progress(now))) if to.progress && !outbox.is_behind() => {
                     send(outbox, id, &ServerMessage::Progress((&now).into()))?;
                 }
                 Some(Ok(_)) => {}

@@ -13,7 +13,7 @@ use hotset_core::memory::{Lease, Slab};
 use hotset_core::tensor::TensorTable;
 
 use super::tables::Tables;
-use super::wire::{ErrorReply, Leased, LeasedComponent, Memory, Table};
+use super::wire::{ErrorReply, Leased, LeasedComponent, Memory, Part, Table};
 
 /// The most tensor tables that a connection remembers. Beyond it, tables get new numbers and are sent again.
 const MAX_TABLES: usize = 4096;
@@ -26,7 +26,6 @@ pub(super) struct Leases {
     tables: HashMap<usize, (u64, Arc<TensorTable>)>,
     next_memory: u64,
     next_table: u64,
-    bytes: u64,
 }
 
 #[derive(Debug)]
@@ -54,11 +53,6 @@ fn key(lease: &Lease) -> usize {
 }
 
 impl Leases {
-    /// Bytes that are leased.
-    pub(super) const fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// Takes the leases of a load over; gives the reply and the descriptors that go with it. Where that fails, none of them
     /// is held, and no number is given that the client would not hear of.
     pub(super) fn add(
@@ -131,8 +125,8 @@ impl Leases {
                 bytes: component.bytes.get(),
                 memory,
                 table,
+                part: component.part.as_deref().map(part),
             });
-            self.bytes += component.bytes.get();
             self.held.insert(
                 lease.id().0,
                 Held {
@@ -183,7 +177,6 @@ impl Leases {
                 let Some(held) = self.held.remove(number) else {
                     return false;
                 };
-                self.bytes -= held.lease.component().bytes.get();
                 if let Some(memory) = self.memories.get_mut(&held.memory) {
                     memory.leases -= 1;
                     if memory.leases == 0 {
@@ -204,9 +197,25 @@ impl Leases {
             .collect()
     }
 
+    /// What these leases are on.
+    pub(super) fn components(&self, numbers: &[u64]) -> Vec<hotset_core::ComponentId> {
+        let held = numbers.iter().filter_map(|number| self.held.get(number));
+        held.map(|held| held.lease.component().id.clone()).collect()
+    }
+
     /// Whether one of these is still held.
     pub(super) fn holds_any(&self, numbers: &[u64]) -> bool {
         numbers.iter().any(|number| self.held.contains_key(number))
+    }
+}
+
+fn part(part: &hotset_core::catalog::Part) -> Part {
+    Part {
+        of: part.of.to_string(),
+        blocks: part.blocks.iter().map(ToString::to_string).collect(),
+        first: part.first as u64,
+        of_blocks: part.of_blocks as u64,
+        shared: part.shared,
     }
 }
 

@@ -87,6 +87,9 @@ messages! {
         Show(Show) = "show",
         /// What a load would do as things stand, without doing it. Answered by `plan`.
         Plan(Set) = "plan",
+        /// What loading several sets together would do: which GPU each gets, and what one would have to give up where not all fit.
+        /// Answered by `mix`.
+        PlanMix(PlanMix) = "plan-mix",
         /// Loads a component set and leases it, all or nothing. Answered by `leased`, after `planned` and `progress` where they
         /// were asked for.
         Load(Load) = "load",
@@ -135,11 +138,14 @@ messages! {
         Model(ModelReply) = "model",
         /// A plan.
         Plan(PlanReply) = "plan",
+        /// A plan for several sets.
+        Mix(MixReply) = "mix",
         /// Event of a load: the plan is made, and memory is being reserved.
         Planned(PlanReply) = "planned",
         /// Event of a load: how far it is. Only the latest is sent to a slow reader.
         Progress(Progress) = "progress",
-        /// The set is resident and leased. The descriptors of new memory travel with it, in the order of `memories`.
+        /// The set is resident and leased. The descriptors of new memory travel with it, in the order of `memories`. Where the load
+        /// asked for `parts`, several come, each with what is there by then, and `more` in all but the last.
         Leased(Leased) = "leased",
         /// Answers `cancel`.
         Cancelled(Cancelled) = "cancelled",
@@ -293,6 +299,29 @@ pub struct Set {
     /// Whether the bases of adapters are part of the set.
     #[serde(default = "yes")]
     pub dependencies: bool,
+    /// Whether components that no GPU has room for may be split.
+    #[serde(default)]
+    pub split: bool,
+}
+
+/// Several sets that are wanted together.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlanMix {
+    /// The sets.
+    pub sets: Vec<Set>,
+    /// The GPUs that they may have, by number. Empty: all.
+    #[serde(default)]
+    pub gpus: Vec<u32>,
+    /// Instead of these: empty GPUs of so many bytes each, which need not exist.
+    #[serde(default)]
+    pub imagined: Vec<u64>,
+}
+
+/// A plan for several sets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct MixReply {
+    /// The plan, as `hotset plan --gpus .. --json` prints it.
+    pub mix: Value,
 }
 
 fn best() -> String {
@@ -321,7 +350,8 @@ pub struct Load {
     /// Whether the bases of adapters are part of the set.
     #[serde(default = "yes")]
     pub dependencies: bool,
-    /// `interactive`: somebody waits for it; `batch`: nobody does, and others go first.
+    /// `interactive`: somebody waits for it; `batch`: nobody does, and others go first; `prefetch`: nobody may ever, and it is loaded
+    /// when links are idle.
     #[serde(default = "interactive")]
     pub priority: String,
     /// How long it may take, in milliseconds; the server's `load.deadline` where it is not said.
@@ -333,6 +363,23 @@ pub struct Load {
     /// Whether the client lets go when it is asked to (`revoke`), so that others may have the memory.
     #[serde(default)]
     pub preemptible: bool,
+    /// Whether the client takes components that are split between a GPU and RAM (`part` in their leases), where they are too
+    /// large for any GPU.
+    #[serde(default)]
+    pub split: bool,
+    /// How long the components stay after their last lease: `5m`, `90s`, a number of seconds, `0` for none, `-1` for as long as nobody
+    /// needs the memory. The server's `load.keep_alive` where it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive: Option<String>,
+    /// Whether leases are sent as they come, in loading order, while the rest still loads. A load that fails after that takes none
+    /// of them back.
+    #[serde(default)]
+    pub parts: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 fn interactive() -> String {
@@ -387,6 +434,9 @@ pub struct Leased {
     /// How many descriptors travel with this message.
     #[serde(default)]
     pub descriptors: u64,
+    /// Whether further leases of this load follow.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub more: bool,
 }
 
 /// One lease.
@@ -406,6 +456,24 @@ pub struct LeasedComponent {
     pub memory: u64,
     /// The table of its tensors.
     pub table: u64,
+    /// Of a component that is split: which blocks of it these are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+}
+
+/// Some blocks of a component that is split between a GPU and RAM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Part {
+    /// The whole component: `model/component`.
+    pub of: String,
+    /// What the names of each block's tensors begin with, in the order in which blocks are used.
+    pub blocks: Vec<String>,
+    /// The place of the first of them among all blocks.
+    pub first: u64,
+    /// How many blocks the whole has.
+    pub of_blocks: u64,
+    /// Whether the tensors that belong to no block are here.
+    pub shared: bool,
 }
 
 /// Memory that can be mapped.

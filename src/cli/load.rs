@@ -7,7 +7,8 @@ use clap::Args;
 use futures::StreamExt;
 use hotset::client::{Client, LoadOptions, RemoteEvent};
 use hotset::{
-    Bytes, ComponentSet, Config, Hotset, Lease, LoadError, LoadEvent, Place, Session, Target,
+    Bytes, ComponentSet, Config, Hotset, KeepAlive, Lease, LoadError, LoadEvent, Place, Priority,
+    Session, Target,
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -30,12 +31,31 @@ pub(crate) struct LoadArgs {
     /// Leave the bases of adapters out
     #[arg(long)]
     without_dependencies: bool,
+    /// Where no GPU has room for a component: as many of its blocks as fit there, and the others in RAM
+    #[arg(long)]
+    split: bool,
+    /// Whose turn it is when memory is short: interactive, batch, or prefetch for idle links
+    #[arg(long, default_value = "interactive", value_parser = parse_priority)]
+    priority: Priority,
+    /// How long it stays after its last lease: 5m, 0, or -1 for as long as nobody needs the memory [default: load.keep_alive of the
+    /// configuration]
+    #[arg(long, allow_hyphen_values = true)]
+    keep_alive: Option<KeepAlive>,
     /// Hold the leases until ctrl-c
     #[arg(long)]
     hold: bool,
     /// Print the SHA-256 of every tensor, computed from the leased bytes
     #[arg(long)]
     digest: bool,
+}
+
+fn parse_priority(text: &str) -> Result<Priority, String> {
+    match text {
+        "interactive" => Ok(Priority::Interactive),
+        "batch" => Ok(Priority::Batch),
+        "prefetch" => Ok(Priority::Prefetch),
+        _ => Err("there are interactive, batch and prefetch".into()),
+    }
 }
 
 #[derive(Serialize)]
@@ -89,6 +109,9 @@ pub(crate) async fn run(args: &LoadArgs, global: &Global) -> Result<(), CliError
     let mut set = ComponentSet::new(names).on(args.target);
     set.deadline = args.deadline;
     set.dependencies = !args.without_dependencies;
+    set.split = args.split;
+    set.priority = args.priority;
+    set.keep_alive = args.keep_alive;
 
     let began = Instant::now();
     let leases = load(&session, set, global.json).await?;
@@ -156,6 +179,17 @@ async fn from_server(
     if args.without_dependencies {
         options = options.without_dependencies();
     }
+    if args.split {
+        options = options.may_split();
+    }
+    if let Some(keep) = args.keep_alive {
+        options = options.keep_alive(keep);
+    }
+    options = match args.priority {
+        Priority::Interactive => options,
+        Priority::Batch => options.batch(),
+        Priority::Prefetch => options.prefetch(),
+    };
     let began = Instant::now();
     let mut bars = Bars::new(global.json);
     let mut loading = client.loading(&options)?;
@@ -165,7 +199,8 @@ async fn from_server(
             event = loading.next() => match event? {
                 RemoteEvent::Progress(progress) => bars.show(&progress),
                 RemoteEvent::Leased(leases) => break leases,
-                RemoteEvent::Planned(_) => {}
+                // It was not asked for.
+                RemoteEvent::Planned(_) | RemoteEvent::Part(_) => {}
             },
             _ = tokio::signal::ctrl_c() => loading.cancel(),
         }

@@ -33,6 +33,8 @@ const EVENTS_KEPT: usize = 256;
 pub(super) enum Reply {
     Message(ServerMessage),
     Leased(Result<Vec<RemoteLease>, ClientError>),
+    /// Some of them; more follow.
+    Part(Result<Vec<RemoteLease>, ClientError>),
 }
 
 #[derive(Debug, Default)]
@@ -105,7 +107,7 @@ impl Link {
                 Ok(link)
             }
             Reply::Message(other) => Err(super::unexpected(other)),
-            Reply::Leased(_) => Err(ClientError::Protocol {
+            Reply::Leased(_) | Reply::Part(_) => Err(ClientError::Protocol {
                 reason: "leases in answer to `hello`".into(),
             }),
         }
@@ -233,15 +235,23 @@ impl Link {
     fn dispatch(self: &Arc<Self>, id: u64, message: ServerMessage, descriptors: Vec<OwnedFd>) {
         let last = !matches!(
             message,
-            ServerMessage::Planned(_) | ServerMessage::Progress(_)
+            ServerMessage::Planned(_)
+                | ServerMessage::Progress(_)
+                | ServerMessage::Leased(Leased { more: true, .. })
         );
         match message {
             ServerMessage::Leased(leased) => {
                 let leases = self.take(leased, descriptors);
-                let waiting = self.lock().waiting.remove(&id);
+                let waiting = match last {
+                    true => self.lock().waiting.remove(&id),
+                    false => self.lock().waiting.get(&id).cloned(),
+                };
                 // Where nobody waits any more, dropping them releases them.
                 if let Some(waiting) = waiting {
-                    let _ = waiting.send(Reply::Leased(leases));
+                    let _ = waiting.send(match last {
+                        true => Reply::Leased(leases),
+                        false => Reply::Part(leases),
+                    });
                 }
             }
             ServerMessage::Released(released) => {

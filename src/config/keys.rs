@@ -1,12 +1,12 @@
 //! The keys of the configuration, as the type [`Config`] itself states them.
 
-use hotset_core::config::{Config, GpuConfig, SetConfig};
+use hotset_core::config::{Config, GpuConfig, QuotaConfig, SetConfig};
 use serde_json::Value;
 
 /// The keys that hold lists of sections.
-pub(super) const LISTS: [&str; 2] = ["gpu", "set"];
+pub(super) const LISTS: [&str; 3] = ["gpu", "quota", "set"];
 
-/// All keys with their defaults; `gpu` and `set` hold one section, which stands for each.
+/// All keys with their defaults; lists hold one section, which stands for each.
 pub(super) struct Keys {
     tree: Value,
 }
@@ -26,6 +26,7 @@ impl Keys {
     pub(super) fn new() -> Self {
         let config = Config {
             gpu: vec![GpuConfig::default()],
+            quota: vec![QuotaConfig::default()],
             set: vec![SetConfig::default()],
             ..Config::default()
         };

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use hotset_core::Bytes;
-use hotset_core::config::{EvictionPolicyName, GpuConfig, SetConfig};
+use hotset_core::config::{EvictionPolicyName, GpuConfig, QuotaConfig, SetConfig};
 
 use super::*;
 
@@ -69,6 +69,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
     let loaded = Case::new(&all).load().unwrap();
     let mut expected = Config {
         gpu: vec![GpuConfig::default()],
+        quota: vec![QuotaConfig::default()],
         set: vec![SetConfig {
             name: "portrait".into(),
             models: ["sdxl-base", "portrait-lora", "sdxl-refiner"]
@@ -90,7 +91,12 @@ fn the_shipped_file_names_every_key_with_its_default() {
     expected.ram.budget = Some(Bytes::gib(16));
     expected.ram.keep_warm = Some(Bytes::gib(8));
     expected.bridge.socket = Some("/run/hotset/hotset.sock".into());
-    expected.bridge.quota = Some(Bytes::gib(16));
+    expected.sessions.quota = Some(Bytes::gib(16));
+    expected.quota[0] = QuotaConfig {
+        label: "team-*".into(),
+        leased: Some(Bytes::gib(24)),
+        loads: Some(4),
+    };
     expected.http.listen = Some(([127, 0, 0, 1], 7420).into());
     expected.http.token = Some("a long random text".into());
     expected.gpu[0].budget = Some(Bytes::gib(20));

@@ -306,6 +306,7 @@ async fn the_catalogue_is_listed_shown_planned_and_followed() {
             names: vec!["base".into()],
             target: "ram".into(),
             dependencies: true,
+            split: false,
         })
         .await
         .unwrap();
@@ -341,9 +342,10 @@ async fn the_catalogue_is_listed_shown_planned_and_followed() {
 async fn refusals_have_codes() {
     let library = Library::new();
     library.single("one", 1, 64);
-    library.single("large", 2, 9 << 10);
+    library.single("two", 3, 64);
+    library.single("large", 2, 4 << 10);
     let mut config = library.config(Bytes::mib(8));
-    config.bridge.quota = Some(Bytes::kib(100));
+    config.sessions.quota = Some(Bytes::kib(100));
     let served = Served::start(config).await;
     let client = served.client("worker").await;
     let load = async |names: &[&str], target: &str| {
@@ -367,12 +369,20 @@ async fn refusals_have_codes() {
         panic!("it is refused")
     };
     assert_eq!(error.nearest, ["one"]);
-    // The quota counts what is held.
+    // The quota counts what is held, once.
     let held = load(&["one"], "ram").await.unwrap();
-    assert_eq!(refused(&load(&["one"], "ram").await.unwrap_err()), "quota");
+    drop(load(&["one"], "ram").await.unwrap());
+    let ClientError::Refused(error) = load(&["two"], "ram").await.unwrap_err() else {
+        panic!("it is refused")
+    };
+    assert_eq!(error.code, "quota");
+    assert!(
+        error.retry_after_ms.is_some(),
+        "it fits once `one` is released"
+    );
     drop(held);
     served.no_leases().await;
-    drop(load(&["one"], "ram").await.unwrap());
+    drop(load(&["two"], "ram").await.unwrap());
     served.end().await;
 }
 

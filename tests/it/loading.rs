@@ -149,7 +149,7 @@ async fn a_set_that_can_never_fit_is_refused_at_once_with_the_arithmetic() {
         let error = outcome(session.load(ComponentSet::new(["base"]).on(target)))
             .await
             .unwrap_err();
-        let LoadError::Plan(PlanError::NeverFits { shortages }) = &error else {
+        let LoadError::Plan(PlanError::NeverFits { shortages, .. }) = &error else {
             panic!("{error}");
         };
         assert_eq!(shortages[0].budget, Bytes::mib(1));

@@ -12,5 +12,7 @@ mod loading;
 mod memory_limit;
 mod mixes;
 mod protocol;
+mod split;
+mod tenants;
 mod virtual_time;
 mod watching;

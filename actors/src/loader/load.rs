@@ -8,13 +8,11 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use hotset_core::catalog::Component;
 use hotset_core::decision::Act;
-use hotset_core::device::Links;
 use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
-use hotset_core::plan::{ComponentSet, Plan, Priority, There, resolve};
+use hotset_core::plan::{ComponentSet, Plan, Priority, Step, There};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -23,7 +21,10 @@ use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
+use crate::plan;
+use crate::quotas::Counted;
 use crate::ram_cache::RamCacheMessage;
+use crate::sessions::Record;
 use crate::uses::UsedSet;
 use crate::vram_manager::{Ring, Source, VramManagerMessage};
 
@@ -32,6 +33,9 @@ const ATTEMPTS: u32 = 5;
 /// Wait before it begins again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
+/// How often a load gives way to others; then it goes on.
+const YIELDS: u32 = 8;
+
 /// Thirty years.
 const FOR_EVER: Duration = Duration::from_secs(30 * 365 * 86_400);
 
@@ -39,10 +43,25 @@ const FOR_EVER: Duration = Duration::from_secs(30 * 365 * 86_400);
 pub(super) struct Job {
     house: Arc<House>,
     session: SessionId,
+    record: Arc<Record>,
     request: RequestId,
     set: ComponentSet,
     asked: Duration,
     started: Instant,
+}
+
+/// How an attempt ended, where it did not fail.
+enum Attempt {
+    Done,
+    /// It gave its memory back to a set that somebody waits for.
+    Yielded,
+}
+
+/// What moves, and who hears of it.
+struct Way<'a> {
+    plan: &'a Plan,
+    outlet: &'a Outlet,
+    may_yield: bool,
 }
 
 /// What the load knows of itself for its progress and its errors.
@@ -56,7 +75,7 @@ struct Board {
 impl Job {
     pub(super) fn new(
         house: Arc<House>,
-        session: SessionId,
+        record: Arc<Record>,
         request: RequestId,
         set: ComponentSet,
         asked: Duration,
@@ -65,7 +84,8 @@ impl Job {
         let now = Instant::now();
         Self {
             house,
-            session,
+            session: record.id,
+            record,
             request,
             set,
             asked,
@@ -154,18 +174,32 @@ impl Job {
         let mut pause = FIRST_PAUSE;
         let mut handed = Handed::default();
         let mut shown = false;
-        for left in (0..ATTEMPTS).rev() {
-            match self.attempt(outlet, board, &mut handed, &mut shown).await {
-                Err(LoadError::Component { failure, .. }) if failure.is_passing() && left > 0 => {
+        let mut yields = match self.set.priority {
+            Priority::Interactive => 0,
+            Priority::Batch | Priority::Prefetch => YIELDS,
+        };
+        let mut left = ATTEMPTS;
+        loop {
+            let may_yield = yields > 0;
+            match self
+                .attempt(outlet, board, &mut handed, &mut shown, may_yield)
+                .await
+            {
+                Err(LoadError::Component { failure, .. }) if failure.is_passing() && left > 1 => {
                     tracing::debug!(%failure, "beginning again");
+                    left -= 1;
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                 }
-                Ok(()) => return Ok(()),
+                Ok(Attempt::Done) => return Ok(()),
+                // What has landed may be evicted from here on.
+                Ok(Attempt::Yielded) => {
+                    yields -= 1;
+                    handed.ready.clear();
+                }
                 Err(error) => return Err(error),
             }
         }
-        Err(LoadError::Restarted)
     }
 
     async fn attempt(
@@ -174,9 +208,10 @@ impl Job {
         board: &mut Board,
         handed: &mut Handed,
         shown: &mut bool,
-    ) -> Result<(), LoadError> {
+        may_yield: bool,
+    ) -> Result<Attempt, LoadError> {
         board.stage = Stage::Planning;
-        let (plan, generation) = self.plan()?;
+        let (plan, generation) = plan::make(&self.house, &self.set).await?;
         let plan = Arc::new(plan);
         board.components = plan
             .steps
@@ -192,35 +227,82 @@ impl Job {
         if !*shown {
             *shown = true;
             self.count_hits(&plan);
-            let tier = plan.tier;
-            self.house.note_use(self.session, tier, used(&plan));
+            for tier in plan.tiers() {
+                let used = used(&plan, |step| step.tier == tier);
+                self.house.note_use(self.session, tier, used);
+            }
+            self.note_place(&plan);
             outlet.send(LoadEvent::Planned(plan.clone())).await;
         }
+        let _counted = self.count(&plan)?;
 
         let (claims, staging) = self.reserve(&plan, outlet, board).await?;
+        for tier in plan.tiers() {
+            let keep = self.house.keep_alive_of(&self.set);
+            let components = plan.components(tier);
+            self.house.ledger.set_keep_alive(tier, &components, keep);
+        }
         board.stage = Stage::Loading;
-        self.move_all(&plan, claims, staging, outlet, board, handed)
-            .await?;
+        let way = Way {
+            plan: &plan,
+            outlet,
+            may_yield,
+        };
+        if let Attempt::Yielded = self.move_all(&way, claims, staging, board, handed).await? {
+            return Ok(Attempt::Yielded);
+        }
         handed.rest(&plan, outlet).await;
-        self.house.note_granted(self.session, used(&plan));
+        self.house.note_granted(self.session, used(&plan, |_| true));
         self.house.hot.remember(&self.set, generation, &plan);
-        Ok(())
+        Ok(Attempt::Done)
     }
 
-    /// The plan as things stand, and the catalogue that it is made by.
-    fn plan(&self) -> Result<(Plan, u64), LoadError> {
-        let catalogue = self.house.catalogue.load();
-        let graph = resolve(
-            &catalogue,
-            &self.house.config.set,
-            &self.set.names,
-            self.set.dependencies,
-        )?;
-        let tiers = self.house.ledger.views();
-        let links = self.house.links();
-        let planner = self.house.planner(&tiers, &links);
-        let plan = planner.plan(&graph, self.set.target)?;
-        Ok((plan, catalogue.generation()))
+    /// Counts the load against what its session and its label may have.
+    fn count(&self, plan: &Plan) -> Result<Option<Counted>, LoadError> {
+        let bounds = &self.record.bounds;
+        if bounds.is_empty() {
+            return Ok(None);
+        }
+        let steps = plan.steps.iter();
+        let wanted: Vec<_> = steps
+            .map(|step| (step.tier, step.component.clone()))
+            .collect();
+        let counted = self
+            .house
+            .quotas
+            .count(bounds, &self.house.ledger, &wanted)?;
+        Ok(Some(counted))
+    }
+
+    /// Records where the set goes, unless it is all there.
+    fn note_place(&self, plan: &Plan) {
+        // Where there is one place alone, nothing is decided.
+        if plan.alternatives.len() < 2 || plan.moving().is_zero() {
+            return;
+        }
+        self.house.decide(Act::Place {
+            session: self.session,
+            request: self.request,
+            tier: plan.tier,
+            components: plan
+                .steps
+                .iter()
+                .map(|step| step.component.id.clone())
+                .collect(),
+            moving: plan.moving(),
+            alternatives: plan.alternatives.clone(),
+        });
+    }
+
+    /// Whether a set that comes before this one waits for memory that this one has. Between two components that is where a
+    /// set that nobody waits for gives way.
+    fn must_yield(&self, plan: &Plan) -> bool {
+        let place = self
+            .set
+            .priority
+            .place(self.asked, self.house.config.load.aging);
+        let tiers = [plan.tier, Tier::Ram];
+        self.house.ledger.somebody_waits_before(&tiers, place)
     }
 
     fn count_hits(&self, plan: &Plan) {
@@ -243,29 +325,22 @@ impl Job {
         outlet: &Outlet,
         board: &mut Board,
     ) -> Result<(Vec<Claim>, Staging), LoadError> {
-        let components: Vec<Arc<Component>> = plan
-            .steps
-            .iter()
-            .map(|step| step.component.clone())
-            .collect();
         // All there: no need to trouble anybody.
-        if let Some(claims) =
-            self.house
-                .ledger
-                .claim_resident(plan.tier, &components, Some(self.session))
-        {
+        if let Some(claims) = self.claim_resident(plan) {
             return Ok((claims, Staging::default()));
         }
         board.stage = Stage::WaitingFor(plan.tier);
         outlet.show(board.progress(self.started));
-        let own = self.ask(plan.tier, plan.wants()).await?;
+        let own = self.ask(plan.tier, plan.wants(plan.tier)).await?;
         let Tier::Vram(_) = plan.tier else {
             return Ok((own.claims, Staging::default()));
         };
         // While it waited, components may have come and gone: from here on they are pinned, so now it is certain which
         // of them have to move.
         let (routed, peers) = self.route(plan)?;
-        let wants = routed.stage_wants();
+        let mut wants = routed.wants(Tier::Ram);
+        let staying = wants.len();
+        wants.extend(routed.stage_wants());
         if wants.is_empty() {
             let staging = Staging {
                 peers,
@@ -275,26 +350,40 @@ impl Job {
         }
         board.stage = Stage::WaitingFor(Tier::Ram);
         outlet.show(board.progress(self.started));
-        let ram = self.ask(Tier::Ram, wants).await?;
+        let mut ram = self.ask(Tier::Ram, wants).await?;
+        let stages = ram.claims.split_off(staying);
         let staging = Staging {
-            claims: ram
-                .claims
+            claims: stages
                 .into_iter()
                 .map(|claim| (claim.component().content_id, claim))
                 .collect(),
             ring: ram.scratch.map(|charge| Arc::new(Mutex::new(charge))),
             peers,
         };
-        Ok((own.claims, staging))
+        Ok((in_order(plan, own.claims, ram.claims), staging))
+    }
+
+    /// Claims on all components of a plan, where each is resident where it goes.
+    fn claim_resident(&self, plan: &Plan) -> Option<Vec<Claim>> {
+        let claim = |tier| {
+            let components = plan.components(tier);
+            let ledger = &self.house.ledger;
+            ledger.claim_resident(tier, &components, Some(self.session))
+        };
+        let own = claim(plan.tier)?;
+        let spilled = match plan.tiers().len() {
+            1 => Vec::new(),
+            _ => claim(Tier::Ram)?,
+        };
+        Some(in_order(plan, own, spilled))
     }
 
     /// The ways by which the components of a plan get to its GPU, and claims on those that come from other GPUs. A claim on
     /// what is resident is had at once or not at all, so it needs no place in the order of reservations.
     fn route(&self, plan: &Plan) -> Result<(Plan, BTreeMap<ContentId, Claim>), LoadError> {
-        let tiers = self.house.ledger.views();
+        let outlook = self.house.outlook();
         let mut routed = plan.clone();
-        let links = self.house.links();
-        self.house.planner(&tiers, &links).route(&mut routed)?;
+        outlook.planner().route(&mut routed)?;
         let mut peers = BTreeMap::new();
         for step in &routed.steps {
             let Some(gpu) = step.peer else { continue };
@@ -307,9 +396,7 @@ impl Job {
                 ),
                 None => {
                     // It has just gone: then all come the usual way.
-                    self.house
-                        .planner(&tiers, &Links::new())
-                        .route(&mut routed)?;
+                    outlook.without_links().planner().route(&mut routed)?;
                     return Ok((routed, BTreeMap::new()));
                 }
             }
@@ -365,16 +452,21 @@ impl Job {
         Ok(reservation)
     }
 
-    /// Moves all components, several at a time, in loading order, and hands out each lease as soon as all before it are.
+    /// Moves all components, several at a time, in loading order, and hands out each lease as soon as all before it are,
+    /// where somebody waits for it.
     async fn move_all(
         &self,
-        plan: &Plan,
+        way: &Way<'_>,
         claims: Vec<Claim>,
         mut staging: Staging,
-        outlet: &Outlet,
         board: &mut Board,
         handed: &mut Handed,
-    ) -> Result<(), LoadError> {
+    ) -> Result<Attempt, LoadError> {
+        let Way {
+            plan,
+            outlet,
+            may_yield,
+        } = *way;
         let mut waiting = claims
             .into_iter()
             .enumerate()
@@ -384,7 +476,26 @@ impl Job {
         let told = Arc::new(told);
         let concurrency = self.house.config.load.concurrency.max(1);
         loop {
-            while moving.len() < concurrency
+            if waiting.is_empty() && moving.is_empty() {
+                return Ok(Attempt::Done);
+            }
+            let yields = may_yield && self.must_yield(plan);
+            // A guess stops at once; what is wanted at some time finishes the components that are under way.
+            if yields && (moving.is_empty() || self.set.priority == Priority::Prefetch) {
+                self.house.decide(Act::Yield {
+                    session: self.session,
+                    request: self.request,
+                    tier: plan.tier,
+                    components: plan
+                        .steps
+                        .iter()
+                        .map(|step| step.component.id.clone())
+                        .collect(),
+                });
+                return Ok(Attempt::Yielded);
+            }
+            while !yields
+                && moving.len() < concurrency
                 && let Some((i, claim)) = waiting.pop_front()
             {
                 let (source, ring) = staging.take(&claim);
@@ -392,19 +503,19 @@ impl Job {
             }
             tokio::select! {
                 biased;
-                moved = moving.next() => match moved {
-                    None => return Ok(()),
-                    Some(moved) => {
-                        let (i, lease) = moved?;
-                        if let Some(progress) = board.components.get_mut(i) {
-                            progress.phase = Phase::Ready;
-                            progress.done = progress.total;
-                        }
-                        handed.ready.insert(lease.component().content_id, lease);
-                        handed.on(plan, outlet);
-                        outlet.show(board.progress(self.started));
+                Some(moved) = moving.next() => {
+                    let (i, lease) = moved?;
+                    if let Some(progress) = board.components.get_mut(i) {
+                        progress.phase = Phase::Ready;
+                        progress.done = progress.total;
                     }
-                },
+                    handed.ready.insert(lease.component().content_id, lease);
+                    // Who may have to give way hands out nothing before all is there.
+                    if self.set.priority == Priority::Interactive {
+                        handed.on(plan, outlet);
+                    }
+                    outlet.show(board.progress(self.started));
+                }
                 Ok(()) = tells.changed() => {
                     board.take(&tells.borrow_and_update());
                     outlet.show(board.progress(self.started));
@@ -430,8 +541,11 @@ impl Job {
         if let ResidencyState::Loading(flight) = claim.state() {
             // A batch load's bytes come when nobody else's do.
             let due = self.asked.saturating_add(self.deadline());
-            let interactive = self.set.priority == Priority::Interactive;
-            flight.urgency().raise(interactive.then_some(due));
+            match self.set.priority {
+                Priority::Interactive => flight.urgency().raise(Some(due)),
+                Priority::Batch => flight.urgency().raise(None),
+                Priority::Prefetch => {}
+            }
             let mut states = flight.subscribe();
             let mut restarts = Restarts::of(&self.house, claim.tier());
             loop {
@@ -541,9 +655,21 @@ impl Handed {
     }
 }
 
-/// What a plan uses.
-fn used(plan: &Plan) -> UsedSet {
+/// The claims of a plan in the order of its steps; both kinds are in that order among themselves.
+fn in_order(plan: &Plan, own: Vec<Claim>, spilled: Vec<Claim>) -> Vec<Claim> {
+    let (mut own, mut spilled) = (own.into_iter(), spilled.into_iter());
     let steps = plan.steps.iter();
+    steps
+        .filter_map(|step| match step.tier == plan.tier {
+            true => own.next(),
+            false => spilled.next(),
+        })
+        .collect()
+}
+
+/// What a plan uses.
+fn used(plan: &Plan, wanted: impl Fn(&Step) -> bool) -> UsedSet {
+    let steps = plan.steps.iter().filter(|step| wanted(step));
     steps
         .map(|step| (step.component.clone(), step.there != There::Absent))
         .collect()

@@ -9,6 +9,7 @@ use hotset_core::decision::EvictCause;
 use hotset_core::io::{ReadError, Urgency, Verifier};
 use hotset_core::machine::NumaNode;
 use hotset_core::memory::{FlightFailure, FlightTicket, Image, Slab, SlabError, SlabWriter};
+use hotset_core::plan::disk;
 use hotset_core::tensor::TensorTable;
 use hotset_core::{Bytes, Tier};
 use tokio::sync::SemaphorePermit;
@@ -22,7 +23,7 @@ type Read = (Arc<Slab>, Arc<TensorTable>);
 
 /// Reads a component into a slab of its own.
 pub(super) async fn run(
-    house: &House,
+    house: &Arc<House>,
     component: &Arc<Component>,
     near: Option<NumaNode>,
     ticket: &mut FlightTicket,
@@ -54,7 +55,7 @@ pub(super) async fn run(
 }
 
 async fn read(
-    house: &House,
+    house: &Arc<House>,
     component: &Arc<Component>,
     near: Option<NumaNode>,
     ticket: &mut FlightTicket,
@@ -75,6 +76,8 @@ async fn read(
         table: table.clone(),
     });
     let mut verifying = Verifying::new(house, component, writer.slab());
+    // A guess is read when nobody else reads, and no faster than it may be: that says nothing of the disk.
+    let mut moving = (!urgency.is_prefetch()).then(|| house.moving(disk(component)));
     while writer.filled() < image_bytes {
         if urgency.is_called_off() {
             open.stop(writer).await;
@@ -86,7 +89,11 @@ async fn read(
             .map_err(failed)?;
         verifying.follow();
         ticket.progress(writer.filled());
+        if let Some(moving) = &mut moving {
+            moving.moved = writer.filled();
+        }
     }
+    drop(moving);
     verifying.finish(component).await.map_err(failed)?;
     Ok((writer.seal()?, table))
 }

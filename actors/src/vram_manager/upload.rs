@@ -15,6 +15,7 @@ use hotset_core::memory::{
     Charge, Claim, Flight, FlightFailure, FlightState, FlightTicket, HostRange, Memory,
     ResidencyState, Slab, SlabWriter,
 };
+use hotset_core::plan::rates::Way;
 use hotset_core::tensor::TensorTable;
 use tokio::sync::Mutex;
 
@@ -208,8 +209,13 @@ impl Upload {
             .max();
         let bytes = Bytes(end.unwrap_or(0));
         let to = self.allocate(bytes).await?;
+        let mut measured = self.house.moving(Way::Peer {
+            from: from.gpu(),
+            to: to.gpu(),
+        });
         match self.device.copy_peer(&to, from, bytes.get()).await {
             Ok(()) => {
+                measured.moved = bytes;
                 add(&self.house.counters.bytes_from_peers, bytes.get());
                 self.ticket.progress(bytes);
                 Ok((to, table))
@@ -289,9 +295,11 @@ impl<'a> Copies<'a> {
         }
         let turn = self.turn().await?;
         let (device, to) = (&self.upload.device, self.to);
+        let mut measured = self.upload.house.moving(Way::Link(to.gpu()));
         let mut moving = async move {
             device.upload_all(to, pieces).await?;
-            drop(turn);
+            measured.moved = Bytes(bytes);
+            drop((turn, measured));
             Ok(bytes)
         }
         .boxed();

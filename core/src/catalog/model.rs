@@ -209,6 +209,26 @@ pub struct Component {
     /// Which part of the files belongs to it; `None`: all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<Arc<Selection>>,
+    /// Which blocks of a larger component these are; `None`: a component of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub part: Option<Arc<Part>>,
+}
+
+/// Some blocks of a component that is too large for one tier: to everybody but its client a component of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// The whole.
+    pub of: ComponentId,
+    /// The bytes of the whole.
+    pub content: ContentId,
+    /// What the names of each block's tensors begin with, in the order in which blocks are used.
+    pub blocks: Vec<Arc<str>>,
+    /// The place of the first of them among all blocks.
+    pub first: usize,
+    /// How many blocks the whole has.
+    pub of_blocks: usize,
+    /// Whether the tensors that belong to no block are here.
+    pub shared: bool,
 }
 
 /// The part of its files that a component takes, where it shares them with others: the UNet inside a single-file

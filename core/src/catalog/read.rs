@@ -78,6 +78,7 @@ impl ReadPart {
             content_id: content_id(&self.files, None),
             files: self.files.clone(),
             selection: None,
+            part: None,
         }
     }
 
@@ -134,6 +135,7 @@ impl ReadPart {
                 content_id: content_id(&self.files, Some(&selection)),
                 files: self.files.clone(),
                 selection: Some(Arc::new(selection)),
+                part: None,
             });
         }
         components

@@ -88,6 +88,11 @@ impl Config {
             self.sessions.max_loads_per_session,
         )?;
         above_zero("sessions.max_loads", self.sessions.max_loads)?;
+        for (i, quota) in self.quota.iter().enumerate() {
+            check(&format!("quota.{i}.label"), !quota.label.is_empty(), || {
+                "it is empty; give the label that clients use, or `*` for each of them".into()
+            })?;
+        }
         above_zero("bridge.max_requests", self.bridge.max_requests)?;
         some_bytes("bridge.max_behind", self.bridge.max_behind)?;
         let guarded = self

@@ -21,6 +21,7 @@ use crate::catalog::Component;
 use crate::device::Allocation;
 use crate::ids::{ContentId, LeaseId, SessionId, Tier};
 use crate::io::Urgency;
+use crate::plan::KeepAlive;
 use crate::policy::Candidate;
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
@@ -93,7 +94,7 @@ impl Drop for Charge {
 }
 
 /// Which entry of which tier: an entry that failed and came again has another number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct EntryKey {
     tier: Tier,
     number: u64,
@@ -125,6 +126,10 @@ struct Entry {
     loading_since: Duration,
     load_time: Option<Duration>,
     prefetched: bool,
+    /// How long it stays once nobody holds it.
+    keep_alive: KeepAlive,
+    /// When the last who held it let go.
+    released: Duration,
 }
 
 /// A resident entry: its number, and what a lease on it holds.
@@ -155,6 +160,8 @@ struct TierBooks {
     wake_when: WakeWhen,
     /// Sessions that hold nothing get nothing without the keeper, which lets them wait.
     newcomers_wait: bool,
+    /// The place of the first set that waits.
+    first_waiting: Option<Duration>,
 }
 
 /// When the keeper of a tier wants to hear that bytes came back or a pin was lifted.
@@ -250,7 +257,9 @@ impl Books {
 #[derive(Debug)]
 struct LeaseRow {
     owner: SessionId,
-    tier: Tier,
+    key: EntryKey,
+    /// Bytes of the component's tensors.
+    bytes: Bytes,
     revoked: Option<Arc<str>>,
 }
 
@@ -352,7 +361,15 @@ pub struct Evicted {
     pub component: Arc<Component>,
     /// Its bytes in the tier.
     pub bytes: Bytes,
-    _entry: Entry,
+    entry: Entry,
+}
+
+impl Evicted {
+    /// Whether it was loaded on a guess and never used.
+    #[must_use]
+    pub const fn prefetched(&self) -> bool {
+        self.entry.prefetched
+    }
 }
 
 /// How a claimed component is there.
@@ -417,7 +434,8 @@ impl Claim {
             id,
             LeaseRow {
                 owner,
-                tier: self.key.tier,
+                key: self.key,
+                bytes: self.component.bytes,
                 revoked,
             },
         );
@@ -453,7 +471,14 @@ impl Drop for Claim {
                     // Nobody has begun, nobody waits: the promise ends.
                     State::Reserved { .. } => gone = tier.remove(self.key.number),
                     State::Loading { flight } => flight.cancel(),
-                    State::Resident { .. } => tier.wake_if_wanted(),
+                    State::Resident { .. } => {
+                        if entry.keep_alive == KeepAlive::Unlimited {
+                            tier.wake_if_wanted();
+                        } else {
+                            entry.released = self.ledger.now();
+                            tier.wake.notify_one();
+                        }
+                    }
                 }
             }
             gone
@@ -576,6 +601,7 @@ impl Ledger {
                 above: Bytes(u64::MAX),
             },
             newcomers_wait: false,
+            first_waiting: None,
         });
         tier.budget = budget;
         tier.wake_if_wanted();
@@ -704,6 +730,8 @@ impl Ledger {
                         loading_since: now,
                         load_time: None,
                         prefetched: prefetch,
+                        keep_alive: KeepAlive::Unlimited,
+                        released: now,
                     });
                     entry.pins += 1;
                     if !prefetch {
@@ -793,6 +821,7 @@ impl Ledger {
         tier: Tier,
         components: &[Arc<Component>],
         session: SessionId,
+        keep_alive: KeepAlive,
     ) -> Option<Vec<Lease>> {
         let now = self.now();
         let mut guard = self.lock();
@@ -820,12 +849,14 @@ impl Ledger {
                 entry.uses += 1;
                 entry.last_used = now;
                 entry.prefetched = false;
+                entry.keep_alive = keep_alive;
             }
             let id = LeaseId(books.next_lease);
             books.next_lease += 1;
             let row = LeaseRow {
                 owner: session,
-                tier,
+                key: EntryKey { tier, number },
+                bytes: component.bytes,
                 revoked: None,
             };
             books.leases.insert(id, row);
@@ -938,7 +969,7 @@ impl Ledger {
         Some(Evicted {
             component: entry.component.clone(),
             bytes: entry.bytes,
-            _entry: entry,
+            entry,
         })
     }
 
@@ -1023,6 +1054,91 @@ impl Ledger {
         counts
     }
 
+    /// What these sessions have leased, in bytes of tensors: what several of them share counts once. `more` are components that
+    /// they want beside that.
+    #[must_use]
+    pub fn leased_by(
+        &self,
+        sessions: &HashSet<SessionId>,
+        more: &[(Tier, Arc<Component>)],
+    ) -> Bytes {
+        let books = self.lock();
+        let mut seen: HashSet<EntryKey> = HashSet::new();
+        let mut bytes = Bytes::ZERO;
+        for lease in books.leases.values() {
+            if sessions.contains(&lease.owner) && seen.insert(lease.key) {
+                bytes = bytes.saturating_add(lease.bytes);
+            }
+        }
+        for (tier, component) in more {
+            let known = books
+                .tiers
+                .get(tier)
+                .and_then(|open| open.entry(&component.content_id));
+            let key = known.map(|entry| EntryKey {
+                tier: *tier,
+                number: entry.number,
+            });
+            if key.is_none_or(|key| seen.insert(key)) {
+                bytes = bytes.saturating_add(component.bytes);
+            }
+        }
+        bytes
+    }
+
+    /// Sets how long components stay in a tier once nobody holds them. What is not there is passed over.
+    pub fn set_keep_alive(&self, tier: Tier, components: &[Arc<Component>], keep: KeepAlive) {
+        let mut books = self.lock();
+        let Some(open) = books.tiers.get_mut(&tier) else {
+            return;
+        };
+        for component in components {
+            if let Some(entry) = open.entry_mut(&component.content_id) {
+                entry.keep_alive = keep;
+            }
+        }
+    }
+
+    /// What nobody has held for longer than it was to be kept, with the time since then; and when the next of its kind has
+    /// been idle for that long, since the start of the system.
+    #[must_use]
+    pub fn outlived(&self, tier: Tier) -> (Vec<(ContentId, Duration)>, Option<Duration>) {
+        let now = self.now();
+        let books = self.lock();
+        let (mut gone, mut next) = (Vec::new(), None::<Duration>);
+        let entries = books
+            .tiers
+            .get(&tier)
+            .into_iter()
+            .flat_map(|open| open.entries.values());
+        for entry in entries.filter(|entry| entry.is_evictable()) {
+            match entry.keep_alive.until(entry.released) {
+                None => {}
+                Some(until) if until <= now => {
+                    let idle = now.saturating_sub(entry.released);
+                    gone.push((entry.component.content_id, idle));
+                }
+                Some(until) => next = Some(next.map_or(until, |next| next.min(until))),
+            }
+        }
+        (gone, next)
+    }
+
+    /// The place in the queue of the first set that waits for memory in a tier, for those that could give way to it.
+    pub fn set_first_waiting(&self, tier: Tier, place: Option<Duration>) {
+        if let Some(books) = self.lock().tiers.get_mut(&tier) {
+            books.first_waiting = place;
+        }
+    }
+
+    /// Whether a set that comes before this place waits for memory in one of these tiers.
+    #[must_use]
+    pub fn somebody_waits_before(&self, tiers: &[Tier], place: Duration) -> bool {
+        let books = self.lock();
+        let first = |tier| books.tiers.get(tier).and_then(|open| open.first_waiting);
+        tiers.iter().filter_map(first).any(|first| first < place)
+    }
+
     /// The live leases in a tier, with their owners.
     #[must_use]
     pub fn leases_in(&self, tier: Tier) -> Vec<(LeaseId, SessionId)> {
@@ -1030,7 +1146,7 @@ impl Ledger {
         let mut leases: Vec<_> = books
             .leases
             .iter()
-            .filter(|(_, lease)| lease.tier == tier && lease.revoked.is_none())
+            .filter(|(_, lease)| lease.key.tier == tier && lease.revoked.is_none())
             .map(|(id, lease)| (*id, lease.owner))
             .collect();
         leases.sort_unstable();

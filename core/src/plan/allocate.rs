@@ -39,6 +39,8 @@ pub struct Offer {
     pub bytes_per_s: f64,
     /// What is there, each component once.
     pub residents: Vec<Resident>,
+    /// Components that another GPU has, with the seconds that they take from there.
+    pub near: Vec<(usize, f64)>,
 }
 
 /// A set that is wanted on one GPU.
@@ -137,10 +139,13 @@ impl<'a> Board<'a> {
         }
     }
 
-    fn load_s(&self, part: &Part) -> f64 {
+    fn load_s(&self, i: usize, part: &Part) -> f64 {
+        let near = self.offer.near.iter().find(|(near, _)| *near == i);
         // Disk and link work at the same time.
-        part.read_s
-            .max(part.bytes.as_f64() / self.offer.bytes_per_s)
+        let through_ram = part
+            .read_s
+            .max(part.bytes.as_f64() / self.offer.bytes_per_s);
+        near.map_or(through_ram, |(_, seconds)| seconds.min(through_ram))
     }
 
     /// What goes for this many new bytes, by places in the offer's residents. `None` where all that may go is too little.
@@ -180,7 +185,7 @@ impl<'a> Board<'a> {
             *wanted += 1;
             if *wanted == 1 && !self.resident.get(i).copied().unwrap_or(false) {
                 self.new_bytes += part.bytes;
-                self.load_s += self.load_s(part);
+                self.load_s += self.load_s(i, part);
             }
         }
         self.count(mix)
@@ -195,7 +200,7 @@ impl<'a> Board<'a> {
             *wanted -= 1;
             if *wanted == 0 && !self.resident.get(i).copied().unwrap_or(false) {
                 self.new_bytes = self.new_bytes.saturating_sub(part.bytes);
-                self.load_s -= self.load_s(part);
+                self.load_s -= self.load_s(i, part);
             }
         }
         self.count(mix);
@@ -550,6 +555,15 @@ fn search(mix: &Mix, exactly: bool) -> Allocation {
 #[must_use]
 pub fn allocate(mix: &Mix) -> Allocation {
     search(mix, true)
+}
+
+/// The seconds that the first set of a mix would take at each offer, were it the only one. `None` where it has no room there.
+#[must_use]
+pub fn prices(mix: &Mix) -> Vec<Option<f64>> {
+    let mut draft = Draft::new(mix);
+    (0..mix.offers.len())
+        .map(|place| draft.price(0, place))
+        .collect()
 }
 
 /// What comes out without any search: each set in turn where most of it is, then where least memory is left over. For

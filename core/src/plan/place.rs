@@ -1,18 +1,25 @@
 //! Where a set goes and by which way, whether it fits, and what would have to go.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use super::allocate::{Mix, Offer, Part, Resident, Wanted, prices};
+use super::estimate::Estimate;
 use super::graph::DependencyGraph;
+use super::nearest::Nearest;
+use super::rates::{Rates, Way};
 use super::set::Target;
-use crate::catalog::Component;
+use super::split::BlocksOf;
+use crate::catalog::{self, Component};
+use crate::decision::Alternative;
 use crate::device::{Granules, Link, Links};
 use crate::ids::{ComponentId, ContentId, GpuIndex, Tier};
 use crate::memory::{ResidencyView, TierView, Want};
+use crate::policy::worth::expected_loss_s;
 use crate::policy::{Candidate, EvictionPolicy, select};
 use crate::units::Bytes;
 
@@ -82,7 +89,9 @@ pub struct Step {
     /// Which.
     #[serde(serialize_with = "id_of")]
     pub component: Arc<Component>,
-    /// What it takes in the plan's tier.
+    /// Where it goes: the plan's tier, or RAM for blocks that a GPU has no room for.
+    pub tier: Tier,
+    /// What it takes there.
     pub bytes: Bytes,
     /// How it stands there.
     pub there: There,
@@ -90,6 +99,28 @@ pub struct Step {
     pub route: Route,
     /// The GPU that it comes from, with [`Route::Peer`].
     pub peer: Option<GpuIndex>,
+    /// How long it takes alone, in seconds. Filled in where a plan is asked for.
+    pub seconds: f64,
+}
+
+/// How much of a component is where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement<'a> {
+    /// All of it in one tier.
+    Whole,
+    /// These blocks of it; the others are another step.
+    Split(&'a catalog::Part),
+}
+
+impl Step {
+    /// How much of its component the step brings.
+    #[must_use]
+    pub fn placement(&self) -> Placement<'_> {
+        match &self.component.part {
+            None => Placement::Whole,
+            Some(part) => Placement::Split(part),
+        }
+    }
 }
 
 fn id_of<S: serde::Serializer>(
@@ -140,6 +171,10 @@ pub struct Plan {
     pub fit: Fit,
     /// Host memory through which the steps with [`Route::Ring`] are streamed; zero where there are none.
     pub ring: Bytes,
+    /// How long it takes. Filled in where a plan is asked for.
+    pub estimate: Option<Estimate>,
+    /// The tiers that it was chosen from.
+    pub alternatives: Vec<Alternative>,
 }
 
 fn tiers<S: serde::Serializer>(
@@ -150,13 +185,33 @@ fn tiers<S: serde::Serializer>(
 }
 
 impl Plan {
-    /// What is to be reserved in the plan's own tier: all components.
+    /// What is to be reserved for leases in a tier.
     #[must_use]
-    pub fn wants(&self) -> Vec<Want> {
+    pub fn wants(&self, tier: Tier) -> Vec<Want> {
         self.steps
             .iter()
+            .filter(|step| step.tier == tier)
             .map(|step| Want::Component(step.component.clone(), step.bytes))
             .collect()
+    }
+
+    /// The components that go to a tier.
+    #[must_use]
+    pub fn components(&self, tier: Tier) -> Vec<Arc<Component>> {
+        self.steps
+            .iter()
+            .filter(|step| step.tier == tier)
+            .map(|step| step.component.clone())
+            .collect()
+    }
+
+    /// The tiers that leases of this plan are in.
+    #[must_use]
+    pub fn tiers(&self) -> Vec<Tier> {
+        let spills = self.tier != Tier::Ram && self.steps.iter().any(|s| s.tier == Tier::Ram);
+        let mut tiers = vec![self.tier];
+        tiers.extend(spills.then_some(Tier::Ram));
+        tiers
     }
 
     /// What is to be reserved in RAM on the way to a GPU.
@@ -226,10 +281,12 @@ impl fmt::Display for Shortage {
 #[non_exhaustive]
 pub enum PlanError {
     /// It fits nowhere, whatever is evicted.
-    #[error("the set can never fit: {}; load fewer components, raise the budget, or choose another tier", shortages.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error("the set can never fit: {}; {}", sentence(shortages), mend(nearest))]
     NeverFits {
         /// Each tier that was considered, with the sum.
         shortages: Vec<Shortage>,
+        /// What would fit.
+        nearest: Vec<Nearest>,
     },
     /// The target does not exist.
     #[error("there is no {target}; this machine has {}", available.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
@@ -241,10 +298,37 @@ pub enum PlanError {
     },
 }
 
+fn sentence<T: ToString>(parts: &[T]) -> String {
+    parts
+        .iter()
+        .map(T::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+fn mend(nearest: &[Nearest]) -> String {
+    if nearest.is_empty() {
+        "load fewer components, raise the budget, or choose another tier".into()
+    } else {
+        sentence(nearest)
+    }
+}
+
+impl PlanError {
+    /// It never fits, and nobody has looked yet what would.
+    pub(super) const fn never(shortages: Vec<Shortage>) -> Self {
+        Self::NeverFits {
+            shortages,
+            nearest: Vec::new(),
+        }
+    }
+}
+
 /// The most of the RAM budget that one ring takes, so that several sets can stream at once on a small machine.
 const RING_SHARE: f64 = 0.25;
 
 /// Makes plans out of the books as they are.
+#[derive(Clone, Copy)]
 pub struct Planner<'a> {
     /// All tiers, at one instant.
     pub tiers: &'a [TierView],
@@ -252,6 +336,8 @@ pub struct Planner<'a> {
     pub granules: &'a BTreeMap<GpuIndex, Granules>,
     /// How the GPUs reach each other's memory; empty where none may.
     pub links: &'a Links,
+    /// How fast bytes move, as far as that was measured.
+    pub rates: &'a Rates,
     /// Host memory for a streamed component.
     pub ring: Bytes,
     /// Time since the start of the system.
@@ -265,15 +351,47 @@ impl Planner<'_> {
     /// [`PlanError`] where it could never be carried out.
     pub fn plan(&self, set: &DependencyGraph, target: Target) -> Result<Plan, PlanError> {
         let order = set.order();
-        let view = self.choose(&order, target)?;
-        let tier = view.tier;
-        let steps = order
+        let (tier, alternatives) = self.choose(&order, target)?;
+        let places = order.into_iter().map(|component| (component, tier));
+        let mut plan = self.lay_out(tier, places)?;
+        plan.alternatives = alternatives;
+        Ok(plan)
+    }
+
+    /// The plan for a set that may be divided where no GPU has room for all of it: components of which the blocks are known
+    /// go there in part, and the rest of them into RAM.
+    ///
+    /// # Errors
+    /// [`PlanError`] where it could never be carried out that way either.
+    pub fn plan_split(
+        &self,
+        set: &DependencyGraph,
+        target: Target,
+        blocks: &BlocksOf,
+    ) -> Result<Plan, PlanError> {
+        let order = set.order();
+        let considered = self.considered(target)?;
+        if self.choose(&order, target).is_ok() || considered.iter().any(|v| v.tier == Tier::Ram) {
+            return self.plan(set, target);
+        }
+        let (tier, divided) = self.divide(&order, &considered, blocks)?;
+        self.lay_out(tier, divided)
+    }
+
+    fn lay_out(
+        &self,
+        tier: Tier,
+        places: impl IntoIterator<Item = (Arc<Component>, Tier)>,
+    ) -> Result<Plan, PlanError> {
+        let steps = places
             .into_iter()
-            .map(|component| Step {
+            .map(|(component, tier)| Step {
                 bytes: self.bytes_in(tier, &component),
+                tier,
                 there: There::Absent,
                 route: Route::None,
                 peer: None,
+                seconds: 0.0,
                 component,
             })
             .collect();
@@ -284,6 +402,8 @@ impl Planner<'_> {
             evictions: Vec::new(),
             fit: Fit::Now,
             ring: Bytes::ZERO,
+            estimate: None,
+            alternatives: Vec::new(),
         };
         self.route(&mut plan)?;
         Ok(plan)
@@ -295,42 +415,41 @@ impl Planner<'_> {
     /// # Errors
     /// [`PlanError`] where a component can get there by no way.
     pub fn route(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        let Some(view) = self.view(plan.tier) else {
-            return Err(PlanError::NoSuchTier {
-                target: Target::Best,
-                available: self.tiers.iter().map(|view| view.tier).collect(),
-            });
-        };
         for step in &mut plan.steps {
+            let Some(view) = self.view(step.tier) else {
+                return Err(PlanError::NoSuchTier {
+                    target: Target::Best,
+                    available: self.tiers.iter().map(|view| view.tier).collect(),
+                });
+            };
             step.there = there(view, &step.component.content_id);
-            step.route = Route::None;
+            step.route = match (step.tier, step.there) {
+                (Tier::Ram, There::Absent) => Route::Ram,
+                _ => Route::None,
+            };
             step.peer = None;
         }
         plan.ring = Bytes::ZERO;
-        plan.needs = BTreeMap::from([(plan.tier, absent_bytes(&plan.steps))]);
-        match plan.tier {
-            Tier::Ram => {
-                let absent = |step: &&mut Step| step.there == There::Absent;
-                for step in plan.steps.iter_mut().filter(absent) {
-                    step.route = Route::Ram;
-                }
-            }
-            Tier::Vram(gpu) => {
-                self.route_from_peers(gpu, &mut plan.steps);
-                let (slabs, ring) = self.route_to_gpu(&mut plan.steps)?;
-                plan.ring = ring;
-                plan.needs.insert(Tier::Ram, slabs.saturating_add(ring));
-            }
+        let tiers = plan.tiers().into_iter();
+        plan.needs = tiers
+            .map(|tier| (tier, absent_bytes(&plan.steps, tier)))
+            .collect();
+        if let Tier::Vram(gpu) = plan.tier {
+            self.route_from_peers(gpu, &mut plan.steps);
+            let (slabs, ring) = self.route_to_gpu(&mut plan.steps)?;
+            plan.ring = ring;
+            let needed = plan.needs.entry(Tier::Ram).or_default();
+            *needed = needed.saturating_add(slabs).saturating_add(ring);
         }
         plan.fit = self.fit(plan);
         Ok(())
     }
 
-    fn view(&self, tier: Tier) -> Option<&TierView> {
+    pub(super) fn view(&self, tier: Tier) -> Option<&TierView> {
         self.tiers.iter().find(|view| view.tier == tier)
     }
 
-    fn bytes_in(&self, tier: Tier, component: &Component) -> Bytes {
+    pub(super) fn bytes_in(&self, tier: Tier, component: &Component) -> Bytes {
         match tier {
             Tier::Ram => component.ram_bytes(),
             Tier::Vram(gpu) => {
@@ -342,9 +461,8 @@ impl Planner<'_> {
         }
     }
 
-    /// The tier for the set: of those that can hold it, the one that holds most of it already, then the one with most
-    /// free bytes, then the one that is nearest to what others hold of it, then the first.
-    fn choose(&self, order: &[Arc<Component>], target: Target) -> Result<&TierView, PlanError> {
+    /// The tiers that a target leaves open.
+    pub(super) fn considered(&self, target: Target) -> Result<Vec<&TierView>, PlanError> {
         let gpus = || {
             self.tiers
                 .iter()
@@ -363,26 +481,168 @@ impl Planner<'_> {
                 available: self.tiers.iter().map(|view| view.tier).collect(),
             });
         }
+        Ok(considered)
+    }
+
+    /// The tier for the set: of those that can hold it, the one where it is there soonest, what has to be evicted for it
+    /// counted as what it will take to bring it back. Where none has room without waiting, or several are as good: the
+    /// one that holds most of it already, then the one with most free bytes, then the one that is nearest to what others
+    /// hold of it, then the first.
+    fn choose(
+        &self,
+        order: &[Arc<Component>],
+        target: Target,
+    ) -> Result<(Tier, Vec<Alternative>), PlanError> {
+        let considered = self.considered(target)?;
         let whole = |view: &TierView| order.iter().map(|c| self.bytes_in(view.tier, c)).sum();
-        considered
+        let mut fitting: Vec<&TierView> = considered
             .iter()
             .filter(|view| view.out_of_service.is_none() && whole(view) <= view.budget)
-            .max_by_key(|view| {
-                let held: Bytes = order
-                    .iter()
-                    .filter(|c| there(view, &c.content_id) != There::Absent)
-                    .map(|c| self.bytes_in(view.tier, c))
-                    .sum();
-                let near = std::cmp::Reverse(self.distance(view, order));
-                (held, view.free(), near, std::cmp::Reverse(view.tier))
-            })
             .copied()
-            .ok_or_else(|| PlanError::NeverFits {
+            .collect();
+        fitting.sort_by_cached_key(|view| {
+            let held: Bytes = order
+                .iter()
+                .filter(|c| there(view, &c.content_id) != There::Absent)
+                .map(|c| self.bytes_in(view.tier, c))
+                .sum();
+            let most = std::cmp::Reverse((held, view.free()));
+            (most, self.distance(view, order), view.tier)
+        });
+        let prices = match fitting.len() {
+            0 | 1 => vec![None; fitting.len()],
+            _ => prices(&self.mix(&[order], &fitting)),
+        };
+        let alternatives: Vec<Alternative> = fitting
+            .iter()
+            .zip(&prices)
+            .map(|(view, seconds)| Alternative {
+                tier: view.tier,
+                seconds: *seconds,
+                free: view.free(),
+            })
+            .collect();
+        let soonest = prices
+            .iter()
+            .enumerate()
+            .filter_map(|(at, price)| Some((at, (*price)?)))
+            // The first of equals.
+            .min_by(|(_, a), (_, b)| a.total_cmp(b))
+            .map_or(0, |(at, _)| at);
+        match fitting.get(soonest) {
+            Some(view) => Ok((view.tier, alternatives)),
+            None => Err(PlanError::NeverFits {
                 shortages: considered
                     .iter()
                     .map(|view| shortage(view, whole(view), order, |c| self.bytes_in(view.tier, c)))
                     .collect(),
+                nearest: self.nearest(order, &considered),
+            }),
+        }
+    }
+
+    /// What would fit where a set does not.
+    fn nearest(&self, order: &[Arc<Component>], considered: &[&TierView]) -> Vec<Nearest> {
+        let whole =
+            |view: &TierView| -> Bytes { order.iter().map(|c| self.bytes_in(view.tier, c)).sum() };
+        let others = self.tiers.iter().filter(|view| {
+            view.out_of_service.is_none()
+                && whole(view) <= view.budget
+                && !considered.iter().any(|c| c.tier == view.tier)
+        });
+        let mut nearest: Vec<Nearest> = others.map(|view| Nearest::Elsewhere(view.tier)).collect();
+        let largest = considered
+            .iter()
+            .filter(|view| view.tier != Tier::Ram && view.out_of_service.is_none())
+            .max_by_key(|view| (view.budget, std::cmp::Reverse(view.tier)));
+        if let (Some(view), Some(ram)) = (largest, self.view(Tier::Ram)) {
+            let in_ram = whole(view).saturating_sub(view.budget);
+            let split = in_ram <= ram.budget && !view.budget.is_zero();
+            let split = split.then_some(Nearest::Split {
+                tier: view.tier,
+                in_ram,
+            });
+            nearest.extend(split);
+        }
+        nearest
+    }
+
+    /// Sets that are wanted in these tiers, and what is there, in seconds. Components are numbered as they come.
+    pub(super) fn mix(&self, sets: &[&[Arc<Component>]], views: &[&TierView]) -> Mix {
+        let mut places: HashMap<ContentId, usize> = HashMap::new();
+        let mut parts: Vec<Part> = Vec::new();
+        let mut components: Vec<Arc<Component>> = Vec::new();
+        let mut place = |component: &Arc<Component>, parts: &mut Vec<Part>, bytes: Bytes| {
+            *places.entry(component.content_id).or_insert_with(|| {
+                let in_ram = self.is_in_ram(&component.content_id);
+                let read_s = if in_ram { 0.0 } else { self.read_s(component) };
+                parts.push(Part { bytes, read_s });
+                components.push(component.clone());
+                parts.len() - 1
             })
+        };
+        let largest = |c: &Arc<Component>| {
+            let bytes = views.iter().map(|view| self.bytes_in(view.tier, c)).max();
+            bytes.unwrap_or(Bytes::ZERO)
+        };
+        let wanted: Vec<Wanted> = sets
+            .iter()
+            .map(|set| {
+                let mut wanted = Wanted::default();
+                for component in *set {
+                    let i = place(component, &mut parts, largest(component));
+                    if !wanted.parts.contains(&i) {
+                        wanted.parts.push(i);
+                    }
+                }
+                wanted
+            })
+            .collect();
+        let wanted_parts = parts.len();
+        let mut offers: Vec<Offer> = views
+            .iter()
+            .map(|view| Offer {
+                gpu: match view.tier {
+                    Tier::Vram(gpu) => gpu,
+                    Tier::Ram => GpuIndex(u32::MAX),
+                },
+                free: view.free().saturating_add(view.evicting),
+                bytes_per_s: match view.tier {
+                    Tier::Vram(gpu) => self.per_s(Way::Link(gpu)),
+                    Tier::Ram => f64::INFINITY,
+                },
+                residents: view
+                    .residencies
+                    .iter()
+                    .map(|residency| Resident {
+                        part: place(&residency.component, &mut parts, residency.bytes),
+                        loss_s: (residency.pins == 0 && !residency.loading)
+                            .then(|| expected_loss_s(&residency.candidate(), self.now)),
+                    })
+                    .collect(),
+                near: Vec::new(),
+            })
+            .collect();
+        for (offer, view) in offers.iter_mut().zip(views) {
+            let Tier::Vram(to) = view.tier else { continue };
+            for (i, component) in components.iter().enumerate().take(wanted_parts) {
+                if let Some((from, link)) = self.peer(to, &component.content_id)
+                    && link.direct
+                {
+                    offer.near.push((i, self.peer_s(component, from, to)));
+                }
+            }
+        }
+        Mix {
+            parts,
+            offers,
+            sets: wanted,
+        }
+    }
+
+    pub(super) fn is_in_ram(&self, content: &ContentId) -> bool {
+        let ram = self.view(Tier::Ram);
+        ram.is_some_and(|ram| there(ram, content) == There::Resident)
     }
 
     /// The nearest other GPU on which a component is resident, with the link from there.
@@ -423,14 +683,11 @@ impl Planner<'_> {
     /// Takes what is not there from other GPUs: where those reach each other by themselves, and else where RAM does not
     /// have the component either, since the driver's way through the host is no faster than the one from RAM.
     fn route_from_peers(&self, gpu: GpuIndex, steps: &mut [Step]) {
-        for step in steps.iter_mut().filter(|s| s.there != There::Resident) {
+        let own = |step: &&mut Step| step.tier != Tier::Ram && step.there != There::Resident;
+        for step in steps.iter_mut().filter(own) {
             let content = &step.component.content_id;
-            let in_ram = || {
-                let ram = self.view(Tier::Ram);
-                ram.is_some_and(|ram| there(ram, content) == There::Resident)
-            };
             if let Some((from, link)) = self.peer(gpu, content)
-                && (link.direct || !in_ram())
+                && (link.direct || !self.is_in_ram(content))
             {
                 (step.route, step.peer) = (Route::Peer, Some(from));
             }
@@ -450,7 +707,9 @@ impl Planner<'_> {
             });
         };
         let evictable: Bytes = candidates(ram).iter().map(|c| c.bytes).sum();
-        let room = ram.free().saturating_add(evictable);
+        // What stays in RAM comes before what passes through it.
+        let staying = absent_bytes(steps, Tier::Ram);
+        let room = ram.free().saturating_add(evictable).saturating_sub(staying);
         let (needed, streamed) = route_through(ram, steps, room, Bytes::ZERO);
         if streamed == 0 {
             return Ok((needed, Bytes::ZERO));
@@ -462,15 +721,13 @@ impl Planner<'_> {
                 .filter(|step| step.route == Route::Ring)
                 .map(|step| (step.component.id.clone(), step.component.ram_bytes()))
                 .collect();
-            return Err(PlanError::NeverFits {
-                shortages: vec![Shortage {
-                    tier: Tier::Ram,
-                    needed: self.ring,
-                    budget: ram.budget,
-                    parts,
-                    out_of_service: ram.out_of_service.clone(),
-                }],
-            });
+            return Err(PlanError::never(vec![Shortage {
+                tier: Tier::Ram,
+                needed: self.ring,
+                budget: ram.budget,
+                parts,
+                out_of_service: ram.out_of_service.clone(),
+            }]));
         }
         // The ring needs room of its own, beside the slabs.
         let (needed, _) = route_through(ram, steps, room, ring);
@@ -535,15 +792,17 @@ impl Planner<'_> {
 /// What is there already has to stay to be of use, so it counts as well, and first: against what the tier can hold at all,
 /// and, where it could be evicted for the others, against the room.
 fn route_through(ram: &TierView, steps: &mut [Step], room: Bytes, ring: Bytes) -> (Bytes, usize) {
+    let staying = steps.iter().filter(|step| step.tier == Tier::Ram);
+    let staying: Bytes = staying.map(|step| step.bytes).sum();
     let mut room = room.saturating_sub(ring);
-    let mut whole = ram.budget.saturating_sub(ring);
+    let mut whole = ram.budget.saturating_sub(ring).saturating_sub(staying);
     let evictable: HashSet<ContentId> = candidates(ram).iter().map(|c| c.content).collect();
     let (mut needed, mut streamed) = (Bytes::ZERO, 0);
     for kept in [true, false] {
-        for step in steps
-            .iter_mut()
-            .filter(|step| step.there != There::Resident && step.route != Route::Peer)
-        {
+        for step in steps.iter_mut().filter(|step| {
+            let moves = step.there != There::Resident && step.route != Route::Peer;
+            step.tier != Tier::Ram && moves
+        }) {
             let content = step.component.content_id;
             let absent = there(ram, &content) == There::Absent;
             if absent == kept {
@@ -570,7 +829,7 @@ fn route_through(ram: &TierView, steps: &mut [Step], room: Bytes, ring: Bytes) -
     (needed, streamed)
 }
 
-fn there(view: &TierView, content: &ContentId) -> There {
+pub(super) fn there(view: &TierView, content: &ContentId) -> There {
     match view
         .residencies
         .iter()
@@ -582,10 +841,10 @@ fn there(view: &TierView, content: &ContentId) -> There {
     }
 }
 
-fn absent_bytes(steps: &[Step]) -> Bytes {
+fn absent_bytes(steps: &[Step], tier: Tier) -> Bytes {
     steps
         .iter()
-        .filter(|step| step.there == There::Absent)
+        .filter(|step| step.tier == tier && step.there == There::Absent)
         .map(|step| step.bytes)
         .sum()
 }
@@ -600,7 +859,7 @@ pub(super) fn candidates(view: &TierView) -> Vec<Candidate> {
         .collect()
 }
 
-fn shortage(
+pub(super) fn shortage(
     view: &TierView,
     needed: Bytes,
     order: &[Arc<Component>],

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::keep_alive::KeepAlive;
 use crate::ids::{GpuIndex, ParseTierError, Tier};
 
 /// Where a set is wanted.
@@ -52,6 +53,8 @@ impl fmt::Display for Target {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Priority {
+    /// Nobody waits for it, and perhaps nobody ever will: it is loaded when links are idle.
+    Prefetch,
     /// Nobody waits for it.
     Batch,
     /// Somebody waits for it.
@@ -61,13 +64,14 @@ pub enum Priority {
 
 impl Priority {
     /// The place of a set that waits for memory, in the order of a queue: the least is next. A batch set stands where an
-    /// interactive one would that was asked for `aging` later, so that it lets others pass for that long and no longer:
-    /// whatever comes afterwards is behind it.
+    /// interactive one would that was asked for `aging` later, and one that is prefetched twice as much later, so that it lets
+    /// others pass for that long and no longer: whatever comes afterwards is behind it.
     #[must_use]
     pub const fn place(self, asked: Duration, aging: Duration) -> Duration {
         match self {
             Self::Interactive => asked,
             Self::Batch => asked.saturating_add(aging),
+            Self::Prefetch => asked.saturating_add(aging).saturating_add(aging),
         }
     }
 }
@@ -110,6 +114,13 @@ pub struct ComponentSet {
     /// Whether the bases of adapters are part of the set.
     #[serde(default = "yes")]
     pub dependencies: bool,
+    /// Whether components that no GPU has room for may be split: as many blocks as fit go there, and the others into RAM, from
+    /// where whoever uses them streams them in their order.
+    #[serde(default)]
+    pub split: bool,
+    /// How long the components stay after their last lease; the configuration's `load.keep_alive` where it is not said.
+    #[serde(default)]
+    pub keep_alive: Option<KeepAlive>,
 }
 
 const fn yes() -> bool {
@@ -126,6 +137,8 @@ impl ComponentSet {
             priority: Priority::Interactive,
             deadline: None,
             dependencies: true,
+            split: false,
+            keep_alive: None,
         }
     }
 
@@ -147,6 +160,20 @@ impl ComponentSet {
     #[must_use]
     pub const fn with_priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
+        self
+    }
+
+    /// The same set, split where it is too large for any GPU.
+    #[must_use]
+    pub const fn may_split(mut self) -> Self {
+        self.split = true;
+        self
+    }
+
+    /// The same set, whose components stay for so long after their last lease.
+    #[must_use]
+    pub const fn keep_alive(mut self, keep_alive: KeepAlive) -> Self {
+        self.keep_alive = Some(keep_alive);
         self
     }
 
@@ -184,7 +211,7 @@ mod tests {
             let place = |priority: Priority, at| priority.place(Duration::from_secs(at), Duration::from_secs(aging));
             let later = asked + later;
             // Who is as urgent never passes.
-            for priority in [Priority::Batch, Priority::Interactive] {
+            for priority in [Priority::Prefetch, Priority::Batch, Priority::Interactive] {
                 prop_assert!(place(priority, asked) <= place(priority, later));
             }
             prop_assert!(place(Priority::Interactive, asked) <= place(Priority::Batch, later));

@@ -38,6 +38,7 @@ pub(super) fn component(
             },
         }],
         selection: None,
+        part: None,
     })
 }
 

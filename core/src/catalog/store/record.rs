@@ -294,5 +294,6 @@ fn component(
         content_id,
         files: record.files.iter().map(|f| file(f, inputs)).collect(),
         selection,
+        part: None,
     })
 }

@@ -30,6 +30,7 @@ fn component(number: u8, bytes: u64) -> Arc<Component> {
             },
         }],
         selection: None,
+        part: None,
     })
 }
 

@@ -37,6 +37,7 @@ fn mix() -> impl Strategy<Value = Mix> {
                             gpu: GpuIndex(i),
                             free: Bytes(free * GIB),
                             bytes_per_s,
+                            near: Vec::new(),
                             residents: residents
                                 .into_iter()
                                 .map(|(part, loss_s)| Resident { part, loss_s })
@@ -184,6 +185,7 @@ fn sets_that_share_go_together_and_what_is_there_is_used() {
         free: gib(16),
         bytes_per_s: 10e9,
         residents,
+        near: Vec::new(),
     };
     let resident = |part, loss_s| Resident { part, loss_s };
     let set = |parts: &[usize]| Wanted {

@@ -16,6 +16,11 @@ fn component(number: u8, kib: u64) -> Arc<Component> {
 
 static NO_LINKS: Links = Links::new();
 
+fn no_rates() -> &'static Rates {
+    static NONE: std::sync::OnceLock<Rates> = std::sync::OnceLock::new();
+    NONE.get_or_init(Rates::default)
+}
+
 /// A graph of components that have nothing to do with each other.
 fn set(components: &[Arc<Component>]) -> DependencyGraph {
     let catalogue = test_utils::catalogue(components.iter().map(|component| {
@@ -58,6 +63,7 @@ fn planner<'a>(tiers: &'a [TierView], granules: &'a BTreeMap<GpuIndex, Granules>
         tiers,
         granules,
         links: &NO_LINKS,
+        rates: no_rates(),
         ring: Bytes::mib(1),
         now: Duration::from_secs(100),
     }
@@ -116,8 +122,8 @@ fn the_arithmetic_of_a_refusal_adds_up() {
     assert_eq!(
         refused.to_string(),
         "the set can never fit: vram:0 has a budget of 8.0 MiB, and the set needs 9.0 MiB there \
-         (m2/weights 6.0 MiB + m1/weights 3.0 MiB), 1.0 MiB too much; load fewer components, raise the budget, \
-         or choose another tier"
+         (m2/weights 6.0 MiB + m1/weights 3.0 MiB), 1.0 MiB too much; it fits in ram; \
+         it fits where it may be split: the most of it in vram:0, 1.0 MiB streamed from RAM"
     );
 }
 

@@ -1,0 +1,161 @@
+//! Plans as loads and clients ask for them: names in, by the catalogue and the books as they are.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hotset_core::catalog::Component;
+use hotset_core::memory::{FlightFailure, TierView};
+use hotset_core::plan::{
+    Blocks, BlocksOf, ComponentSet, MixPlan, MixSet, Plan, PlanError, Target, resolve,
+    suggest_variant,
+};
+use hotset_core::{Bytes, ContentId, GpuIndex, Tier};
+
+use crate::house::House;
+use crate::loading::LoadError;
+
+/// The GPUs that a mix may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GpuChoice {
+    /// All.
+    All,
+    /// These, as they are.
+    Only(Vec<GpuIndex>),
+    /// Empty ones of these budgets, that need not exist.
+    Imagined(Vec<Bytes>),
+}
+
+/// Components whose blocks are remembered.
+const MOST_KEPT: usize = 256;
+
+/// Blocks of components that had to be split, so that their headers are read once.
+#[derive(Debug, Default)]
+pub(crate) struct KnownBlocks {
+    kept: Mutex<HashMap<ContentId, Option<Arc<Blocks>>>>,
+}
+
+impl KnownBlocks {
+    /// The blocks of a component, by the headers of its files where they are not known.
+    async fn of(
+        &self,
+        house: &House,
+        component: &Arc<Component>,
+    ) -> Result<Option<Arc<Blocks>>, LoadError> {
+        let kept = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = kept().get(&component.content_id) {
+            return Ok(known.clone());
+        }
+        let opened = house.reader.open(component.clone()).await;
+        let open = opened.map_err(|error| LoadError::Component {
+            component: component.id.clone(),
+            failure: FlightFailure::Read(Arc::new(error)),
+        })?;
+        let blocks = Blocks::of(component, open.table()).map(Arc::new);
+        let mut kept = kept();
+        if kept.len() >= MOST_KEPT {
+            kept.clear();
+        }
+        kept.insert(component.content_id, blocks.clone());
+        Ok(blocks)
+    }
+}
+
+/// The plan for a set as things stand, whole, and the generation of the catalogue that it is made by.
+pub(crate) fn whole(house: &House, set: &ComponentSet) -> Result<(Plan, u64), LoadError> {
+    let catalogue = house.catalogue.load();
+    let graph = resolve(&catalogue, &house.config.set, &set.names, set.dependencies)?;
+    let plan = house.outlook().planner().plan(&graph, set.target);
+    let plan = plan.map_err(|mut error| {
+        suggest_variant(&mut error, &catalogue, &graph.order());
+        error
+    })?;
+    Ok((plan, catalogue.generation()))
+}
+
+/// The same, where the set may be split, with the blocks of its components where it has to be.
+pub(crate) async fn make(house: &House, set: &ComponentSet) -> Result<(Plan, u64), LoadError> {
+    match whole(house, set) {
+        Err(LoadError::Plan(PlanError::NeverFits { .. })) if set.split => {}
+        planned => return planned,
+    }
+    let catalogue = house.catalogue.load();
+    let graph = resolve(&catalogue, &house.config.set, &set.names, set.dependencies)?;
+    let mut blocks = BlocksOf::new();
+    for component in graph.order() {
+        if let Some(found) = house.blocks.of(house, &component).await? {
+            blocks.insert(component.content_id, found);
+        }
+    }
+    let outlook = house.outlook();
+    let plan = outlook.planner().plan_split(&graph, set.target, &blocks)?;
+    Ok((plan, catalogue.generation()))
+}
+
+/// A plan with what it would evict and how long it takes.
+pub(crate) fn foreseen(house: &House, mut plan: Plan) -> Plan {
+    let outlook = house.outlook();
+    let planner = outlook.planner();
+    plan.evictions = planner.foresee(&plan, (house.eviction)().as_mut());
+    planner.time(&mut plan);
+    plan
+}
+
+/// A plan for several sets together.
+pub(crate) fn mix(
+    house: &House,
+    sets: &[ComponentSet],
+    gpus: &GpuChoice,
+) -> Result<MixPlan, LoadError> {
+    let catalogue = house.catalogue.load();
+    let mut mix = Vec::with_capacity(sets.len());
+    for set in sets {
+        mix.push(MixSet {
+            name: set.names.join(" + "),
+            graph: resolve(&catalogue, &house.config.set, &set.names, set.dependencies)?,
+            target: set.target,
+        });
+    }
+    let mut outlook = house.outlook();
+    outlook.tiers = chosen(outlook.tiers, gpus)?;
+    let policy = || (house.eviction)();
+    Ok(outlook.planner().plan_mix(&mix, policy))
+}
+
+/// The tiers with these GPUs alone.
+fn chosen(mut tiers: Vec<TierView>, gpus: &GpuChoice) -> Result<Vec<TierView>, PlanError> {
+    match gpus {
+        GpuChoice::All => {}
+        GpuChoice::Only(gpus) => {
+            let missing = gpus
+                .iter()
+                .find(|gpu| tiers.iter().all(|view| view.tier != Tier::Vram(**gpu)));
+            if let Some(missing) = missing {
+                return Err(PlanError::NoSuchTier {
+                    target: Target::Gpu(*missing),
+                    available: tiers.iter().map(|view| view.tier).collect(),
+                });
+            }
+            tiers.retain(|view| match view.tier {
+                Tier::Ram => true,
+                Tier::Vram(gpu) => gpus.contains(&gpu),
+            });
+        }
+        GpuChoice::Imagined(budgets) => {
+            tiers.retain(|view| view.tier == Tier::Ram);
+            let imagined = (0..)
+                .map(GpuIndex)
+                .zip(budgets)
+                .map(|(gpu, budget)| TierView {
+                    tier: Tier::Vram(gpu),
+                    budget: *budget,
+                    committed: Bytes::ZERO,
+                    evicting: Bytes::ZERO,
+                    out_of_service: None,
+                    residencies: Vec::new(),
+                });
+            tiers.extend(imagined);
+            tiers.sort_by_key(|view| view.tier);
+        }
+    }
+    Ok(tiers)
+}
