@@ -106,9 +106,17 @@ impl Admission {
     }
 
     /// What costs nothing passes all who wait, since it takes no memory from them; but see
-    /// [`newcomers_wait`].
+    /// [`newcomers_wait`]. Nor does that pass which nobody waits for: what it would hold may be what they need.
     fn passes(&self, request: &Request) -> bool {
         let ledger = &self.house.ledger;
+        let place = self.place(request);
+        let first = self
+            .waiting
+            .front()
+            .is_none_or(|first| self.place(first) >= place);
+        if request.priority != Priority::Interactive && !first {
+            return false;
+        }
         ledger.needed(self.tier, &request.wants).is_zero()
             && !ledger.must_wait(self.tier, request.session)
     }

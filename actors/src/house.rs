@@ -19,6 +19,7 @@ use hotset_core::plan::rates::{Rates, Way};
 use hotset_core::plan::{ComponentSet, KeepAlive, Planner};
 use hotset_core::policy::pressure::{HostMemory, ram_budget};
 use hotset_core::policy::{self, EvictionPolicy};
+use hotset_core::usage::Usage;
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
@@ -120,6 +121,8 @@ pub(crate) struct House {
     pub(crate) blocks: KnownBlocks,
     /// How fast bytes move on each of them, and from each disk. A short lock.
     rates: Mutex<Rates>,
+    /// How components are used. A short lock, taken under that of the decisions.
+    usage: Mutex<Usage>,
     /// What each device said at the start.
     pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
@@ -217,6 +220,7 @@ impl House {
             turns: devices.keys().map(|gpu| (*gpu, Arc::default())).collect(),
             links: ArcSwap::from_pointee(links),
             rates: Mutex::default(),
+            usage: Mutex::default(),
             blocks: KnownBlocks::default(),
             quotas: Quotas::new(&config),
             hot: HotSets::default(),
@@ -310,11 +314,14 @@ impl House {
 
     /// Notes for Predictor what a session was granted.
     pub(crate) fn note_granted(&self, session: SessionId, components: UsedSet) {
-        if !self.predicting.load(Ordering::Relaxed) {
-            return;
-        }
         let pushed = self.asked.push(|| self.ledger.now(), session, components);
-        if pushed != Pushed::Further {
+        let wanted = match pushed {
+            // Nobody is in a hurry but who predicts.
+            Pushed::First => self.predicting.load(Ordering::Relaxed),
+            Pushed::Many => true,
+            Pushed::Further => false,
+        };
+        if wanted {
             // A guess less where it is not there.
             let _ = self.predictor.cast(PredictorMessage::Requested);
         }
@@ -330,10 +337,11 @@ impl House {
             .unwrap_or_else(PoisonError::into_inner);
         log.push(at, act);
         // Under the lock, so that listeners hear of decisions in their order.
-        if self.decided.receiver_count() > 0
-            && let Some(decision) = log.newest_first().next()
-        {
-            let _ = self.decided.send(decision.clone());
+        if let Some(decision) = log.newest_first().next() {
+            self.usage().decided(decision);
+            if self.decided.receiver_count() > 0 {
+                let _ = self.decided.send(decision.clone());
+            }
         }
     }
 
@@ -412,6 +420,11 @@ impl House {
     /// How long what a set uses stays after its last lease.
     pub(crate) fn keep_alive_of(&self, set: &ComponentSet) -> KeepAlive {
         set.keep_alive.unwrap_or(self.config.load.keep_alive)
+    }
+
+    pub(crate) fn usage(&self) -> MutexGuard<'_, Usage> {
+        // Nothing under the lock can panic.
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn rates(&self) -> MutexGuard<'_, Rates> {

@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hotset_core::catalog::Component;
+use hotset_core::io::ReadError;
 use hotset_core::memory::{FlightFailure, TierView};
 use hotset_core::plan::{
     Blocks, BlocksOf, ComponentSet, MixPlan, MixSet, Plan, PlanError, Target, resolve,
     suggest_variant,
 };
 use hotset_core::{Bytes, ContentId, GpuIndex, Tier};
+
+use tokio::sync::OnceCell;
 
 use crate::house::House;
 use crate::loading::LoadError;
@@ -28,35 +31,43 @@ pub enum GpuChoice {
 /// Components whose blocks are remembered.
 const MOST_KEPT: usize = 256;
 
+/// The blocks of a component; `None`: it has none.
+type Found = Arc<OnceCell<Option<Arc<Blocks>>>>;
+
 /// Blocks of components that had to be split, so that their headers are read once.
 #[derive(Debug, Default)]
 pub(crate) struct KnownBlocks {
-    kept: Mutex<HashMap<ContentId, Option<Arc<Blocks>>>>,
+    kept: Mutex<HashMap<ContentId, Found>>,
 }
 
 impl KnownBlocks {
-    /// The blocks of a component, by the headers of its files where they are not known.
+    fn cell(&self, content: ContentId) -> Found {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= MOST_KEPT && !kept.contains_key(&content) {
+            kept.clear();
+        }
+        kept.entry(content).or_default().clone()
+    }
+
+    /// The blocks of a component, by the headers of its files where they are not known. Who asks while they are being read
+    /// waits for that.
     async fn of(
         &self,
         house: &House,
         component: &Arc<Component>,
     ) -> Result<Option<Arc<Blocks>>, LoadError> {
-        let kept = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = kept().get(&component.content_id) {
-            return Ok(known.clone());
-        }
-        let opened = house.reader.open(component.clone()).await;
-        let open = opened.map_err(|error| LoadError::Component {
-            component: component.id.clone(),
-            failure: FlightFailure::Read(Arc::new(error)),
-        })?;
-        let blocks = Blocks::of(component, open.table()).map(Arc::new);
-        let mut kept = kept();
-        if kept.len() >= MOST_KEPT {
-            kept.clear();
-        }
-        kept.insert(component.content_id, blocks.clone());
-        Ok(blocks)
+        let read = async || {
+            let open = house.reader.open(component.clone()).await?;
+            Ok(Blocks::of(component, open.table()).map(Arc::new))
+        };
+        let cell = self.cell(component.content_id);
+        let known = cell.get_or_try_init(read).await;
+        known
+            .cloned()
+            .map_err(|error: ReadError| LoadError::Component {
+                component: component.id.clone(),
+                failure: FlightFailure::Read(Arc::new(error)),
+            })
     }
 }
 

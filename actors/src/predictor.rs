@@ -1,4 +1,5 @@
-//! Predictor: learns from the request stream and proposes prefetches. Off until it is switched on.
+//! Predictor: learns from the request stream and proposes prefetches, off until it is switched on, and sums up how components
+//! are used.
 //!
 //! What it has learned is kept in memory and lost with it; it then learns anew. Its guesses go to RamCache, which takes
 //! them only into memory that nobody needs.
@@ -8,7 +9,7 @@ use std::sync::Arc;
 
 use hotset_core::catalog::Component;
 use hotset_core::predict::{Candidate, Observed, Predictor, PredictorStats, Seen};
-use hotset_core::{ContentId, Tier};
+use hotset_core::{ComponentId, ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
 
@@ -18,7 +19,7 @@ use crate::ram_cache::RamCacheMessage;
 /// What Predictor is told and asked.
 #[derive(Debug)]
 pub(crate) enum PredictorMessage {
-    /// Sessions were granted components; they lie in the house.
+    /// Sessions were granted components; they lie in the house, and are taken from there.
     Requested,
     /// Switch it on or off.
     SetEnabled(bool, RpcReplyPort<()>),
@@ -111,6 +112,12 @@ fn learn(state: &mut State) -> bool {
         if state.enabled {
             state.predictor.observe(used.at, &observed);
         }
+        let ids = used
+            .components
+            .iter()
+            .map(|(component, _)| component.id.clone());
+        let ids: Vec<ComponentId> = ids.collect();
+        state.house.usage().used(used.at, &ids);
     }
     !granted.is_empty()
 }

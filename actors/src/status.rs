@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use hotset_core::device::{DeviceDescription, Figures};
 use hotset_core::memory::{ArenaView, TierView};
+use hotset_core::usage::Patterns;
 use hotset_core::{Bytes, ComponentId, SessionId, Tier};
 use serde::Serialize;
 
@@ -189,6 +190,8 @@ pub struct UsageReport {
     pub hit_share: Option<f64>,
     /// The components that are resident, most used first.
     pub hot: Vec<UsageRow>,
+    /// What is used together, how soon again, what was evicted too early, loaded in vain, and waited for.
+    pub patterns: Patterns,
     /// What the predictor knows.
     pub predictor: Option<PredictorView>,
 }

@@ -96,6 +96,9 @@ fn seconds<S: serde::Serializer>(took: &Duration, serializer: S) -> Result<S::Ok
 /// than this.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 
+/// Rows of each kind in a report of usage.
+const TOP: usize = 20;
+
 /// How long a drain waits for tasks that were told to end. They look at it between two pieces of a read, so only a disk
 /// that hangs takes longer.
 const TASKS_END: Duration = Duration::from_secs(10);
@@ -392,11 +395,14 @@ impl System {
             })
             .collect();
         hot.sort_by(|a, b| b.uses.cmp(&a.uses).then(a.idle_s.total_cmp(&b.idle_s)));
+        // First, since it takes what was used since it was last told.
+        let predictor = answer(self.house.predictor.call(PredictorMessage::Observe)).await;
         UsageReport {
+            patterns: self.house.usage().patterns(TOP),
             hit_share: (asked > 0).then(|| counters.component_hits as f64 / asked as f64),
             counters,
             hot,
-            predictor: answer(self.house.predictor.call(PredictorMessage::Observe)).await,
+            predictor,
         }
     }
 

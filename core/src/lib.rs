@@ -7,6 +7,7 @@
 //! * [`machine`] tells what this process may really use of the machine's memory;
 //! * [`device`] is the contract with a GPU, and its simulation;
 //! * [`policy`], [`plan`] and [`predict`] are pure: state and `now` in, decisions out.
+//! * [`usage`] sums up how components are used.
 //! * [`replay`] runs recorded requests through simulated tiers, with the same policies.
 //!
 //! Nothing here spawns an actor or knows one. `policy`, `plan` and `predict` read no clock and touch no file.
@@ -26,6 +27,7 @@ mod random;
 pub mod replay;
 pub mod tensor;
 pub mod units;
+pub mod usage;
 pub mod watch;
 
 pub use ids::{ComponentId, ContentId, GpuIndex, LeaseId, ModelName, RequestId, SessionId, Tier};

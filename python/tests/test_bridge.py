@@ -331,5 +331,74 @@ class Alone(unittest.TestCase):
         asyncio.run(asyncio.wait_for(story(), 60))
 
 
+class Sets(unittest.TestCase):
+    """Sets of several components: as they come, kept alive, planned together, split."""
+
+    def setUp(self) -> None:
+        self.place = Place()
+        self.blocks = {f"layers.{i}.weight": numpy.full(25 << 10, i, numpy.float32) for i in range(8)}
+        self.place.write("first.safetensors", small(1))
+        self.place.write("second.safetensors", small(2))
+        self.place.write("blocks.safetensors", self.blocks)
+        # One simulated GPU with room for half of the blocks; its memory cannot be mapped by others.
+        gpu = ("gpu.0.device=sim", "gpu.0.sim.memory=8MiB", "gpu.0.sim.granularity=64KiB", "gpu.0.budget=512KiB")
+        self.place.serve(*gpu, "gpu.0.headroom=0")
+        self.client = connected(self.place)
+
+    def tearDown(self) -> None:
+        self.client.close()
+        self.place.close()
+
+    def resident(self) -> list[str]:
+        ram = next(tier for tier in self.client.status()["tiers"] if tier["tier"] == "ram")
+        return [component["component"]["model"] for component in ram["components"]]
+
+    def test_components_come_one_after_the_other(self) -> None:
+        came: list[hotset.Component] = []
+        leased = self.client.load("first", "second", device="ram", on_component=came.append)
+        self.assertEqual(leased.components, came)
+        self.assertEqual({component.model for component in came}, {"first", "second"})
+
+        async def story() -> None:
+            async with await hotset.aio.connect(self.place.socket) as client:
+                seen: list[hotset.Component] = []
+                both = await client.load("first", "second", device="ram", on_component=seen.append)
+                self.assertEqual(both.components, seen)
+
+        asyncio.run(asyncio.wait_for(story(), 60))
+
+    def test_a_keep_alive_ends(self) -> None:
+        self.client.load("first", device="ram").release()
+        self.client.load("second", device="ram", keep_alive=0).release()
+        until("the second to go", lambda: self.resident() == ["first"])
+        self.client.load("first", device="ram", keep_alive="100ms").release()
+        until("the first to go", lambda: self.resident() == [])
+        with self.assertRaises(hotset.Refused):
+            self.client.load("first", keep_alive="soon")
+
+    def test_a_component_that_is_too_large_is_split(self) -> None:
+        with self.assertRaises(hotset.Refused) as caught:
+            self.client.load("blocks", device="cuda:0")
+        self.assertIn("may be split", str(caught.exception))
+        self.assertEqual(len(self.client.plan("blocks", device="cuda:0", split=True)["steps"]), 2)
+        leased = self.client.load("blocks", device="cuda:0", split=True)
+        whole = leased["blocks/weights"] if "blocks/weights" in leased else leased[leased.components[0].part["of"]]
+        self.assertIsInstance(whole, hotset.Split)
+        self.assertEqual([block for block, _ in whole.blocks], [f"layers.{i}." for i in range(8)])
+        self.assertEqual([part.tier for part in whole.parts], ["vram:0", "ram"])
+        self.assertEqual(sorted(whole), sorted(self.blocks))
+        streamed = [name for name in whole if whole._of(name).tier == "ram"]
+        self.assertGreater(len(streamed), 2)
+        for name in streamed:
+            self.assertEqual(whole._of(name).numpy(name).tobytes(), self.blocks[name].tobytes())
+
+    def test_sets_are_planned_together(self) -> None:
+        mix = self.client.plan_mix(["first"], ["blocks"], imagined=[1 << 20, 1 << 20])
+        self.assertTrue(mix["fits"])
+        mix = self.client.plan_mix(["first"], ["blocks"])
+        self.assertFalse(mix["fits"])
+        self.assertIn("never fit", mix["sets"][1]["reason"])
+
+
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

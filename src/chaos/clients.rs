@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::check::Invariant;
 use super::library::{FILES, name, read};
 use super::world::World;
-use crate::{ComponentSet, Lease, Session, Target};
+use crate::{ComponentSet, GpuIndex, KeepAlive, Lease, Priority, Session, Target};
 
 /// A number below the bound.
 pub(super) fn below(rng: &mut Xoshiro256PlusPlus, bound: usize) -> usize {
@@ -93,8 +93,9 @@ impl Workload {
                 return ask(client, turn, &models, &mut |bound| below(rng, bound));
             }
         };
-        let anywhere = [Target::Ram, Target::AnyGpu, Target::Best][below(rng, 3)];
-        match profile {
+        let small = Target::Gpu(GpuIndex(1));
+        let anywhere = [Target::Ram, Target::AnyGpu, Target::Best, small][below(rng, 4)];
+        let mut set = match profile {
             Profile::Diffusion => {
                 let (base, adapter) = (5 + client % 2, below(rng, 5));
                 ComponentSet::new([name(base), name(adapter)]).on(Target::AnyGpu)
@@ -108,7 +109,21 @@ impl Workload {
             .on(anywhere),
             Profile::Thrash => one((client + turn) % FILES).on(anywhere),
             Profile::Herd => one(turn % FILES).on(anywhere),
-        }
+        };
+        set.priority = match below(rng, 8) {
+            0 => Priority::Prefetch,
+            1 | 2 => Priority::Batch,
+            _ => Priority::Interactive,
+        };
+        set.split = below(rng, 2) == 0;
+        set.keep_alive = match below(rng, 4) {
+            0 => Some(KeepAlive::For(Duration::from_millis(
+                below(rng, 5000) as u64
+            ))),
+            1 => Some(KeepAlive::Unlimited),
+            _ => None,
+        };
+        set
     }
 
     fn pause(&self, rng: &mut Xoshiro256PlusPlus) -> Duration {
@@ -251,6 +266,19 @@ async fn load(
         Ok(Ok(mut leases)) => {
             if world.is_broken(Invariant::AllOrNothing) {
                 leases.pop();
+            }
+            // Of what is split, all blocks.
+            let blocks = |lease: &Lease| lease.component().part.as_ref().map(|p| p.blocks.len());
+            let there: usize = leases.iter().filter_map(blocks).sum();
+            let whole = leases
+                .iter()
+                .filter_map(|lease| lease.component().part.as_deref());
+            let wanted: usize = whole.filter(|p| p.first == 0).map(|p| p.of_blocks).sum();
+            if there != wanted {
+                world.violated(
+                    Invariant::AllOrNothing,
+                    format!("client {client} was granted {there} blocks of {wanted}"),
+                );
             }
             for name in &names {
                 if !leases

@@ -33,6 +33,7 @@ const GPUS: u32 = 2;
 /// Less than the library, so that there is always something to evict.
 const RAM: Bytes = Bytes::kib(640);
 const VRAM: Bytes = Bytes::kib(512);
+const SMALL_VRAM: Bytes = Bytes::kib(240);
 /// The most violations of one run: one cause is seen at each event from then on.
 const MOST_VIOLATIONS: usize = 20;
 
@@ -252,6 +253,10 @@ async fn build(scenario: &Scenario) -> Result<Arc<World>, ChaosError> {
     gpu.sim.latency = Duration::from_millis(1);
     gpu.sim.keep_bytes = true;
     config.gpu = vec![gpu; GPUS as usize];
+    // No room for the largest model: it is split there, or refused.
+    if let Some(last) = config.gpu.last_mut() {
+        (last.budget, last.sim.memory) = (Some(SMALL_VRAM), SMALL_VRAM);
+    }
     let gpus: Vec<_> = (0..GPUS)
         .zip(&config.gpu)
         .map(|(i, gpu)| SimDevice::new(GpuIndex(i), gpu.sim.clone()))

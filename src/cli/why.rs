@@ -1,12 +1,18 @@
 //! `hotset why` and `hotset analyse`: what a running server decided, and how its models are used.
 
+use std::time::Duration;
+
 use clap::Args;
+use hotset::core::usage::Patterns;
 use hotset::{Bytes, ComponentId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::output::{self, line, table};
+use super::output::{self, gauge, line, table};
 use super::{CliError, Global, server};
+
+/// Rows of a table that is one of several.
+const SHOWN: usize = 8;
 
 /// What to explain.
 #[derive(Debug, Args)]
@@ -44,6 +50,7 @@ pub(crate) async fn run(args: &WhyArgs, global: &Global) -> Result<(), CliError>
 struct Usage {
     hit_share: Option<f64>,
     hot: Vec<Row>,
+    patterns: Patterns,
 }
 
 #[derive(Deserialize)]
@@ -79,5 +86,72 @@ pub(crate) async fn analyse(global: &Global) -> Result<(), CliError> {
             format!("{:.0} s", row.idle_s),
         ]);
     }
-    line(rows.to_string())
+    line(rows.to_string())?;
+    patterns(&usage.patterns)
+}
+
+fn patterns(patterns: &Patterns) -> Result<(), CliError> {
+    if !patterns.together.is_empty() {
+        let mut rows = table(&["asked for together", "", "times"], &["times"]);
+        for pair in patterns.together.iter().take(SHOWN) {
+            let [a, b] = &pair.components;
+            rows.add_row([a.clone(), b.clone(), pair.count.to_string()]);
+        }
+        line(rows.to_string())?;
+    }
+    let known: u64 = patterns.reuse.iter().map(|reuse| reuse.count).sum();
+    if known > 0 {
+        let mut rows = table(&["asked for again", "times", "share"], &["times"]);
+        for reuse in &patterns.reuse {
+            let within = match reuse.within_s {
+                Some(s) => format!(
+                    "within {}",
+                    humantime::format_duration(Duration::from_secs(s))
+                ),
+                None => "later".into(),
+            };
+            let (count, all) = (Bytes(reuse.count), Bytes(known));
+            rows.add_row([within, reuse.count.to_string(), gauge(count, all, 16)]);
+        }
+        line(rows.to_string())?;
+    }
+    let waited = patterns
+        .waiting
+        .iter()
+        .filter(|waiting| waiting.seconds > 0.0);
+    let waited: Vec<_> = waited.collect();
+    if !waited.is_empty() {
+        let columns = ["waited for", "loads", "in all", "mean", "longest"];
+        let mut rows = table(&columns, &columns[1..]);
+        for waiting in waited {
+            let mean = waiting.seconds / waiting.loads.max(1) as f64;
+            rows.add_row([
+                waiting.cause.clone(),
+                waiting.loads.to_string(),
+                format!("{:.2} s", waiting.seconds),
+                format!("{:.1} ms", mean * 1e3),
+                format!("{:.1} ms", waiting.longest_s * 1e3),
+            ]);
+        }
+        line(rows.to_string())?;
+    }
+    let churn = &patterns.churn;
+    line(format!(
+        "{} evictions, {} of them loaded again within {} ({})",
+        churn.evictions,
+        churn.reloads,
+        humantime::format_duration(Duration::from_secs(churn.within_s)),
+        churn.bytes
+    ))?;
+    for (component, times) in churn.components.iter().take(SHOWN) {
+        line(format!("  {component}: {times} times"))?;
+    }
+    let prefetch = &patterns.prefetch;
+    if !prefetch.loaded.is_zero() {
+        line(format!(
+            "{} loaded on a guess, {} of it in vain",
+            prefetch.loaded, prefetch.wasted
+        ))?;
+    }
+    Ok(())
 }

@@ -4,14 +4,14 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use hotset::{Bytes, ComponentSet, Hotset, LoadError, Priority, Session, Target, Tier};
+use hotset::{Bytes, ComponentSet, Hotset, KeepAlive, LoadError, Priority, Session, Target, Tier};
 use proptest::prelude::*;
 use tokio::time::Instant;
 
 use crate::library::{Library, Rig, until};
 
-/// Models and their KiB in all; `pipe` has four components.
-const MODELS: [(&str, u64); 7] = [
+/// Models and their KiB in all; `pipe` has four components, and `ink` is an adapter for it.
+const MODELS: [(&str, u64); 8] = [
     ("m0", 90),
     ("m1", 180),
     ("m2", 270),
@@ -19,6 +19,7 @@ const MODELS: [(&str, u64); 7] = [
     ("m4", 520),
     ("m5", 700),
     ("pipe", 480),
+    ("ink", 30),
 ];
 /// How long a request may wait at most: what all others hold one after the other, and several turns of aging.
 const BOUND: Duration = Duration::from_secs(600);
@@ -27,7 +28,10 @@ const BOUND: Duration = Duration::from_secs(600);
 struct Wish {
     models: Vec<usize>,
     target: usize,
-    batch: bool,
+    priority: usize,
+    split: bool,
+    /// Milliseconds.
+    keep_alive: Option<u64>,
     pause: u64,
     hold: u64,
     /// Cancelled after so many milliseconds.
@@ -47,16 +51,18 @@ fn wish() -> impl Strategy<Value = Wish> {
     (
         prop::collection::vec(0..MODELS.len(), 1..4),
         0_usize..6,
-        any::<bool>(),
+        (0_usize..4, any::<bool>(), prop::option::of(0_u64..2000)),
         0_u64..1500,
         0_u64..3000,
         prop::option::weighted(0.2, 0_u64..800),
         any::<bool>(),
     )
-        .prop_map(|(models, target, batch, pause, hold, give_up, rude)| Wish {
+        .prop_map(|(models, target, how, pause, hold, give_up, rude)| Wish {
             models,
             target,
-            batch,
+            priority: how.0,
+            split: how.1,
+            keep_alive: how.2,
             pause,
             hold,
             give_up,
@@ -135,15 +141,20 @@ fn set_of(wish: &Wish, gpus: usize) -> ComponentSet {
         n if gpus > 0 => Target::Gpu(hotset::GpuIndex((n % gpus) as u32)),
         _ => Target::Ram,
     };
-    let priority = if wish.batch {
-        Priority::Batch
-    } else {
-        Priority::Interactive
+    let priority = match wish.priority {
+        0 => Priority::Batch,
+        1 => Priority::Prefetch,
+        _ => Priority::Interactive,
     };
-    ComponentSet::new(names)
+    let mut set = ComponentSet::new(names)
         .on(target)
         .with_priority(priority)
-        .within(Duration::from_secs(3600))
+        .within(Duration::from_secs(3600));
+    set.split = wish.split;
+    set.keep_alive = wish
+        .keep_alive
+        .map(|ms| KeepAlive::For(Duration::from_millis(ms)));
+    set
 }
 
 async fn one_wish(rig: &Rig, session: &Session, wish: &Wish, granted: &Cell<u32>) {
@@ -164,7 +175,8 @@ async fn one_wish(rig: &Rig, session: &Session, wish: &Wish, granted: &Cell<u32>
         () = canceller, if wish.rude => return,
     };
     let waited = asked.elapsed();
-    assert!(waited < BOUND, "{wish:?} waited {waited:?}");
+    let error = outcome.as_ref().err().map(ToString::to_string);
+    assert!(waited < BOUND, "{wish:?} waited {waited:?}: {error:?}");
     let leases = match outcome {
         Ok(leases) => leases,
         Err(error @ (LoadError::Plan(_) | LoadError::Never(_))) => {
@@ -174,11 +186,25 @@ async fn one_wish(rig: &Rig, session: &Session, wish: &Wish, granted: &Cell<u32>
         Err(error) => panic!("{wish:?}: {error}"),
     };
     granted.set(granted.get() + 1);
-    // All or nothing: every component of the set, in one place.
-    let parts = rig.hotset.dependencies(&set).unwrap().len();
-    assert_eq!(leases.len(), parts, "{wish:?}");
+    // All or nothing: every component of the set, in one place but for what no GPU has room for.
+    let wanted = rig.hotset.dependencies(&set).unwrap().order();
+    let bytes: Bytes = leases.iter().map(|lease| lease.component().bytes).sum();
+    assert_eq!(
+        bytes,
+        wanted.iter().map(|c| c.bytes).sum::<Bytes>(),
+        "{wish:?}"
+    );
+    let halves = leases
+        .iter()
+        .filter(|lease| lease.component().part.is_some())
+        .count();
     let place = |lease: &hotset::Lease| lease.tier();
-    assert!(leases.iter().all(|lease| place(lease) == place(&leases[0])));
+    let one_place = leases.iter().all(|lease| place(lease) == place(&leases[0]));
+    assert!(
+        one_place && leases.len() == wanted.len() || set.split,
+        "{wish:?}"
+    );
+    assert_eq!(halves % 2, 0, "{wish:?}");
     let sums = || -> Vec<u64> {
         let sum = |lease: &hotset::Lease| {
             let slab = lease.slab()?;
@@ -210,6 +236,11 @@ async fn run(library: &Library, mix: &Mix) -> u32 {
         })
         .collect();
     let rig = Rig::start(config).await;
+    let adapter = rig
+        .hotset
+        .dependencies(&ComponentSet::new(["ink"]))
+        .unwrap();
+    assert!(adapter.len() > 1, "it comes with its base");
     let granted = Cell::new(0);
     let users = mix.sessions.iter().enumerate().map(|(i, wishes)| {
         let (rig, granted) = (&rig, &granted);
@@ -248,6 +279,13 @@ fn random_mixes_on_random_machines_end_well() {
     for (i, (name, kib)) in MODELS.iter().enumerate() {
         if *name == "pipe" {
             library.pipeline(name, i as u64, *kib as usize / 4);
+        } else if *name == "ink" {
+            let folder = library.path(name);
+            let config =
+                serde_json::json!({"peft_type": "LORA", "base_model_name_or_path": "pipe"});
+            crate::library::write_json(&folder.join("adapter_config.json"), &config);
+            let weights = folder.join("adapter_model.safetensors");
+            crate::library::write_weights(&weights, i as u64, 2, (*kib as usize) << 10);
         } else {
             library.single(name, i as u64, *kib as usize);
         }

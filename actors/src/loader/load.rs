@@ -13,6 +13,7 @@ use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
 use hotset_core::plan::{ComponentSet, Plan, Priority, Step, There};
+use hotset_core::usage::Cause;
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -188,11 +189,13 @@ impl Job {
                 Err(LoadError::Component { failure, .. }) if failure.is_passing() && left > 1 => {
                     tracing::debug!(%failure, "beginning again");
                     left -= 1;
+                    // Who waits for memory holds none, but for what its client has by now: who is before it may need just
+                    // that.
+                    handed.ready.clear();
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                 }
                 Ok(Attempt::Done) => return Ok(()),
-                // What has landed may be evicted from here on.
                 Ok(Attempt::Yielded) => {
                     yields -= 1;
                     handed.ready.clear();
@@ -232,6 +235,7 @@ impl Job {
                 self.house.note_use(self.session, tier, used);
             }
             self.note_place(&plan);
+            self.note_loads(&plan);
             outlet.send(LoadEvent::Planned(plan.clone())).await;
         }
         let _counted = self.count(&plan)?;
@@ -243,6 +247,7 @@ impl Job {
             self.house.ledger.set_keep_alive(tier, &components, keep);
         }
         board.stage = Stage::Loading;
+        let began = Instant::now();
         let way = Way {
             plan: &plan,
             outlet,
@@ -250,6 +255,14 @@ impl Job {
         };
         if let Attempt::Yielded = self.move_all(&way, claims, staging, board, handed).await? {
             return Ok(Attempt::Yielded);
+        }
+        if !plan.moving().is_zero() {
+            let read = plan
+                .needs
+                .get(&Tier::Ram)
+                .is_some_and(|bytes| !bytes.is_zero());
+            let cause = if read { Cause::Disk } else { Cause::Link };
+            self.house.usage().waited(cause, began.elapsed());
         }
         handed.rest(&plan, outlet).await;
         self.house.note_granted(self.session, used(&plan, |_| true));
@@ -292,6 +305,20 @@ impl Job {
             moving: plan.moving(),
             alternatives: plan.alternatives.clone(),
         });
+    }
+
+    fn note_loads(&self, plan: &Plan) {
+        let now = self.house.ledger.now();
+        for tier in plan.tiers() {
+            let absent = plan
+                .steps
+                .iter()
+                .filter(|s| s.tier == tier && s.there == There::Absent);
+            let absent: Vec<_> = absent.map(|step| step.component.id.clone()).collect();
+            if !absent.is_empty() {
+                self.house.usage().loads(now, tier, &absent);
+            }
+        }
     }
 
     /// Whether a set that comes before this one waits for memory that this one has. Between two components that is where a
@@ -365,6 +392,10 @@ impl Job {
 
     /// Claims on all components of a plan, where each is resident where it goes.
     fn claim_resident(&self, plan: &Plan) -> Option<Vec<Claim>> {
+        // What costs nothing takes memory from nobody, but what nobody held may be just what somebody else waits for.
+        if self.set.priority != Priority::Interactive && self.must_yield(plan) {
+            return None;
+        }
         let claim = |tier| {
             let components = plan.components(tier);
             let ledger = &self.house.ledger;
@@ -620,7 +651,7 @@ impl Job {
 /// the set is all or nothing by then, but for files that cannot be read.
 #[derive(Default)]
 struct Handed {
-    /// Not handed out yet: one before it is not there, or the reader is behind. Kept for the next attempt where one fails.
+    /// Not handed out yet: one before it is not there, or the reader is behind.
     ready: BTreeMap<ContentId, Lease>,
     sent: HashSet<ContentId>,
 }

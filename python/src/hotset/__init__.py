@@ -11,7 +11,7 @@ A lease lives until the set is released *and* the last tensor of it is gone; the
 
 from ._client import Client, connect, default
 from ._errors import ConnectionLost, HotsetError, Refused
-from ._memory import Component, LoadedSet, Progress
+from ._memory import Component, LoadedSet, Progress, Split
 
 __all__ = [
     "Client",
@@ -21,6 +21,7 @@ __all__ = [
     "LoadedSet",
     "Progress",
     "Refused",
+    "Split",
     "connect",
     "default",
 ]

@@ -12,14 +12,15 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ._errors import ConnectionLost, HotsetError
-from ._memory import LoadedSet, Progress
+from ._memory import Component, LoadedSet, Progress
 from ._wire import EVENTS, VERSION, State, StillMapped, checked, default_socket, frame, load_fields
 
 ProgressCallback = Callable[[Progress], None]
+ComponentCallback = Callable[[Component], None]
 _READ = 1 << 16
 _DESCRIPTORS = 253
 # Events that nobody has asked for yet.
@@ -265,17 +266,27 @@ class Client:
         priority: str = "interactive",
         dependencies: bool = True,
         preemptible: bool = False,
+        split: bool = False,
+        keep_alive: str | float | None = None,
         progress: ProgressCallback | bool | None = None,
+        on_component: ComponentCallback | None = None,
     ) -> LoadedSet:
         """Loads models or components (`model/component`) and leases them, all or nothing.
 
-        `device`: `cpu` or `ram`, `cuda:N` or `vram:N`, `best`. `deadline` is in seconds. `progress` is called with a `Progress`; `True`
-        shows a bar, where tqdm is installed.
+        `device`: `cpu` or `ram`, `cuda:N` or `vram:N`, `best`. `deadline` is in seconds. `priority`: `interactive`, `batch`, or `prefetch`,
+        which loads when links are idle. `split`: a component that no GPU has room for may come as a `Split`, some of its blocks
+        there and the others in RAM. `keep_alive`: how long it stays after its last lease, `"5m"`, seconds, 0, or -1 for no limit.
+        `progress` is called with a `Progress`; `True` shows a bar, where tqdm is installed. `on_component` is called with each
+        component as it comes, in loading order, while the rest still loads.
         """
-        fields = load_fields(names, device, deadline, priority, dependencies, preemptible, bool(progress))
+        parts = on_component is not None
+        fields = load_fields(
+            names, device, deadline, priority, dependencies, preemptible, bool(progress), split, keep_alive, parts
+        )
         shown = _shower(progress, names)
         state = self._ensure()
         number = self._send(state, "load", fields)
+        components: list[Component] = []
         try:
             while True:
                 try:
@@ -284,7 +295,12 @@ class Client:
                     self._call("cancel", request=number)
                     raise
                 if reply["type"] == "leased":
-                    return reply["set"]
+                    for component in reply["set"].components:
+                        components.append(component)
+                        if on_component is not None:
+                            on_component(component)
+                    if not reply.get("more"):
+                        return LoadedSet(components)
                 if reply["type"] == "progress" and shown is not None:
                     shown(Progress.of(reply))
         finally:
@@ -305,10 +321,19 @@ class Client:
         """One model of the catalogue, by name or path."""
         return self._call("show", name=os.fspath(name))["model"]
 
-    def plan(self, *names: str, device: str = "best", dependencies: bool = True) -> dict[str, Any]:
+    def plan(
+        self, *names: str, device: str = "best", dependencies: bool = True, split: bool = False
+    ) -> dict[str, Any]:
         """What a load would do as things stand."""
-        fields = load_fields(names, device, None, "interactive", dependencies, False, False)
+        fields = load_fields(names, device, None, "interactive", dependencies, False, False, split)
         return self._call("plan", **fields)["plan"]
+
+    def plan_mix(
+        self, *sets: Sequence[str], gpus: Sequence[int] = (), imagined: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """What loading several sets together would do, on these GPUs or on empty ones of so many bytes that need not exist."""
+        wanted = [{"names": list(names)} for names in sets]
+        return self._call("plan-mix", sets=wanted, gpus=list(gpus), imagined=list(imagined))["mix"]
 
     def status(self) -> dict[str, Any]:
         """The state of everything."""

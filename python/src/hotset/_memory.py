@@ -135,6 +135,8 @@ class Component(AbstractMapping):
         self.content: str = entry["content"]
         self.tier: str = entry["tier"]
         self.bytes: int = entry["bytes"]
+        # Of a component that is split: which blocks of it these are, as the protocol has it.
+        self.part: dict[str, Any] | None = entry.get("part")
         self._lease: Lease | None = lease
         self._mapping = mapping
         self._table = table
@@ -271,8 +273,61 @@ class Component(AbstractMapping):
         self._mapping = None
 
 
+class Split(AbstractMapping):
+    """A component that is too large for its GPU: some of its blocks are there, the others in host memory.
+
+    A lazy mapping over the tensors of all its parts, wherever each is. `blocks` has what the names of each block's tensors begin
+    with, in the order in which blocks are used, and the part that it is in: whoever runs the model goes through it, and brings
+    the blocks in host memory to the GPU one after the other.
+    """
+
+    def __init__(self, parts: list[Component]) -> None:
+        self.parts = sorted(parts, key=lambda component: component.part["first"])
+        self.id: str = self.parts[0].part["of"]
+        self.model, _, self.name = self.id.rpartition("/")
+        self.bytes = sum(component.bytes for component in self.parts)
+
+    def __repr__(self) -> str:
+        return f"<hotset component {self.id} in {' and '.join(c.tier for c in self.parts)}, {self.bytes} bytes>"
+
+    @property
+    def blocks(self) -> list[tuple[str, Component]]:
+        """Each block and the part that it is in, in the order of use."""
+        return [(block, component) for component in self.parts for block in component.part["blocks"]]
+
+    def _of(self, name: str) -> Component:
+        for component in self.parts:
+            if name in component:
+                return component
+        raise KeyError(f"{self.id} has no tensor {name!r}; it has {len(self)} tensors")
+
+    def __len__(self) -> int:
+        return sum(len(component) for component in self.parts)
+
+    def __iter__(self) -> Iterator[str]:
+        for component in self.parts:
+            yield from component
+
+    def __getitem__(self, name: str) -> Any:
+        return self._of(name)[name]
+
+    def torch(self, name: str, device: str | torch.device | None = None) -> torch.Tensor:
+        """As `Component.torch`."""
+        return self._of(name).torch(name, device)
+
+    def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """As `Component.state_dict`: tensors of both parts, on their devices."""
+        return {key: value for component in self.parts for key, value in component.state_dict(prefix).items()}
+
+    def release(self) -> None:
+        """As `Component.release`."""
+        for component in self.parts:
+            component.release()
+
+
 class LoadedSet(AbstractMapping):
-    """The leases of a load: components by name (`unet`), or by full name (`sdxl-base/unet`) where several have one."""
+    """The leases of a load: components by name (`unet`), or by full name (`sdxl-base/unet`) where several have one. What is split
+    is found as a `Split` by the name of the whole."""
 
     def __init__(self, components: list[Component]) -> None:
         self.components = components
@@ -280,7 +335,10 @@ class LoadedSet(AbstractMapping):
     def __repr__(self) -> str:
         return f"<hotset set of {', '.join(c.id for c in self.components) or 'nothing'}>"
 
-    def __getitem__(self, name: str) -> Component:
+    def __getitem__(self, name: str) -> Component | Split:
+        whole = [c for c in self.components if c.part and name in (c.part["of"], c.part["of"].rpartition("/")[2])]
+        if whole and len({c.part["of"] for c in whole}) == 1:
+            return Split(whole)
         found = [c for c in self.components if name in (c.id, c.name)]
         exact = [c for c in found if c.id == name] or found
         if len(exact) == 1:

@@ -50,6 +50,9 @@ def load_fields(
     dependencies: bool,
     preemptible: bool,
     progress: bool,
+    split: bool = False,
+    keep_alive: str | float | None = None,
+    parts: bool = False,
 ) -> dict[str, Any]:
     """The fields of a `load`."""
     fields: dict[str, Any] = {
@@ -62,6 +65,12 @@ def load_fields(
     }
     if deadline is not None:
         fields["deadline_ms"] = max(0, int(deadline * 1000))
+    if split:
+        fields["split"] = True
+    if keep_alive is not None:
+        fields["keep_alive"] = str(keep_alive)
+    if parts:
+        fields["parts"] = True
     return fields
 
 

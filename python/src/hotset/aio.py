@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ._client import ProgressCallback
+from ._client import ComponentCallback, ProgressCallback
 from ._errors import ConnectionLost, HotsetError
-from ._memory import LoadedSet, Progress
+from ._memory import Component, LoadedSet, Progress
 from ._wire import EVENTS, VERSION, State, checked, default_socket, frame, load_fields
 
 _READ = 1 << 16
@@ -133,16 +133,27 @@ class AsyncClient:
         priority: str = "interactive",
         dependencies: bool = True,
         preemptible: bool = False,
+        split: bool = False,
+        keep_alive: str | float | None = None,
         progress: ProgressCallback | None = None,
+        on_component: ComponentCallback | None = None,
     ) -> LoadedSet:
         """As `hotset.Client.load`. Cancelling the task cancels the load."""
-        wants = progress is not None
-        fields = load_fields(names, device, deadline, priority, dependencies, preemptible, wants)
+        wants, parts = progress is not None, on_component is not None
+        fields = load_fields(
+            names, device, deadline, priority, dependencies, preemptible, wants, split, keep_alive, parts
+        )
         messages = self._messages("load", fields)
+        components: list[Component] = []
         try:
             async for message in messages:
                 if message["type"] == "leased":
-                    return message["set"]
+                    for component in message["set"].components:
+                        components.append(component)
+                        if on_component is not None:
+                            on_component(component)
+                    if not message.get("more"):
+                        return LoadedSet(components)
                 if message["type"] == "progress" and progress is not None:
                     progress(Progress.of(message))
         finally:
@@ -162,9 +173,11 @@ class AsyncClient:
         """One model of the catalogue, by name or path."""
         return (await self._call("show", name=os.fspath(name)))["model"]
 
-    async def plan(self, *names: str, device: str = "best", dependencies: bool = True) -> dict[str, Any]:
+    async def plan(
+        self, *names: str, device: str = "best", dependencies: bool = True, split: bool = False
+    ) -> dict[str, Any]:
         """What a load would do as things stand."""
-        fields = load_fields(names, device, None, "interactive", dependencies, False, False)
+        fields = load_fields(names, device, None, "interactive", dependencies, False, False, split)
         return (await self._call("plan", **fields))["plan"]
 
     async def status(self) -> dict[str, Any]:
