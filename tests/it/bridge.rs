@@ -339,6 +339,51 @@ async fn the_catalogue_is_listed_shown_planned_and_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn leases_come_in_parts_where_they_are_asked_for() {
+    let library = Library::new();
+    let tensors = library.pipeline("pipe", 1, 64);
+    let served = Served::start(library.config(Bytes::mib(8))).await;
+    let client = served.client("worker").await;
+    let options = LoadOptions::new(["pipe"]).on("ram").in_parts();
+    let mut loading = client.loading(&options).unwrap();
+    let (mut leases, mut parts) = (Vec::new(), 0);
+    loop {
+        match soon("an event", loading.next()).await.unwrap() {
+            RemoteEvent::Part(some) => {
+                parts += 1;
+                leases.extend(some);
+            }
+            RemoteEvent::Leased(rest) => {
+                leases.extend(rest);
+                break;
+            }
+            _ => {}
+        }
+    }
+    assert_eq!((leases.len(), parts), (4, 4), "each when it is there");
+    for lease in &leases {
+        let (_, part) = lease.leased().component.rsplit_once('/').unwrap();
+        for (name, bytes) in &tensors[part] {
+            let tensor = lease.tensor(name).unwrap().unwrap();
+            assert!(tensor.bytes == bytes, "{part} {name}");
+        }
+    }
+    drop(leases);
+    served.no_leases().await;
+    // And all at once where they are not.
+    assert_eq!(
+        client
+            .load(&LoadOptions::new(["pipe"]).on("ram"))
+            .await
+            .unwrap()
+            .len(),
+        4
+    );
+    served.no_leases().await;
+    served.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn refusals_have_codes() {
     let library = Library::new();
     library.single("one", 1, 64);

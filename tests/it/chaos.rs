@@ -51,6 +51,15 @@ fn nothing_breaks_under_all_faults_and_every_load() {
     }
 }
 
+/// What a seed once found stays mended: blocks of two plans in one load (28), and two ends at the same instant (66).
+#[test]
+fn seeds_that_found_something_stay_clean() {
+    for (profile, n) in [(Profile::Language, 28), (Profile::Thrash, 66)] {
+        let scenario = Scenario::of(profile);
+        assert_clean(&scenario, &seed(&scenario, n));
+    }
+}
+
 /// A double that breaks just one thing is noticed by the invariant that is there for it.
 #[test]
 fn every_invariant_notices_what_it_is_there_for() {

@@ -214,8 +214,15 @@ impl Job {
         may_yield: bool,
     ) -> Result<Attempt, LoadError> {
         board.stage = Stage::Planning;
-        let (plan, generation) = plan::make(&self.house, &self.set).await?;
-        let plan = Arc::new(plan);
+        // What the client has of an attempt before belongs to this one only where it is carried out by the same plan.
+        let (plan, generation) = match &handed.plan {
+            Some(before) if !handed.sent.is_empty() => before.clone(),
+            _ => {
+                let (plan, generation) = plan::make(&self.house, &self.set).await?;
+                (Arc::new(plan), generation)
+            }
+        };
+        handed.plan = Some((plan.clone(), generation));
         board.components = plan
             .steps
             .iter()
@@ -540,7 +547,11 @@ impl Job {
                         progress.phase = Phase::Ready;
                         progress.done = progress.total;
                     }
-                    handed.ready.insert(lease.component().content_id, lease);
+                    let content = lease.component().content_id;
+                    // What the client has by an attempt before, it does not get twice.
+                    if !handed.sent.contains(&content) {
+                        handed.ready.insert(content, lease);
+                    }
                     // Who may have to give way hands out nothing before all is there.
                     if self.set.priority == Priority::Interactive {
                         handed.on(plan, outlet);
@@ -654,6 +665,8 @@ struct Handed {
     /// Not handed out yet: one before it is not there, or the reader is behind.
     ready: BTreeMap<ContentId, Lease>,
     sent: HashSet<ContentId>,
+    /// The plan that they belong to, and the generation of the catalogue that it was made by.
+    plan: Option<(Arc<Plan>, u64)>,
 }
 
 impl Handed {
