@@ -52,6 +52,8 @@ pub struct Scenario {
     pub config: crate::Config,
     /// How long faults and clients go on, in virtual time.
     pub time: Duration,
+    /// Faults each second, on average; every fourth seed has few whatever this says.
+    pub rate: u64,
     /// These faults, instead of those that the seed draws.
     pub faults: Option<Vec<PlannedFault>>,
     /// The last events that an outcome keeps.
@@ -68,6 +70,7 @@ impl Scenario {
             workload: Workload::Profile(profile),
             config: crate::Config::default(),
             time: Duration::from_secs(60),
+            rate: 4,
             faults: None,
             log: 200,
             broken: None,

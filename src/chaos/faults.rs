@@ -49,6 +49,8 @@ pub enum Fault {
     Pressure,
     /// They no longer do.
     Relief,
+    /// The container may use only so many KiB from now on.
+    ShrinkLimit(u64),
     /// A client dies with all that it holds.
     ClientDies(usize),
     /// A client holds what it has for so many milliseconds, silently.
@@ -95,6 +97,7 @@ impl Fault {
             Self::ReturnGpus => "return-gpus",
             Self::Pressure => "pressure",
             Self::Relief => "relief",
+            Self::ShrinkLimit(_) => "shrink-limit",
             Self::ClientDies(_) => "client-dies",
             Self::ClientSleeps(..) => "client-sleeps",
             Self::Flood(_) => "flood",
@@ -104,13 +107,11 @@ impl Fault {
     }
 }
 
-/// Faults a second, on average.
-const RATE: u64 = 4;
-
-/// The faults of a seed: most seeds have all kinds, every fourth has few.
+/// The faults of a seed, `rate` each second on average: most seeds have all kinds, every fourth has few.
 pub(super) fn draw(
     rng: &mut Xoshiro256PlusPlus,
     time_ms: u64,
+    rate: u64,
     clients: usize,
     gpus: usize,
 ) -> Vec<PlannedFault> {
@@ -118,7 +119,7 @@ pub(super) fn draw(
     let count = if few {
         3
     } else {
-        (time_ms / 1000 * RATE) as usize
+        (time_ms / 1000 * rate) as usize
     };
     let mut plan: Vec<_> = (0..count)
         .map(|_| PlannedFault {
@@ -131,7 +132,7 @@ pub(super) fn draw(
 }
 
 fn one(rng: &mut Xoshiro256PlusPlus, clients: usize, gpus: usize) -> Fault {
-    match below(rng, 26) {
+    match below(rng, 27) {
         0 | 1 => Fault::KillActor(below(rng, 5 + gpus)),
         2 => Fault::KillAll,
         3 => Fault::Panic,
@@ -155,6 +156,7 @@ fn one(rng: &mut Xoshiro256PlusPlus, clients: usize, gpus: usize) -> Fault {
         22 => Fault::ClientSleeps(below(rng, clients), below(rng, 10_000) as u64),
         23 => Fault::Flood(below(rng, clients)),
         24 => Fault::Nonsense(below(rng, clients)),
+        25 => Fault::ShrinkLimit(200 + below(rng, 600) as u64),
         _ => Fault::ClockJump(below(rng, 2000) as u64),
     }
 }

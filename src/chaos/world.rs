@@ -9,7 +9,7 @@ use std::time::Duration;
 use hotset_core::config::GpuConfig;
 use hotset_core::device::sim::SimDevice;
 use hotset_core::machine::Machine;
-use hotset_core::policy::pressure::HostMemory;
+use hotset_core::policy::pressure::{CgroupEvents, CgroupMemory, HostMemory};
 use hotset_core::policy::{self, Candidate, EvictionPolicy, Prefetch, Victim};
 use hotset_core::predict::{Observed, PrefetchScore};
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -320,10 +320,15 @@ fn stream(seed: u64, part: u64) -> Xoshiro256PlusPlus {
 pub(super) async fn simulate(scenario: &Scenario, seed: u64) -> Result<Outcome, ChaosError> {
     let world = build(scenario).await?;
     let time_ms = scenario.time.as_millis() as u64;
-    let plan = scenario
-        .faults
-        .clone()
-        .unwrap_or_else(|| faults::draw(&mut stream(seed, 0), time_ms, CLIENTS, GPUS as usize));
+    let plan = scenario.faults.clone().unwrap_or_else(|| {
+        faults::draw(
+            &mut stream(seed, 0),
+            time_ms,
+            scenario.rate,
+            CLIENTS,
+            GPUS as usize,
+        )
+    });
     let rogue = if scenario.broken == Some(Invariant::LedgerIsDevice) {
         world.gpus[0].clone().allocate(Bytes::kib(64)).await.ok()
     } else {
@@ -442,6 +447,14 @@ async fn inject(world: &World, planned: &PlannedFault) {
         Fault::ReturnGpus => return_gpus(world),
         Fault::Pressure => world.host().available = Bytes::mib(100),
         Fault::Relief => *world.host() = HOST,
+        Fault::ShrinkLimit(kib) => {
+            let limit = Bytes::kib(kib);
+            world.host().cgroup = Some(CgroupMemory {
+                limit,
+                room: limit,
+                events: CgroupEvents::default(),
+            });
+        }
         Fault::ClientDies(_) => {}
         Fault::ClientSleeps(client, ms) => order(world, client, Order::Sleep(ms)),
         Fault::Flood(client) => order(world, client, Order::Flood),

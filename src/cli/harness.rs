@@ -42,6 +42,9 @@ pub(crate) struct ChaosArgs {
     /// How long `--processes` runs, or each seed in its own time
     #[arg(long, value_name = "MINUTES", default_value = "1")]
     minutes: f64,
+    /// Faults each second of simulated time
+    #[arg(long, value_name = "FAULTS", default_value = "4")]
+    rate: u64,
     /// Workers at the same time
     #[arg(long, default_value = "6")]
     workers: usize,
@@ -65,7 +68,14 @@ pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliEr
         let profiles = args
             .profile
             .map_or_else(|| hotset::chaos::Profile::ALL.to_vec(), |p| vec![p]);
-        return super::simulate::simulate(&seeds, &profiles, args.minutes, args.trace, global);
+        return super::simulate::simulate(
+            &seeds,
+            &profiles,
+            args.minutes,
+            args.rate,
+            args.trace,
+            global,
+        );
     }
     let report = match (args.processes, args.soak) {
         (_, Some(time)) => {

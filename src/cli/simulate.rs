@@ -60,6 +60,7 @@ pub(super) fn simulate(
     seeds: &Range<u64>,
     profiles: &[Profile],
     minutes: f64,
+    rate: u64,
     trace: bool,
     global: &Global,
 ) -> Result<(), CliError> {
@@ -70,6 +71,7 @@ pub(super) fn simulate(
         let scenario = Scenario {
             config: config.clone(),
             time: Duration::from_secs_f64(minutes.max(0.0) * 60.0),
+            rate,
             log: if trace { usize::MAX } else { 200 },
             ..Scenario::of(*profile)
         };
