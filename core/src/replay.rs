@@ -11,6 +11,7 @@ mod bound;
 mod compare;
 mod cost;
 mod link;
+mod native;
 mod outcome;
 mod setup;
 #[cfg(test)]

@@ -22,11 +22,13 @@ use super::{CliError, Global};
 /// What to replay, and on what.
 #[derive(Debug, Args)]
 pub(crate) struct ReplayArgs {
-    /// Requests: a CSV table with t_s, session and components (ids joined by |)
+    /// Requests: a CSV table with t_s, session and components (ids joined by |), as `hotset record` writes it; or the requests of
+    /// GenTD26 (CSV) or Katz (JSON) as they were published
     requests: PathBuf,
-    /// Components: a CSV table with id, kind, bytes and, where it was measured, load_s
+    /// Components: a CSV table with id, kind, bytes and, where it was measured, load_s. GenTD26 and Katz can do without: then all
+    /// of a kind are of one size
     #[arg(long, value_name = "FILE")]
-    components: PathBuf,
+    components: Option<PathBuf>,
     /// RAM tier; several sizes are replayed in turn [default: 5, 10, 20 and 40 % of what the trace asks for]
     #[arg(long, value_delimiter = ',', value_name = "SIZE")]
     ram: Vec<Bytes>,
@@ -92,7 +94,8 @@ pub(crate) fn run(args: &ReplayArgs, global: &Global) -> Result<(), CliError> {
     let policies = policies(&args.policies)?;
     let stress = args.stress.as_deref().map(str::parse::<Stress>).transpose();
     let stress = stress.map_err(|error| CliError::Usage(error.to_string()))?;
-    let trace = Trace::parse(&read(&args.requests)?, &read(&args.components)?)
+    let components = args.components.as_deref().map(read).transpose()?;
+    let trace = Trace::read(&read(&args.requests)?, components.as_deref())
         .map_err(|error| CliError::Usage(error.to_string()))?;
     let trace = args.until.map_or(trace.clone(), |end| trace.until(end));
     let draws = draws(&trace, args, stress);

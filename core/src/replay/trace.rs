@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 
+use super::native::{self, Native};
 use crate::catalog::Kind;
 use crate::ids::{ContentId, SessionId};
 use crate::units::Bytes;
@@ -52,6 +53,11 @@ pub enum TraceError {
         /// The component's id.
         id: String,
     },
+    /// Requests in hotset's own columns say nothing of the components in them.
+    #[error(
+        "there is no table of components: give one with id, kind and bytes (--components FILE)"
+    )]
+    NoComponents,
     /// A component is there twice.
     #[error("the components table has `{id}` again in line {line}")]
     DuplicateComponent {
@@ -103,6 +109,50 @@ impl Trace {
     pub fn parse(requests: &str, components: &str) -> Result<Self, TraceError> {
         let components = parse_components(components)?;
         let requests = parse_requests(requests, &components)?;
+        Ok(Self {
+            components,
+            requests,
+        })
+    }
+
+    /// Reads requests in hotset's own columns, or in those of GenTD26 or Katz (`native.rs` says which), with a table of
+    /// components, which the latter can do without: then sizes are assumed by kind.
+    ///
+    /// # Errors
+    /// [`TraceError`] names the first line that can't be read.
+    pub fn read(requests: &str, components: Option<&str>) -> Result<Self, TraceError> {
+        let Some(native) = native::read(requests) else {
+            let components = components.ok_or(TraceError::NoComponents)?;
+            return Self::parse(requests, components);
+        };
+        let native = native?;
+        let components = match components {
+            Some(table) => parse_components(table)?,
+            None => assumed(&native),
+        };
+        let places = places(&components);
+        let mut sessions: HashMap<&str, u64> = HashMap::new();
+        let mut requests = Vec::with_capacity(native.requests.len());
+        for (line, recorded) in (1..).zip(&native.requests) {
+            let next = sessions.len() as u64;
+            let session = *sessions.entry(&recorded.session).or_insert(next);
+            let mut set = Vec::with_capacity(recorded.components.len());
+            for id in &recorded.components {
+                let place = places.get(id.as_str());
+                let place = place.ok_or_else(|| TraceError::UnknownComponent {
+                    line,
+                    id: id.clone(),
+                })?;
+                if !set.contains(place) {
+                    set.push(*place);
+                }
+            }
+            requests.push(TraceRequest {
+                at: recorded.at,
+                session: SessionId(session),
+                components: set,
+            });
+        }
         Ok(Self {
             components,
             requests,
@@ -239,11 +289,7 @@ fn parse_requests(
         table.column("session")?,
         table.column("components")?,
     );
-    let places: HashMap<&str, usize> = components
-        .iter()
-        .enumerate()
-        .map(|(place, component)| (&*component.id, place))
-        .collect();
+    let places = places(components);
     let mut sessions: HashMap<&str, u64> = HashMap::new();
     let mut requests: Vec<TraceRequest> = Vec::with_capacity(table.lines.len());
     for (line, cells) in &table.lines {
@@ -279,6 +325,27 @@ fn parse_requests(
         });
     }
     Ok(requests)
+}
+
+fn places(components: &[TraceComponent]) -> HashMap<&str, usize> {
+    let components = components.iter().enumerate();
+    components
+        .map(|(place, component)| (&*component.id, place))
+        .collect()
+}
+
+/// The components of a recording, with sizes by their kinds.
+fn assumed(native: &Native) -> Vec<TraceComponent> {
+    let kinds = native.kinds.iter();
+    kinds
+        .map(|(id, kind)| TraceComponent {
+            id: id.as_str().into(),
+            content: content_of(id),
+            kind: *kind,
+            bytes: native::assumed_bytes(*kind),
+            load_s: None,
+        })
+        .collect()
 }
 
 /// Ids of up to 31 bytes as they are, with their length at the end; longer ones by their digest.
