@@ -4,6 +4,7 @@
 //! but must do with the candidates alone after a restart: they come from the ledger.
 
 pub mod belady_size;
+mod cheapest;
 pub mod gdsf;
 pub mod hotset;
 pub mod hybrid_histogram;
@@ -11,6 +12,7 @@ pub mod invokeai;
 pub mod lemonade;
 pub mod lfu;
 pub mod llama_cpp;
+mod lowest;
 pub mod lru;
 pub mod lru_2;
 mod memory;

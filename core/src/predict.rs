@@ -28,7 +28,7 @@ use crate::config::PredictConfig;
 use crate::ids::{ContentId, SessionId};
 use crate::random::scramble;
 use crate::units::Bytes;
-use features::{Moment, Row, Tracked};
+use features::{Moment, Row, Tracked, Users};
 use ladder::Ladder;
 pub use scoreboard::{Position, PrefetchScore, Scoreboard};
 use sessions::Sessions;
@@ -179,6 +179,7 @@ impl Predictor {
                 continue;
             }
             tracked.used(now_s, number);
+            tracked.used_by(request.session);
             if let Some(base) = base.filter(|_| seen.kind.is_adapter()) {
                 tracked.used_with(base);
             }
@@ -342,7 +343,21 @@ impl Predictor {
 
     fn row(&self, tracked: &Tracked, moment: &Moment) -> Row {
         let base = tracked.usual_base().and_then(|base| self.tracked(&base));
-        features::row(tracked, base, moment)
+        features::row(tracked, base, &self.users(tracked, moment.request), moment)
+    }
+
+    fn users(&self, tracked: &Tracked, now: u64) -> Users {
+        let mut users = Users::default();
+        for user in &tracked.users {
+            let Some(last) = self.state.sessions.last(user.session) else {
+                continue;
+            };
+            let since = now.saturating_sub(last.at);
+            users.since = Some(users.since.map_or(since, |least| least.min(since)));
+            let share = (user.times / last.activity.max(1.0)).min(1.0);
+            users.interest += share * features::faded(now, last.at);
+        }
+        users
     }
 
     fn probability_at(&self, now_s: f64, content: &ContentId) -> f64 {

@@ -11,10 +11,11 @@
 //! whichever has paid least of late. Until the predictor has learned enough it is out of the race, and LRU is what is
 //! followed at the start.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::cheapest::{self, Item};
+use super::lowest::Lowest;
 use super::memory::Memory;
 use super::rates::Rates;
 use super::shadow::{Asked, Held, Scoring, Shadow};
@@ -29,16 +30,21 @@ const FIRST_AGE: f64 = 64.0;
 /// The horizon as a share of the requests for which LRU keeps what it evicts. Measured: from 0.5 to 2 within a percent; the
 /// shorter, the sooner a change is seen.
 const HORIZON_SHARE: f64 = 0.7;
-/// The least and the most requests that are looked ahead.
-const HORIZONS: (f64, f64) = (4.0, 2_048.0);
+/// The least and the most requests that are looked ahead. Further than that a large tier would do better by a percent while
+/// nothing changes, and by three worse when what is popular does.
+const HORIZONS: (f64, f64) = (4.0, 96.0);
 /// Share of the latest eviction in the mean time that LRU keeps things.
 const AGE_STEP: f64 = 1.0 / 64.0;
 /// Share of a difference between two shadows that is remembered from one request to the next: half is forgotten after
 /// about 700.
 const MEMORY: f64 = 0.999;
 /// A challenger must be ahead of the leader by so many standard deviations of their differences, were these of random sign:
-/// few loads decide much, and following luck costs more than waiting.
+/// few loads decide much, and following luck costs more than waiting. The predictor is given up more slowly than it is
+/// taken up again, since in the end it does better nearly everywhere.
 const AHEAD: f64 = 1.0;
+const AHEAD_OF_PREDICTOR: f64 = 2.0;
+/// Candidates beyond those that would do which are weighed against them.
+const BEYOND: usize = 3;
 /// What went last and could be loaded again on a guess: mostly what a load that had to be made drove out.
 const MAX_GHOSTS: usize = 64;
 /// Expected seconds saved must be so many times the expected seconds lost by what goes.
@@ -46,7 +52,7 @@ const MARGIN: f64 = 3.0;
 /// Expected uses within the horizon below which nothing is loaded on a guess.
 const MIN_USES: f64 = 0.7;
 /// Candidates whose restore costs are noted at one choice.
-const NOTED: usize = 64;
+const NOTED: usize = 16;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
@@ -80,8 +86,8 @@ impl Lag {
     }
 
     /// Whether it is more than luck.
-    fn is_plain(&self) -> bool {
-        self.seconds > AHEAD * self.squares.sqrt()
+    fn is_plain(&self, deviations: f64) -> bool {
+        self.seconds > deviations * self.squares.sqrt()
     }
 }
 
@@ -214,9 +220,13 @@ impl HotsetRetention {
             }
         }
         let lags = &self.lags[self.leader as usize];
+        let deviations = match self.leader {
+            Leader::Predictor => AHEAD_OF_PREDICTOR,
+            Leader::Lru | Leader::Gdsf => AHEAD,
+        };
         let ahead = Leader::ALL
             .into_iter()
-            .filter(|other| lags[*other as usize].is_plain())
+            .filter(|other| lags[*other as usize].is_plain(deviations))
             .max_by(|a, b| {
                 let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
                 a.total_cmp(&b)
@@ -271,9 +281,9 @@ impl HotsetRetention {
     ) -> Vec<Victim> {
         let horizon = self.horizon();
         self.rates.grant();
-        let mut heap: BinaryHeap<_> = (0..)
+        let keys: Vec<_> = (0_u32..)
             .zip(candidates)
-            .map(|(place, candidate): (usize, _)| {
+            .map(|(place, candidate)| {
                 let content = &candidate.content;
                 let score = match leader {
                     // By the time of the last use, which stands next in the key.
@@ -286,41 +296,75 @@ impl HotsetRetention {
                     }
                 };
                 let kept = !candidate.prefetched;
-                Reverse((kept, Score(score), candidate.last_used, place))
+                (kept, Score(score), candidate.last_used, place)
             })
             .collect();
+        let mut all = Lowest::new(keys);
         let mut freed = Bytes::ZERO;
-        let mut victims = Vec::new();
-        while freed < needed
-            && let Some(Reverse((kept, Score(score), last_used, place))) = heap.pop()
-        {
-            let candidate = &candidates[place];
-            let content = &candidate.content;
+        let mut enough = None;
+        let mut lowest: Vec<(&Candidate, f64, f64)> = Vec::new();
+        while let Some((kept, Score(score), last_used, place)) = all.pop() {
+            let candidate = &candidates[place as usize];
+            let mut rate = 0.0;
+            if leader == Leader::Predictor {
+                let predictor = &mut self.predictor;
+                let changed;
+                (rate, changed) = self.rates.now(predictor, now, &candidate.content, horizon);
+                if changed {
+                    let score = Score(Self::worth(rate, candidate));
+                    all.push((kept, score, last_used, place));
+                    continue;
+                }
+            }
+            lowest.push((candidate, score, rate));
+            freed = freed.saturating_add(candidate.bytes);
+            if freed >= needed {
+                let greedy = *enough.get_or_insert(lowest.len());
+                let beyond = if leader == Leader::Predictor {
+                    BEYOND
+                } else {
+                    0
+                };
+                if lowest.len() >= greedy + beyond {
+                    break;
+                }
+            }
+        }
+        if let (Leader::Predictor, Some(greedy)) = (leader, enough) {
+            // Guesses that nobody used stand first and go whatever they seem to be worth.
+            let items: Vec<Item> = lowest
+                .iter()
+                .map(|(candidate, score, _)| {
+                    let gb = candidate.bytes.as_f64() / 1e9;
+                    Item {
+                        worth: if candidate.prefetched {
+                            0.0
+                        } else {
+                            score * gb
+                        },
+                        bytes: candidate.bytes.as_f64(),
+                    }
+                })
+                .collect();
+            let chosen = cheapest::choose(&items, greedy, needed.as_f64());
+            lowest = chosen.into_iter().map(|at| lowest[at]).collect();
+        }
+        let victim = |(candidate, score, rate): (&Candidate, f64, f64)| {
             let (score, reason) = match leader {
                 Leader::Lru => {
-                    let idle = now.saturating_sub(last_used).as_secs_f64();
+                    let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
                     (-idle, format!("least recently used: idle for {idle:.1} s"))
                 }
                 Leader::Gdsf => (score, Self::gdsf_reason(score)),
-                Leader::Predictor => {
-                    let predictor = &mut self.predictor;
-                    let (rate, changed) = self.rates.now(predictor, now, content, horizon);
-                    if changed {
-                        let score = Score(Self::worth(rate, candidate));
-                        heap.push(Reverse((kept, score, last_used, place)));
-                        continue;
-                    }
-                    (score, Self::predicted_reason(rate, horizon, candidate))
-                }
+                Leader::Predictor => (score, Self::predicted_reason(rate, horizon, candidate)),
             };
-            freed = freed.saturating_add(candidate.bytes);
-            victims.push(Victim {
-                content: *content,
+            Victim {
+                content: candidate.content,
                 score,
                 reason,
-            });
-        }
-        victims
+            }
+        };
+        lowest.into_iter().map(victim).collect()
     }
 }
 

@@ -10,7 +10,7 @@ const MAX_REMEMBERED: usize = 16_384;
 /// A map that forgets what was put longest ago.
 #[derive(Debug, Clone)]
 pub(super) struct Memory<T> {
-    values: HashMap<ContentId, (u64, T)>,
+    values: HashMap<ContentId, (u64, T), foldhash::fast::RandomState>,
     by_age: BTreeMap<u64, ContentId>,
     puts: u64,
 }
@@ -18,7 +18,7 @@ pub(super) struct Memory<T> {
 impl<T> Default for Memory<T> {
     fn default() -> Self {
         Self {
-            values: HashMap::new(),
+            values: HashMap::default(),
             by_age: BTreeMap::new(),
             puts: 0,
         }

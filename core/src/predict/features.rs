@@ -3,11 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::Kind;
-use crate::ids::ContentId;
+use crate::ids::{ContentId, SessionId};
 use crate::units::Bytes;
 
 /// The length of a row. linfa-ftrl walks all of it at each step, so it stays below 64.
-pub(super) const FEATURES: usize = 53;
+pub(super) const FEATURES: usize = 57;
 
 /// One example.
 pub(super) type Row = [f64; FEATURES];
@@ -27,6 +27,10 @@ const IDLE_EDGES_S: [f64; 9] = [
 const SINCE_EDGES: [u64; 7] = [1, 4, 16, 64, 256, 1_024, 4_096];
 /// Bases that an adapter's uses are counted with.
 pub(super) const MAX_BASES: usize = 4;
+/// Sessions that a component's uses are counted with.
+const MAX_USERS: usize = 6;
+/// What is left of the uses that were counted with a base or a session at each further use.
+const OLD_USES: f64 = 0.95;
 /// Share of the newest gap in the mean and variance of gaps.
 const GAP_STEP: f64 = 0.25;
 
@@ -69,6 +73,23 @@ pub(super) struct UsedWith {
     pub(super) times: f64,
 }
 
+/// How often a session used a component.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct UsedBy {
+    pub(super) session: SessionId,
+    pub(super) times: f64,
+}
+
+/// What those who use a component mostly have been doing.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Users {
+    /// Requests since the latest of any of them; `None` where they are forgotten.
+    pub(super) since: Option<u64>,
+    /// The share of their requests that was for the component, summed over all, each halved for each [`STICKINESS`]
+    /// since its last.
+    pub(super) interest: f64,
+}
+
 /// What is remembered of one component.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Tracked {
@@ -90,6 +111,7 @@ pub(super) struct Tracked {
     pub(super) active: f64,
     pub(super) holders_at: u64,
     pub(super) bases: Vec<UsedWith>,
+    pub(super) users: Vec<UsedBy>,
 }
 
 impl Tracked {
@@ -109,6 +131,7 @@ impl Tracked {
             active: 0.0,
             holders_at: 0,
             bases: Vec::new(),
+            users: Vec::new(),
         }
     }
 
@@ -134,7 +157,7 @@ impl Tracked {
     /// Counts one use of an adapter with a base.
     pub(super) fn used_with(&mut self, base: ContentId) {
         for used in &mut self.bases {
-            used.times *= 0.95;
+            used.times *= OLD_USES;
         }
         if let Some(used) = self.bases.iter_mut().find(|used| used.base == base) {
             used.times += 1.0;
@@ -148,6 +171,28 @@ impl Tracked {
             }
         }
         self.bases.push(UsedWith { base, times: 1.0 });
+    }
+
+    /// Counts one use by a session, at the cost of the rarest where there are too many.
+    pub(super) fn used_by(&mut self, session: SessionId) {
+        for user in &mut self.users {
+            user.times *= OLD_USES;
+        }
+        if let Some(user) = self.users.iter_mut().find(|user| user.session == session) {
+            user.times += 1.0;
+            return;
+        }
+        if self.users.len() == MAX_USERS {
+            let rarest = (0..MAX_USERS)
+                .min_by(|a, b| f64::total_cmp(&self.users[*a].times, &self.users[*b].times));
+            if let Some(rarest) = rarest {
+                self.users.swap_remove(rarest);
+            }
+        }
+        self.users.push(UsedBy {
+            session,
+            times: 1.0,
+        });
     }
 
     pub(super) fn usual_base(&self) -> Option<ContentId> {
@@ -185,6 +230,8 @@ impl Tracked {
             && self.counts.is_sound()
             && self.bases.len() <= MAX_BASES
             && self.bases.iter().all(|used| used.times.is_finite())
+            && self.users.len() <= MAX_USERS
+            && self.users.iter().all(|user| user.times.is_finite())
     }
 }
 
@@ -252,11 +299,16 @@ impl Writer {
 }
 
 /// The row of a component at a moment; `base` is its usual base where it is an adapter.
-pub(super) fn row(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Row {
-    write(tracked, base, moment).row
+pub(super) fn row(
+    tracked: &Tracked,
+    base: Option<&Tracked>,
+    users: &Users,
+    moment: &Moment,
+) -> Row {
+    write(tracked, base, users, moment).row
 }
 
-fn write(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Writer {
+fn write(tracked: &Tracked, base: Option<&Tracked>, users: &Users, moment: &Moment) -> Writer {
     let mut out = Writer {
         row: [0.0; FEATURES],
         next: 0,
@@ -304,6 +356,14 @@ fn write(tracked: &Tracked, base: Option<&Tracked>, moment: &Moment) -> Writer {
     out.push(holders.ln_1p());
     out.push((holders - 0.5).clamp(0.0, 1.0));
     out.push(active.ln_1p() / 2.0);
+    // Those who used it most (4): whether they are about, what they are after, how few and how many they are.
+    let since_user = users.since.unwrap_or(u64::MAX).min(100_000) as f64;
+    out.push(((since_user + 1.0) / SCALE).ln() / 4.0);
+    out.push(users.interest.ln_1p());
+    let times = tracked.users.iter().map(|user| user.times);
+    let most = times.clone().fold(0.0, f64::max);
+    out.push(most / times.sum::<f64>().max(1e-9));
+    out.push((tracked.users.len() as f64).ln_1p() / 2.0);
     // The component's own age (2), and number of uses (1).
     let age = (now_s - tracked.first_s).max(0.0);
     out.push(((age + 1.0) / SCALE_S).ln() / 4.0);
@@ -351,7 +411,7 @@ mod tests {
     fn a_row_is_full_and_finite() {
         let tracked = Tracked::new(ContentId::File([1; 32]), Kind::Lora, Bytes(0), 0.0);
         for now in [0.0, 1.0, 1e4, 1e12] {
-            let written = write(&tracked, Some(&tracked), &moment(now));
+            let written = write(&tracked, Some(&tracked), &Users::default(), &moment(now));
             assert_eq!(written.next, FEATURES);
             assert!(written.row.iter().all(|x| x.is_finite()));
         }
@@ -366,6 +426,22 @@ mod tests {
         let values = counts.at(32);
         assert!((values[0] - 0.75).abs() < 1e-12);
         assert!((values[1] - (2_f64.powf(-0.5) + 2_f64.powf(-0.25))).abs() < 1e-12);
+    }
+
+    #[test]
+    fn only_a_few_users_are_remembered() {
+        let mut tracked = Tracked::new(ContentId::File([1; 32]), Kind::Lora, Bytes(1), 0.0);
+        for i in 0..20 {
+            tracked.used_by(SessionId(i));
+            tracked.used_by(SessionId(99));
+        }
+        assert_eq!(tracked.users.len(), MAX_USERS);
+        let most = tracked
+            .users
+            .iter()
+            .max_by(|a, b| a.times.total_cmp(&b.times));
+        assert_eq!(most.unwrap().session, SessionId(99));
+        assert!(tracked.is_sound());
     }
 
     #[test]

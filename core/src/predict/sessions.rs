@@ -37,6 +37,11 @@ impl Sessions {
         self.last.len()
     }
 
+    /// The session's last request, where it is remembered.
+    pub(super) fn last(&self, session: SessionId) -> Option<&LastRequest> {
+        self.last.get(&session).map(|(_, last)| last)
+    }
+
     pub(super) fn is_sound(&self) -> bool {
         self.last.len() <= MAX_SESSIONS
             && self.by_age.len() == self.last.len()
