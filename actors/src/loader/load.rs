@@ -124,14 +124,15 @@ impl Job {
                     _ => &counters.loads_refused,
                 };
                 add(counter, 1);
+                let planned = board.components.iter().map(|c| c.component.clone());
+                let mut components: Vec<_> = planned.collect();
+                if components.is_empty() {
+                    components = plan::concerned(&self.house, &self.set);
+                }
                 self.house.decide(Act::Refuse {
                     session: self.session,
                     request: self.request,
-                    components: board
-                        .components
-                        .iter()
-                        .map(|c| c.component.clone())
-                        .collect(),
+                    components,
                     reason: error.to_string(),
                 });
             }

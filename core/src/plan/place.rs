@@ -350,8 +350,8 @@ impl Planner<'_> {
     /// # Errors
     /// [`PlanError`] where it could never be carried out.
     pub fn plan(&self, set: &DependencyGraph, target: Target) -> Result<Plan, PlanError> {
-        let order = set.order();
-        let (tier, alternatives) = self.choose(&order, target)?;
+        let (tier, alternatives) = self.choose(&set.order(), target)?;
+        let order = set.order_by(|component| self.alone_s(tier, component));
         let places = order.into_iter().map(|component| (component, tier));
         let mut plan = self.lay_out(tier, places)?;
         plan.alternatives = alternatives;
