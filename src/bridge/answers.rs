@@ -193,6 +193,12 @@ pub(super) fn plan_mix(hotset: &Hotset, mix: &PlanMix) -> Result<ServerMessage, 
             format!("more than {MAX_NAMES} sets or GPUs in one plan"),
         ));
     }
+    if mix.sets.iter().any(|set| set.split) {
+        return Err(refusal(
+            "malformed",
+            "a set that may be split is planned alone, by `plan`",
+        ));
+    }
     let sets: Vec<ComponentSet> = mix.sets.iter().map(set_of).collect::<Result<_, _>>()?;
     let gpus = match (&mix.imagined[..], &mix.gpus[..]) {
         ([], []) => GpuChoice::All,

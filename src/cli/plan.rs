@@ -26,7 +26,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_parser = parse_gpus)]
     gpus: Option<GpuChoice>,
     /// Where no GPU has room for a component: as many of its blocks as fit there, and the others in RAM
-    #[arg(long)]
+    #[arg(long, conflicts_with = "gpus")]
     split: bool,
 }
 
@@ -216,6 +216,7 @@ fn print(plan: &View) -> Result<(), CliError> {
         ]);
     }
     line(rows.to_string())?;
+    shared(plan)?;
     for (tier, bytes) in &plan.needs {
         line(format!("{tier}: {bytes} more needed"))?;
     }
@@ -228,6 +229,25 @@ fn print(plan: &View) -> Result<(), CliError> {
     };
     line(format!("goes to {}: {fit}", plan.tier))?;
     plan.estimate.as_ref().map_or(Ok(()), estimate)
+}
+
+/// Says what costs nothing.
+fn shared(plan: &View) -> Result<(), CliError> {
+    for (there, why) in [
+        ("resident", "there already"),
+        ("loading", "on their way for others"),
+    ] {
+        let of = plan.steps.iter().filter(|step| step.there == there);
+        let (count, bytes) = of.fold((0, 0), |(n, sum), step| (n + 1, sum + step.bytes.get()));
+        if count > 0 {
+            line(format!(
+                "{count} of {} components are {why} and cost nothing ({})",
+                plan.steps.len(),
+                Bytes(bytes)
+            ))?;
+        }
+    }
+    Ok(())
 }
 
 fn evictions(plan: &View) -> Result<(), CliError> {

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Serialize, Serializer};
 
-use super::place::{Plan, Planner, Route, Step, There, there};
+use super::place::{Planner, there};
+use super::steps::{Plan, Route, Step, There};
 use super::rates::Way;
 use crate::catalog::Component;
 use crate::ids::{GpuIndex, Tier};

@@ -1,6 +1,6 @@
 //! The dependency graph of a set: which components it consists of, and which of them is used before which.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -11,9 +11,11 @@ use crate::ids::{ComponentId, ContentId, ModelName};
 
 mod base;
 mod error;
+mod names;
 
 use base::{base_of, target_of, works_on};
 pub use error::ResolveError;
+use names::{Expanded, Name};
 
 /// Why one component comes before another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +45,11 @@ impl std::fmt::Display for Edge {
 #[derive(Debug, Clone)]
 pub struct DependencyGraph {
     graph: DiGraph<Arc<Component>, Edge>,
-    /// The place of each node's model among the named ones.
-    models: Vec<usize>,
+    models: Vec<ModelName>,
+    /// The models of each node, by their places in `models`; never none.
+    of: Vec<Vec<usize>>,
+    /// Pairs of a model and one that is of use only with it.
+    bonds: Vec<(usize, usize)>,
 }
 
 impl DependencyGraph {
@@ -81,7 +86,7 @@ impl DependencyGraph {
             .collect();
         let first = |a: &NodeIndex, b: &NodeIndex| {
             let (i, j) = (a.index(), b.index());
-            let model = self.models[i].cmp(&self.models[j]);
+            let model = self.of[i].first().cmp(&self.of[j].first());
             let costs_nothing = (costs[j] <= 0.0).cmp(&(costs[i] <= 0.0));
             let way = ways[j].total_cmp(&ways[i]);
             model.then(costs_nothing).then(way).then(i.cmp(&j))
@@ -104,6 +109,25 @@ impl DependencyGraph {
         }
         debug_assert_eq!(order.len(), self.graph.node_count());
         order
+    }
+
+    /// The models that the components are of.
+    pub(super) fn models(&self) -> &[ModelName] {
+        &self.models
+    }
+
+    /// A model and what is of use only with it, by their places among the models.
+    pub(super) fn bound_to(&self, model: usize) -> BTreeSet<usize> {
+        let bound = self.bonds.iter().filter(|(base, _)| *base == model);
+        bound.map(|(_, adapter)| *adapter).chain([model]).collect()
+    }
+
+    /// The components that are wanted without these models.
+    pub(super) fn without(&self, models: &BTreeSet<usize>) -> Vec<Arc<Component>> {
+        let stays = |of: &Vec<usize>| of.iter().any(|model| !models.contains(model));
+        let nodes = self.graph.node_weights().zip(&self.of);
+        let staying = nodes.filter(|(_, of)| stays(of));
+        staying.map(|(component, _)| component.clone()).collect()
     }
 
     /// Each edge: what comes first, what comes after, and why.
@@ -162,65 +186,6 @@ const fn stage(kind: Kind) -> Option<u8> {
         | Kind::IpAdapter => Some(1),
         Kind::Vae => Some(2),
         _ => None,
-    }
-}
-
-/// A name that stands for models, and the declared sets that it is in.
-struct Name {
-    text: String,
-    path: Vec<String>,
-}
-
-/// Names without those of sets, and what these say of the order and of drafts.
-#[derive(Default)]
-struct Expanded {
-    names: Vec<Name>,
-    orders: Vec<Vec<Vec<String>>>,
-    /// The drafts of each set, and all names of it.
-    drafts: Vec<(Vec<String>, Vec<String>)>,
-}
-
-impl Expanded {
-    /// Adds a name; `path` are the sets that it is in. Gives the names that it stands for.
-    fn add(
-        &mut self,
-        sets: &[SetConfig],
-        name: &str,
-        path: &mut Vec<String>,
-    ) -> Result<Vec<String>, ResolveError> {
-        let Some(set) = sets.iter().find(|set| set.name == name) else {
-            if !self.names.iter().any(|known| known.text == name) {
-                self.names.push(Name {
-                    text: name.to_owned(),
-                    path: path.clone(),
-                });
-            }
-            return Ok(vec![name.to_owned()]);
-        };
-        if let Some(at) = path.iter().position(|outer| outer == name) {
-            let mut path = path.split_off(at);
-            path.push(name.to_owned());
-            return Err(ResolveError::SetCycle { path });
-        }
-        path.push(name.to_owned());
-        let mut all = Vec::new();
-        let mut parts = HashMap::new();
-        for inner in &set.models {
-            let names = self.add(sets, inner, path)?;
-            all.extend(names.iter().cloned());
-            parts.insert(inner, names);
-        }
-        path.pop();
-        let within = |names: &[String]| -> Vec<Vec<String>> {
-            let names = names.iter().filter_map(|name| parts.get(name).cloned());
-            names.collect()
-        };
-        self.orders.push(within(&set.order));
-        let drafts = within(&set.drafts).concat();
-        if !drafts.is_empty() {
-            self.drafts.push((drafts, all.clone()));
-        }
-        Ok(all)
     }
 }
 
@@ -402,16 +367,17 @@ fn build(
     declared: &[Vec<Vec<Arc<Component>>>],
 ) -> Result<DependencyGraph, ResolveError> {
     let mut graph = DiGraph::new();
-    let mut models = Vec::new();
+    let mut of: Vec<Vec<usize>> = Vec::new();
     let mut nodes: HashMap<ContentId, NodeIndex> = HashMap::new();
     let mut of_model: BTreeMap<&ModelName, Vec<NodeIndex>> = BTreeMap::new();
     for (i, Chosen { model, components, .. }) in chosen.iter().enumerate() {
         for component in components {
             // One content is loaded once, whichever models have it.
             let node = *nodes.entry(component.content_id).or_insert_with(|| {
-                models.push(i);
+                of.push(Vec::new());
                 graph.add_node(component.clone())
             });
+            of[node.index()].push(i);
             let own = of_model.entry(&model.name).or_default();
             if !own.contains(&node) {
                 own.push(node);
@@ -475,8 +441,18 @@ fn build(
             }
         }
     }
+    let place = |name: &ModelName| chosen.iter().position(|c| c.model.name == *name);
+    let pairs = bonds
+        .iter()
+        .filter_map(|bond| Some((place(&bond.base)?, place(&bond.adapter.name)?)))
+        .collect();
     match petgraph::algo::toposort(&graph, None) {
-        Ok(_) => Ok(DependencyGraph { graph, models }),
+        Ok(_) => Ok(DependencyGraph {
+            graph,
+            models: chosen.iter().map(|c| c.model.name.clone()).collect(),
+            of,
+            bonds: pairs,
+        }),
         Err(cycle) => Err(ResolveError::OrderCycle {
             path: cycle_through(&graph, cycle.node_id()),
         }),

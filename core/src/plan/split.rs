@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::place::{PlanError, Planner, shortage};
+use super::place::Planner;
+use super::refusal::{PlanError, shortage};
 use crate::catalog::{Component, FileRange, IMAGE_ALIGN, Part, Selection};
 use crate::ids::{ComponentId, ContentId, Tier};
 use crate::memory::TierView;
