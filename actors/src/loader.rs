@@ -17,8 +17,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::counters::add;
 use crate::house::House;
-use crate::plan;
 use crate::loading::{LoadError, Outlet, SessionError};
+use crate::plan;
 use crate::sessions::Record;
 
 /// What a loader is asked.

@@ -115,7 +115,10 @@ pub(crate) fn concerned(house: &House, set: &ComponentSet) -> Vec<ComponentId> {
         return all;
     }
     // They make no set together, but each may mean something.
-    let each = set.names.iter().flat_map(|name| of(std::slice::from_ref(name), false));
+    let each = set
+        .names
+        .iter()
+        .flat_map(|name| of(std::slice::from_ref(name), false));
     each.collect()
 }
 

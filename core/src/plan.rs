@@ -7,6 +7,7 @@ mod graph;
 mod keep_alive;
 mod mix;
 mod nearest;
+pub mod passing;
 mod place;
 pub mod rates;
 mod refusal;

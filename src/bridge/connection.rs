@@ -413,9 +413,7 @@ impl Talk {
                     let planned = move || answers::plan_mix(&hotset, &mix);
                     match tokio::task::spawn_blocking(planned).await {
                         Ok(planned) => planned.unwrap_or_else(ServerMessage::Error),
-                        Err(error) => {
-                            ServerMessage::Error(refusal("internal", error.to_string()))
-                        }
+                        Err(error) => ServerMessage::Error(refusal("internal", error.to_string())),
                     }
                 }
                 ClientMessage::Status(_) => ServerMessage::Status(StatusReply {

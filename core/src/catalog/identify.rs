@@ -274,7 +274,9 @@ pub(super) fn tokenizer(kind: Kind, clues: &Clues<'_>) -> Option<Tokenizer> {
         let within = parts.iter().filter_map(|part| config.get(*part));
         std::iter::once(config).chain(within).find_map(|part| {
             let value = part.get(key)?;
-            value.as_u64().or_else(|| value.as_array()?.first()?.as_u64())
+            value
+                .as_u64()
+                .or_else(|| value.as_array()?.first()?.as_u64())
         })
     };
     let stated = |key: &str| clues.metadata?.get(key)?.parse::<u64>().ok();

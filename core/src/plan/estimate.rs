@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Serialize, Serializer};
 
 use super::place::{Planner, there};
-use super::steps::{Plan, Route, Step, There};
 use super::rates::Way;
+use super::steps::{Plan, Route, Step, There};
 use crate::catalog::Component;
 use crate::ids::{GpuIndex, Tier};
 

@@ -224,7 +224,10 @@ pub fn resolve(
     let mut chosen: Vec<Chosen> = Vec::new();
     for Name { text, path } in &expanded.names {
         let (model, components) = find(catalogue, text).map_err(|error| error.within(path))?;
-        match chosen.iter_mut().find(|known| known.model.name == model.name) {
+        match chosen
+            .iter_mut()
+            .find(|known| known.model.name == model.name)
+        {
             None => chosen.push(Chosen {
                 model,
                 components,
@@ -240,7 +243,10 @@ pub fn resolve(
     };
     for (drafts, all) in &expanded.drafts {
         let models = |names: &[String]| -> Result<Vec<Arc<Model>>, ResolveError> {
-            names.iter().map(|name| Ok(find(catalogue, name)?.0)).collect()
+            names
+                .iter()
+                .map(|name| Ok(find(catalogue, name)?.0))
+                .collect()
         };
         let all = models(all)?;
         for draft in models(drafts)? {
@@ -267,10 +273,7 @@ pub fn resolve(
 }
 
 /// Adds to a set what its adapters need: a base that is not in it, and of one that is in it in part, what they work on.
-fn with_bases(
-    catalogue: &Catalogue,
-    chosen: &mut Vec<Chosen>,
-) -> Result<Vec<Bond>, ResolveError> {
+fn with_bases(catalogue: &Catalogue, chosen: &mut Vec<Chosen>) -> Result<Vec<Bond>, ResolveError> {
     let named: Vec<Arc<Model>> = chosen.iter().map(|c| c.model.clone()).collect();
     let mut bonds = Vec::new();
     for adapter in named.iter().filter(|model| model.kind.is_adapter()) {
@@ -370,7 +373,13 @@ fn build(
     let mut of: Vec<Vec<usize>> = Vec::new();
     let mut nodes: HashMap<ContentId, NodeIndex> = HashMap::new();
     let mut of_model: BTreeMap<&ModelName, Vec<NodeIndex>> = BTreeMap::new();
-    for (i, Chosen { model, components, .. }) in chosen.iter().enumerate() {
+    for (
+        i,
+        Chosen {
+            model, components, ..
+        },
+    ) in chosen.iter().enumerate()
+    {
         for component in components {
             // One content is loaded once, whichever models have it.
             let node = *nodes.entry(component.content_id).or_insert_with(|| {

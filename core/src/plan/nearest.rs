@@ -54,7 +54,11 @@ impl fmt::Display for Nearest {
             ),
             Self::Without { models, tier } => {
                 let models: Vec<&str> = models.iter().map(ModelName::as_str).collect();
-                write!(f, "without {} the rest fits in {tier}", models.join(" and "))
+                write!(
+                    f,
+                    "without {} the rest fits in {tier}",
+                    models.join(" and ")
+                )
             }
             Self::Variant {
                 model,
@@ -126,7 +130,9 @@ fn without(
         .collect();
     // What leaves most comes first.
     alone.sort_by_key(|(rest, ..)| std::cmp::Reverse(*rest));
-    let found = alone.iter().find_map(|(_, gone, tier)| Some((gone.clone(), (*tier)?)));
+    let found = alone
+        .iter()
+        .find_map(|(_, gone, tier)| Some((gone.clone(), (*tier)?)));
     let (gone, tier) = found.or_else(|| {
         let mut all = BTreeSet::new();
         alone.iter().rev().find_map(|(_, gone, _)| {

@@ -89,6 +89,7 @@ impl Planner<'_> {
                 route: Route::None,
                 peer: None,
                 seconds: 0.0,
+                part: component.part.clone(),
                 component,
             })
             .collect();
@@ -289,13 +290,16 @@ impl Planner<'_> {
         &'a self,
         plan: &'a Plan,
     ) -> impl Iterator<Item = (&'a TierView, Bytes, Vec<Candidate>)> {
-        let own: HashSet<ContentId> = plan
-            .steps
-            .iter()
-            .map(|step| step.component.content_id)
-            .collect();
-        plan.needs.iter().filter_map(move |(tier, needed)| {
+        plan.needs.iter().filter_map(|(tier, needed)| {
             let view = self.view(*tier).filter(|view| *needed > view.free())?;
+            // What it wants elsewhere alone may go from here.
+            let through = |step: &Step| *tier == Tier::Ram && step.route == Route::ViaRam;
+            let own: HashSet<ContentId> = plan
+                .steps
+                .iter()
+                .filter(|step| step.tier == *tier || through(step))
+                .map(|step| step.component.content_id)
+                .collect();
             let mut others = candidates(view);
             others.retain(|c| !own.contains(&c.content));
             Some((view, needed.saturating_sub(view.free()), others))

@@ -51,7 +51,7 @@ impl fmt::Display for Shortage {
 #[non_exhaustive]
 pub enum PlanError {
     /// It fits nowhere, whatever is evicted.
-    #[error("the set can never fit: {}; {}", sentence(shortages), mend(nearest))]
+    #[error("the set can never fit: {}; {}", all(shortages), mend(nearest))]
     NeverFits {
         /// Each tier that was considered, with the sum.
         shortages: Vec<Shortage>,
@@ -66,6 +66,31 @@ pub enum PlanError {
         /// What there is.
         available: Vec<Tier>,
     },
+}
+
+/// All tiers that are too small; those that want the same sum say it once.
+fn all(shortages: &[Shortage]) -> String {
+    let same = |a: &Shortage, b: &Shortage| {
+        a.out_of_service.is_none()
+            && b.out_of_service.is_none()
+            && (a.needed, &a.parts) == (b.needed, &b.parts)
+    };
+    let told = |(i, shortage): (usize, &Shortage)| {
+        let said = shortages
+            .iter()
+            .take(i)
+            .any(|before| same(before, shortage));
+        match said {
+            true => format!("{} has {}", shortage.tier, shortage.budget),
+            false => shortage.to_string(),
+        }
+    };
+    shortages
+        .iter()
+        .enumerate()
+        .map(told)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn sentence<T: ToString>(parts: &[T]) -> String {

@@ -89,6 +89,9 @@ pub struct Step {
     pub route: Route,
     /// The GPU that it comes from, with [`Route::Peer`].
     pub peer: Option<GpuIndex>,
+    /// Which blocks these are, of a component that is split.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub part: Option<Arc<catalog::Part>>,
     /// How long it takes alone, in seconds. Filled in where a plan is asked for.
     pub seconds: f64,
 }
@@ -106,7 +109,7 @@ impl Step {
     /// How much of its component the step brings.
     #[must_use]
     pub fn placement(&self) -> Placement<'_> {
-        match &self.component.part {
+        match &self.part {
             None => Placement::Whole,
             Some(part) => Placement::Split(part),
         }

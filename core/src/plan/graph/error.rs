@@ -144,7 +144,12 @@ fn others(there: &[String]) -> String {
         0 => String::new(),
         n if n > SHOWN => format!(
             " (it has {} and {} more)",
-            there.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "),
+            there
+                .iter()
+                .take(SHOWN)
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", "),
             n - SHOWN
         ),
         _ => format!(" (it has {})", there.join(", ")),

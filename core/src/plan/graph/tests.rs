@@ -276,7 +276,10 @@ fn a_declared_draft_has_the_tokens_of_its_target() {
     );
     let error = resolve(set(&["other", "large"], "other")).unwrap_err();
     let text = error.to_string();
-    assert!(text.starts_with("in the set chat: other is made for a tokenizer of 32000 tokens"), "{text}");
+    assert!(
+        text.starts_with("in the set chat: other is made for a tokenizer of 32000 tokens"),
+        "{text}"
+    );
     assert!(text.contains("large (152064 tokens"), "{text}");
 }
 
@@ -391,5 +394,8 @@ fn of_what_is_used_at_the_same_time_the_longest_way_comes_first() {
         "text_encoder_3" | "vae" => 0.0,
         _ => c.bytes.as_f64(),
     });
-    assert_eq!(parts(there)[..2], ["base/text_encoder_3", "base/text_encoder_2"]);
+    assert_eq!(
+        parts(there)[..2],
+        ["base/text_encoder_3", "base/text_encoder_2"]
+    );
 }

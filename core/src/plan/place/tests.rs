@@ -148,16 +148,28 @@ fn what_is_left_out_takes_what_needs_it_along_and_leaves_what_others_share() {
     let none = BTreeMap::new();
     let refused = |mib| {
         let tiers = [tier(GPU, mib, &[]), tier(Tier::Ram, 1, &[])];
-        planner(&tiers, &none).plan(&set, Target::Best).unwrap_err().to_string()
+        planner(&tiers, &none)
+            .plan(&set, Target::Best)
+            .unwrap_err()
+            .to_string()
     };
     // 11.06 MiB in all: without the adapter alone it is too much still, and its base goes with it.
     let text = refused(9);
-    assert!(text.ends_with("without small and style the rest fits in vram:0"), "{text}");
+    assert!(
+        text.ends_with("without small and style the rest fits in vram:0"),
+        "{text}"
+    );
     // The text encoder is needed by the other one as well.
     let text = refused(6);
-    assert!(text.ends_with("without large the rest fits in vram:0"), "{text}");
+    assert!(
+        text.ends_with("without large the rest fits in vram:0"),
+        "{text}"
+    );
     let text = refused(4);
-    assert!(text.ends_with("raise the budget, or choose another tier"), "{text}");
+    assert!(
+        text.ends_with("raise the budget, or choose another tier"),
+        "{text}"
+    );
 }
 
 #[test]
