@@ -3,7 +3,11 @@
 //! It owns the tasks; when it dies, they end, and what they had reserved comes back. It decides nothing about memory. Its
 //! session's handle talks to it.
 
+mod handed;
 mod load;
+mod progress;
+mod restarts;
+mod staging;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -564,14 +564,20 @@ impl Talk {
         }
         let grace = Instant::now() + self.shared.config.grace;
         self.revoked.get_or_insert((grace, leases.clone()));
-        self.reply(
-            0,
-            ServerMessage::Revoke(Revoke {
-                leases,
-                grace_ms: 0,
-                reason: format!("{tier} is lost, and what these leases held with it: {reason}"),
-            }),
-        )
+        let reason = format!("{tier} is lost, and what these leases held with it: {reason}");
+        self.shared.hotset.record(Act::Revoke {
+            session: self.session.id(),
+            tier,
+            components: self.leases.components(&leases),
+            grace: Duration::ZERO,
+            reason: reason.clone(),
+        });
+        let revoke = Revoke {
+            leases,
+            grace_ms: 0,
+            reason,
+        };
+        self.reply(0, ServerMessage::Revoke(revoke))
     }
 
     /// Asks for leases back that were promised to be given.
