@@ -224,10 +224,15 @@ pub struct Component {
     pub part: Option<Arc<Part>>,
 }
 
+fn as_text<S: serde::Serializer>(id: &ComponentId, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
+}
+
 /// Some blocks of a component that is too large for one tier: to everybody but its client a component of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Part {
     /// The whole.
+    #[serde(serialize_with = "as_text")]
     pub of: ComponentId,
     /// The bytes of the whole.
     pub content: ContentId,
