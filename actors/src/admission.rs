@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
-use hotset_core::plan::{Priority, newcomers_wait};
+use hotset_core::plan::{Priority, newcomers_wait, passing};
 use hotset_core::policy::{EvictionPolicy, Victim, select};
 use hotset_core::predict::{Observed, Seen};
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
@@ -16,6 +16,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::counters::add;
 use crate::house::{House, Shortage};
+
+/// Sets that one may pass at most: each is looked at by itself, whenever memory comes back.
+const MOST_PASSED: usize = 16;
 
 /// A set that wants memory in a tier.
 #[derive(Debug)]
@@ -83,11 +86,11 @@ impl Admission {
 
     /// Grants a set its memory, or queues it.
     pub(crate) fn submit(&mut self, request: Request) {
-        let passes = self.passes(&request);
         let place = self.place(&request);
-        let ahead = self.waiting.iter().any(|w| self.place(w) <= place);
-        let request = if passes || !ahead {
-            match self.attempt(request) {
+        let ahead = self.waiting.iter().take_while(|w| self.place(w) <= place);
+        let ahead = ahead.count();
+        let request = if self.passes(&request, ahead) {
+            match self.attempt(request, ahead) {
                 Attempt::Answered => return,
                 Attempt::Waits(request) => request,
             }
@@ -105,20 +108,45 @@ impl Admission {
         self.retry();
     }
 
-    /// What costs nothing passes all who wait, since it takes no memory from them; but see
-    /// [`newcomers_wait`]. Nor does that pass which nobody waits for: what it would hold may be what they need.
-    fn passes(&self, request: &Request) -> bool {
+    /// Whether a set may be tried before the first so many that wait. What costs nothing passes them, since it takes no
+    /// memory from them, and so does what delays none of them (see [`passing`]); but see [`newcomers_wait`]. Nor does that pass
+    /// which nobody waits for: what it would hold may be what they need.
+    fn passes(&self, request: &Request, ahead: usize) -> bool {
+        if ahead == 0 {
+            return true;
+        }
         let ledger = &self.house.ledger;
-        let place = self.place(request);
-        let first = self
-            .waiting
-            .front()
-            .is_none_or(|first| self.place(first) >= place);
-        if request.priority != Priority::Interactive && !first {
+        if request.priority != Priority::Interactive || ledger.must_wait(self.tier, request.session)
+        {
             return false;
         }
-        ledger.needed(self.tier, &request.wants).is_zero()
-            && !ledger.must_wait(self.tier, request.session)
+        ledger.needed(self.tier, &request.wants).is_zero() || self.delays_none(request, ahead)
+    }
+
+    fn delays_none(&self, request: &Request, ahead: usize) -> bool {
+        if ahead > MOST_PASSED {
+            return false;
+        }
+        let Some(view) = self.house.ledger.view(self.tier) else {
+            return false;
+        };
+        let all: Bytes = view.residencies.iter().map(|r| r.bytes).sum();
+        let held = view
+            .residencies
+            .iter()
+            .filter(|r| r.pins > 0 || r.loading)
+            .map(|r| (r.component.content_id, r.bytes));
+        let held = passing::Held {
+            components: held.collect(),
+            loose: view.committed.saturating_sub(all),
+        };
+        let waiting: Vec<&[Want]> = self
+            .waiting
+            .iter()
+            .take(ahead)
+            .map(|waiting| waiting.wants.as_slice())
+            .collect();
+        passing::passes(view.budget, &held, &waiting, &request.wants)
     }
 
     fn place(&self, request: &Request) -> Duration {
@@ -132,21 +160,22 @@ impl Admission {
         self.let_go();
         self.waiting.retain(|request| !request.reply.is_closed());
         while let Some(request) = self.waiting.pop_front() {
-            if let Attempt::Waits(request) = self.attempt(request) {
+            if let Attempt::Waits(request) = self.attempt(request, 0) {
                 self.waiting.push_front(request);
                 break;
             }
         }
-        for i in (1..self.waiting.len()).rev() {
-            if self
-                .waiting
-                .get(i)
-                .is_some_and(|request| self.passes(request))
+        let mut i = 1;
+        while let Some(request) = self.waiting.get(i) {
+            if self.passes(request, i)
                 && let Some(request) = self.waiting.remove(i)
-                && let Attempt::Waits(request) = self.attempt(request)
             {
-                self.waiting.insert(i, request);
+                match self.attempt(request, i) {
+                    Attempt::Answered => continue,
+                    Attempt::Waits(request) => self.waiting.insert(i, request),
+                }
             }
+            i += 1;
         }
         self.set_wake();
         self.trim();
@@ -210,7 +239,8 @@ impl Admission {
         self.evict(victims, count, cause)
     }
 
-    fn attempt(&mut self, request: Request) -> Attempt {
+    /// Tries to grant a set its memory, before the first so many that wait.
+    fn attempt(&mut self, request: Request, passed: usize) -> Attempt {
         let ahead = request.priority == Priority::Prefetch;
         match self.house.ledger.reserve(self.tier, &request.wants, ahead) {
             Err(never) => {
@@ -219,7 +249,7 @@ impl Admission {
             }
             Ok(Reserved::Granted(reservation)) => grant(request, reservation),
             Ok(Reserved::Short(shortfall)) => {
-                self.make_room(&request, &shortfall);
+                self.make_room(&request, &shortfall, passed);
                 // Host memory is freed by a task and comes back with a wake; what is freed at once can be had at once.
                 match self.house.ledger.reserve(self.tier, &request.wants, ahead) {
                     Ok(Reserved::Granted(reservation)) => grant(request, reservation),
@@ -264,9 +294,9 @@ impl Admission {
     }
 
     /// Evicts for a set, if that suffices together with what is about to come back anyhow.
-    fn make_room(&mut self, request: &Request, shortfall: &Shortfall) {
+    fn make_room(&mut self, request: &Request, shortfall: &Shortfall, passed: usize) {
         let missing = shortfall.missing();
-        if missing.is_zero() {
+        if missing.is_zero() || (passed > 0 && missing > shortfall.evictable) {
             return;
         }
         if missing > shortfall.evictable {
@@ -279,16 +309,18 @@ impl Admission {
             });
             return;
         }
-        let own: HashSet<ContentId> = request
-            .wants
-            .iter()
-            .filter_map(|want| match want {
-                Want::Component(component, _) => Some(component.content_id),
-                Want::Scratch(_) => None,
-            })
+        // Nor what those want whom it passes: they would have to load it again.
+        let passed = self.waiting.iter().take(passed);
+        let spared: HashSet<ContentId> = passed
+            .chain([request])
+            .flat_map(|request| request.wants.iter().filter_map(Want::content))
             .collect();
         self.learn();
-        let candidates = self.candidates(&own);
+        let candidates = self.candidates(&spared);
+        let enough = candidates.iter().map(|c| c.bytes).sum::<Bytes>() >= missing;
+        if !enough {
+            return;
+        }
         let now = self.house.ledger.now();
         let victims = select(self.policy.as_mut(), now, &candidates, missing);
         let cause = EvictCause::Demand {

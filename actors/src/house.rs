@@ -335,13 +335,11 @@ impl House {
             .decisions
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        log.push(at, act);
+        let decision = log.push(at, act);
         // Under the lock, so that listeners hear of decisions in their order.
-        if let Some(decision) = log.newest_first().next() {
-            self.usage().decided(decision);
-            if self.decided.receiver_count() > 0 {
-                let _ = self.decided.send(decision.clone());
-            }
+        self.usage().decided(&decision);
+        if self.decided.receiver_count() > 0 {
+            let _ = self.decided.send(decision);
         }
     }
 

@@ -3,19 +3,26 @@
 //! It owns the tasks; when it dies, they end, and what they had reserved comes back. It decides nothing about memory. Its
 //! session's handle talks to it.
 
+mod handed;
 mod load;
+mod progress;
+mod restarts;
+mod staging;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hotset_core::RequestId;
+use hotset_core::decision::Act;
 use hotset_core::plan::ComponentSet;
 use ractor::{ActorProcessingErr, ActorRef};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::counters::add;
 use crate::house::House;
 use crate::loading::{LoadError, Outlet, SessionError};
+use crate::plan;
 use crate::sessions::Record;
 
 /// What a loader is asked.
@@ -88,17 +95,25 @@ impl Loader {
         if house.draining.load(std::sync::atomic::Ordering::Acquire) {
             return outlet.end(Err(SessionError::Draining.into()));
         }
+        let refuse = |error: LoadError, outlet: Outlet| {
+            add(&house.counters.loads_requested, 1);
+            add(&house.counters.loads_refused, 1);
+            house.decide(Act::Refuse {
+                session: state.record.id,
+                request,
+                components: plan::concerned(house, &set),
+                reason: error.to_string(),
+            });
+            outlet.end(Err(error));
+        };
         if state.running.len() >= sessions.max_loads_per_session {
-            return outlet.end(Err(busy(
-                "this session has too many loads under way",
-                sessions.max_loads_per_session,
-            )));
+            let bound = sessions.max_loads_per_session;
+            let error = busy("this session has too many loads under way", bound);
+            return refuse(error, outlet);
         }
         let Ok(permit) = house.loads.clone().try_acquire_owned() else {
-            return outlet.end(Err(busy(
-                "too many loads are under way",
-                sessions.max_loads,
-            )));
+            let error = busy("too many loads are under way", sessions.max_loads);
+            return refuse(error, outlet);
         };
         let cancel = outlet.cancel.clone();
         let job = load::Job::new(house.clone(), state.record.clone(), request, set, asked);

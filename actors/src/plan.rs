@@ -10,7 +10,7 @@ use hotset_core::plan::{
     Blocks, BlocksOf, ComponentSet, MixPlan, MixSet, Plan, PlanError, Target, resolve,
     suggest_variant,
 };
-use hotset_core::{Bytes, ContentId, GpuIndex, Tier};
+use hotset_core::{Bytes, ComponentId, ContentId, GpuIndex, Tier};
 
 use tokio::sync::OnceCell;
 
@@ -100,6 +100,26 @@ pub(crate) async fn make(house: &House, set: &ComponentSet) -> Result<(Plan, u64
     let outlook = house.outlook();
     let plan = outlook.planner().plan_split(&graph, set.target, &blocks)?;
     Ok((plan, catalogue.generation()))
+}
+
+/// The components that a set's names mean, as far as that is known: for the record of a set that there is no plan for.
+pub(crate) fn concerned(house: &House, set: &ComponentSet) -> Vec<ComponentId> {
+    let catalogue = house.catalogue.load();
+    let of = |names: &[String], dependencies| {
+        let graph = resolve(&catalogue, &house.config.set, names, dependencies);
+        let components = graph.map(|graph| graph.order()).unwrap_or_default();
+        components.into_iter().map(|c| c.id.clone())
+    };
+    let all: Vec<ComponentId> = of(&set.names, set.dependencies).collect();
+    if !all.is_empty() {
+        return all;
+    }
+    // They make no set together, but each may mean something.
+    let each = set
+        .names
+        .iter()
+        .flat_map(|name| of(std::slice::from_ref(name), false));
+    each.collect()
 }
 
 /// A plan with what it would evict and how long it takes.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use hotset_core::SessionId;
 use hotset_core::Tier;
-use hotset_core::plan::{ComponentSet, Target};
+use hotset_core::plan::{ComponentSet, Priority, Target};
 use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort, SupervisionEvent};
 
 use tokio::sync::Notify;
@@ -292,6 +292,14 @@ impl Session {
             return None;
         }
         let (session, tier) = (self.id(), hot.plan.tier);
+        // What nobody waits for passes nobody: what it would hold may be what they need.
+        if set.priority != Priority::Interactive {
+            let aging = house.config.load.aging;
+            let place = set.priority.place(house.ledger.now(), aging);
+            if house.ledger.somebody_waits_before(&[tier], place) {
+                return None;
+            }
+        }
         let bounds = &self.open.record.bounds;
         let _counted = if bounds.is_empty() {
             None

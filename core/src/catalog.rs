@@ -35,7 +35,7 @@ pub use gone::keep_leased;
 pub use header::{HeaderError, read_tensors};
 pub use model::{
     BaseModel, Component, DEVICE_TENSOR_ALIGN, Evidence, Facts, FileIdentity, FileRange, Format,
-    IMAGE_ALIGN, Kind, Model, Part, Presence, Selection, SourceFile,
+    IMAGE_ALIGN, Kind, Model, Part, Presence, Selection, SourceFile, Tokenizer,
 };
 pub use scan::{ScanOptions, ScanProgress, ScanReport, identity_of, rescan, scan};
 pub use signatures::{SignatureError, Signatures};

@@ -260,6 +260,8 @@ pub struct SetConfig {
     pub models: Vec<String>,
     /// Some of them in the order in which they are used, where hotset cannot know it.
     pub order: Vec<String>,
+    /// Small language models among them that guess tokens for a larger one of the set.
+    pub drafts: Vec<String>,
 }
 
 /// Loading.

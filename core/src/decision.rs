@@ -331,20 +331,21 @@ impl DecisionLog {
         }
     }
 
-    /// Adds one.
-    pub fn push(&mut self, at: Duration, act: Act) {
-        if self.bound == 0 {
-            return;
-        }
-        if self.kept.len() == self.bound {
-            self.kept.pop_front();
-        }
-        self.kept.push_back(Decision {
+    /// Adds one, and gives it with its number.
+    pub fn push(&mut self, at: Duration, act: Act) -> Decision {
+        let decision = Decision {
             number: self.next,
             at,
             act,
-        });
+        };
         self.next += 1;
+        if self.bound > 0 {
+            if self.kept.len() == self.bound {
+                self.kept.pop_front();
+            }
+            self.kept.push_back(decision.clone());
+        }
+        decision
     }
 
     /// What is kept, newest first.
@@ -380,5 +381,10 @@ mod tests {
         let numbers: Vec<_> = log.newest_first().map(|d| d.number).collect();
         assert_eq!(numbers, [3, 2]);
         assert_eq!(log.total(), 3);
+        // Where none is kept, whoever writes them down gets them all the same.
+        let mut none = DecisionLog::new(0);
+        let made = none.push(Duration::ZERO, Act::clone(&log.kept[0].act));
+        assert_eq!((made.number, none.total()), (1, 1));
+        assert_eq!(none.newest_first().count(), 0);
     }
 }

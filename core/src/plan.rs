@@ -7,18 +7,24 @@ mod graph;
 mod keep_alive;
 mod mix;
 mod nearest;
+pub mod passing;
 mod place;
 pub mod rates;
+mod refusal;
 mod set;
 mod split;
+mod steps;
 #[cfg(test)]
 mod test_utils;
+mod way;
 
 pub use estimate::{DISK_PER_S, Estimate, LINK_PER_S, disk};
 pub use graph::{DependencyGraph, Edge, ResolveError, resolve};
 pub use keep_alive::{KeepAlive, ParseKeepAliveError};
 pub use mix::{GiveUp, MixPlan, MixSet, SetPlan};
 pub use nearest::{Nearest, suggest_variant};
-pub use place::{Eviction, Fit, Placement, Plan, PlanError, Planner, Route, Shortage, Step, There};
+pub use place::Planner;
+pub use refusal::{PlanError, Shortage};
 pub use set::{ComponentSet, Priority, Target, newcomers_wait};
 pub use split::{Blocks, BlocksOf};
+pub use steps::{Eviction, Fit, Placement, Plan, Route, Step, There};

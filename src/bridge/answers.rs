@@ -193,6 +193,12 @@ pub(super) fn plan_mix(hotset: &Hotset, mix: &PlanMix) -> Result<ServerMessage, 
             format!("more than {MAX_NAMES} sets or GPUs in one plan"),
         ));
     }
+    if mix.sets.iter().any(|set| set.split) {
+        return Err(refusal(
+            "malformed",
+            "a set that may be split is planned alone, by `plan`",
+        ));
+    }
     let sets: Vec<ComponentSet> = mix.sets.iter().map(set_of).collect::<Result<_, _>>()?;
     let gpus = match (&mix.imagined[..], &mix.gpus[..]) {
         ([], []) => GpuChoice::All,
@@ -276,10 +282,13 @@ pub(crate) fn session_error(error: &SessionError) -> ErrorReply {
     }
 }
 
+fn names(names: &[crate::ModelName]) -> Vec<String> {
+    names.iter().map(ToString::to_string).collect()
+}
+
 /// Why a model was not found.
 pub(crate) fn find_error(error: &FindError) -> ErrorReply {
     let message = error.to_string();
-    let names = |names: &[crate::ModelName]| names.iter().map(ToString::to_string).collect();
     match error {
         FindError::NotFound { nearest, .. } => ErrorReply {
             nearest: names(nearest),
@@ -293,20 +302,37 @@ pub(crate) fn find_error(error: &FindError) -> ErrorReply {
     }
 }
 
+/// Why names do not make a set.
+fn resolve_error(error: &ResolveError) -> ErrorReply {
+    let message = error.to_string();
+    match error.cause() {
+        ResolveError::Find(error) => ErrorReply {
+            message,
+            ..find_error(error)
+        },
+        ResolveError::NoComponent { available, .. } => ErrorReply {
+            nearest: available.clone(),
+            ..refusal("not-found", message)
+        },
+        ResolveError::NotLoadable { .. } => refusal("not-loadable", message),
+        ResolveError::BaseAmbiguous { candidates, .. }
+        | ResolveError::BaseIncompatible {
+            fitting: candidates,
+            ..
+        } => ErrorReply {
+            nearest: names(candidates),
+            ..refusal("unresolved", message)
+        },
+        _ => refusal("unresolved", message),
+    }
+}
+
 /// Why a load failed.
 pub(crate) fn load_error(error: &LoadError) -> ErrorReply {
     let message = error.to_string();
     let code = match error {
         LoadError::Session(error) => return session_error(error),
-        LoadError::Resolve(ResolveError::Find(error)) => return find_error(error),
-        LoadError::Resolve(ResolveError::NoComponent { available, .. }) => {
-            return ErrorReply {
-                nearest: available.clone(),
-                ..refusal("not-found", message)
-            };
-        }
-        LoadError::Resolve(ResolveError::NotLoadable { .. }) => "not-loadable",
-        LoadError::Resolve(_) => "unresolved",
+        LoadError::Resolve(error) => return resolve_error(error),
         LoadError::Plan(PlanError::NoSuchTier { .. }) => "no-such-tier",
         LoadError::Plan(_) | LoadError::Never(_) => "never-fits",
         LoadError::Component { failure, .. } => match failure {

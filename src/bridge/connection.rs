@@ -334,7 +334,6 @@ impl Talk {
             ClientMessage::Hello(_) => Err(refusal("malformed", "`hello` was said already")),
             ClientMessage::List(list) => answers::list(hotset, &list),
             ClientMessage::Show(show) => answers::show(hotset, &show.name),
-            ClientMessage::PlanMix(mix) => answers::plan_mix(hotset, &mix),
             ClientMessage::Why(why) => answers::why(hotset, &why),
             ClientMessage::Load(load) => match self.load(id, load) {
                 Ok(Some(finished)) => return self.finished(finished),
@@ -369,6 +368,7 @@ impl Talk {
                 Ok(ServerMessage::Draining(Empty {}))
             }
             question @ (ClientMessage::Plan(_)
+            | ClientMessage::PlanMix(_)
             | ClientMessage::Status(_)
             | ClientMessage::Analyse(_)
             | ClientMessage::Scan(_)) => match self.ask(id, question) {
@@ -408,6 +408,14 @@ impl Talk {
                 ClientMessage::Plan(set) => answers::plan(&hotset, &set)
                     .await
                     .unwrap_or_else(ServerMessage::Error),
+                // Up to a second of arithmetic where many sets do not fit.
+                ClientMessage::PlanMix(mix) => {
+                    let planned = move || answers::plan_mix(&hotset, &mix);
+                    match tokio::task::spawn_blocking(planned).await {
+                        Ok(planned) => planned.unwrap_or_else(ServerMessage::Error),
+                        Err(error) => ServerMessage::Error(refusal("internal", error.to_string())),
+                    }
+                }
                 ClientMessage::Status(_) => ServerMessage::Status(StatusReply {
                     status: document(&hotset.status().await),
                 }),
@@ -556,14 +564,20 @@ impl Talk {
         }
         let grace = Instant::now() + self.shared.config.grace;
         self.revoked.get_or_insert((grace, leases.clone()));
-        self.reply(
-            0,
-            ServerMessage::Revoke(Revoke {
-                leases,
-                grace_ms: 0,
-                reason: format!("{tier} is lost, and what these leases held with it: {reason}"),
-            }),
-        )
+        let reason = format!("{tier} is lost, and what these leases held with it: {reason}");
+        self.shared.hotset.record(Act::Revoke {
+            session: self.session.id(),
+            tier,
+            components: self.leases.components(&leases),
+            grace: Duration::ZERO,
+            reason: reason.clone(),
+        });
+        let revoke = Revoke {
+            leases,
+            grace_ms: 0,
+            reason,
+        };
+        self.reply(0, ServerMessage::Revoke(revoke))
     }
 
     /// Asks for leases back that were promised to be given.

@@ -258,6 +258,7 @@ async fn show_graph(args: &ShowArgs, global: &Global) -> Result<(), CliError> {
             .map(|(from, _, edge)| match edge {
                 Edge::UsedBefore => from.id.to_string(),
                 Edge::Adapts => format!("{} (adapts it)", from.id),
+                Edge::Drafts => format!("{} (drafts for it)", from.id),
                 Edge::Declared => format!("{} (declared)", from.id),
             })
             .collect();

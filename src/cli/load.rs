@@ -10,7 +10,7 @@ use hotset::{
     Bytes, ComponentSet, Config, Hotset, KeepAlive, Lease, LoadError, LoadEvent, Place, Priority,
     Session, Target,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::output::{self, Bars, line, table};
@@ -71,7 +71,43 @@ struct LoadedComponent {
     component: String,
     tier: String,
     bytes: Bytes,
+    /// Of what lies on a device, only a server's own process knows them.
     tensors: Vec<LoadedTensor>,
+    /// The blocks, where it is split.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part: Option<Part>,
+}
+
+/// Some blocks of a component that is split.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Part {
+    of: String,
+    blocks: Vec<String>,
+    first: u64,
+    of_blocks: u64,
+}
+
+/// Says which blocks of split components are where, in the order of use.
+pub(crate) fn blocks<'a>(parts: impl Iterator<Item = (&'a Part, &'a str)>) -> Result<(), CliError> {
+    for (part, tier) in parts {
+        let streamed = if tier == "ram" {
+            ", to be streamed"
+        } else {
+            ""
+        };
+        let names = match &part.blocks[..] {
+            [] => "none".to_owned(),
+            [only] => only.clone(),
+            [first, .., last] => format!("{first} to {last}"),
+        };
+        line(format!(
+            "{}: {} of {} blocks in {tier}{streamed} ({names})",
+            part.of,
+            part.blocks.len(),
+            part.of_blocks
+        ))?;
+    }
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -231,6 +267,12 @@ async fn from_server(
                     sha256: args.digest.then(|| hex(&Sha256::digest(tensor.bytes))),
                 })
                 .collect(),
+            part: leased.part.as_ref().map(|part| Part {
+                of: part.of.clone(),
+                blocks: part.blocks.clone(),
+                first: part.first,
+                of_blocks: part.of_blocks,
+            }),
         });
     }
     let loaded = Loaded {
@@ -338,6 +380,12 @@ async fn describe(leases: &[Lease], digest: bool) -> Result<Vec<LoadedComponent>
             tier: lease.tier().to_string(),
             bytes: lease.component().bytes,
             tensors,
+            part: lease.component().part.as_ref().map(|part| Part {
+                of: part.of.to_string(),
+                blocks: part.blocks.iter().map(ToString::to_string).collect(),
+                first: part.first as u64,
+                of_blocks: part.of_blocks as u64,
+            }),
         });
     }
     Ok(components)
@@ -372,10 +420,15 @@ fn print(loaded: &Loaded, digest: bool) -> Result<(), CliError> {
                 component.component.clone(),
                 component.tier.clone(),
                 component.bytes.to_string(),
-                component.tensors.len().to_string(),
+                match component.tensors.len() {
+                    0 => "-".to_owned(),
+                    count => count.to_string(),
+                },
             ]);
         }
         line(rows.to_string())?;
+        let parts = loaded.components.iter();
+        blocks(parts.filter_map(|c| Some((c.part.as_ref()?, c.tier.as_str()))))?;
     }
     line(format!(
         "{} in {:.2} s, {}/s",

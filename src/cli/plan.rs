@@ -8,6 +8,7 @@ use hotset::{Bytes, ComponentId, ComponentSet, GpuChoice, GpuIndex, Hotset, Targ
 use serde::Deserialize;
 use serde_json::json;
 
+use super::load::{Part, blocks};
 use super::output::{self, line, table};
 use super::{CliError, Global, config, config_with_models, serve, server};
 
@@ -26,7 +27,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_parser = parse_gpus)]
     gpus: Option<GpuChoice>,
     /// Where no GPU has room for a component: as many of its blocks as fit there, and the others in RAM
-    #[arg(long)]
+    #[arg(long, conflicts_with = "gpus")]
     split: bool,
 }
 
@@ -138,6 +139,7 @@ struct StepView {
     there: String,
     route: String,
     seconds: f64,
+    part: Option<Part>,
 }
 
 #[derive(Deserialize)]
@@ -186,6 +188,7 @@ enum GiveUpView {
 fn seconds(seconds: f64) -> String {
     match seconds {
         s if s <= 0.0 => "-".into(),
+        s if s < 0.1 => format!("{:.1} ms", s * 1e3),
         s if s < 10.0 => format!("{s:.2} s"),
         s => format!("{s:.0} s"),
     }
@@ -216,6 +219,9 @@ fn print(plan: &View) -> Result<(), CliError> {
         ]);
     }
     line(rows.to_string())?;
+    shared(plan)?;
+    let parts = plan.steps.iter();
+    blocks(parts.filter_map(|step| Some((step.part.as_ref()?, step.tier.as_str()))))?;
     for (tier, bytes) in &plan.needs {
         line(format!("{tier}: {bytes} more needed"))?;
     }
@@ -230,6 +236,25 @@ fn print(plan: &View) -> Result<(), CliError> {
     plan.estimate.as_ref().map_or(Ok(()), estimate)
 }
 
+/// Says what costs nothing.
+fn shared(plan: &View) -> Result<(), CliError> {
+    for (there, why) in [
+        ("resident", "there already"),
+        ("loading", "on their way for others"),
+    ] {
+        let of = plan.steps.iter().filter(|step| step.there == there);
+        let (count, bytes) = of.fold((0, 0), |(n, sum), step| (n + 1, sum + step.bytes.get()));
+        if count > 0 {
+            line(format!(
+                "{count} of {} components are {why} and cost nothing ({})",
+                plan.steps.len(),
+                Bytes(bytes)
+            ))?;
+        }
+    }
+    Ok(())
+}
+
 fn evictions(plan: &View) -> Result<(), CliError> {
     for eviction in &plan.evictions {
         line(format!(
@@ -242,10 +267,13 @@ fn evictions(plan: &View) -> Result<(), CliError> {
 
 fn estimate(estimate: &EstimateView) -> Result<(), CliError> {
     if estimate.seconds > 0.0 {
+        let first = match estimate.first_s {
+            s if s <= 0.0 => "at once".to_owned(),
+            s => format!("in {}", seconds(s)),
+        };
         line(format!(
-            "all there in about {}, the first component in {}",
-            seconds(estimate.seconds),
-            seconds(estimate.first_s)
+            "all there in about {}, the first component {first}",
+            seconds(estimate.seconds)
         ))?;
     }
     if !estimate.assumed.is_empty() {

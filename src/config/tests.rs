@@ -76,6 +76,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
                 .map(Into::into)
                 .into(),
             order: ["sdxl-base", "sdxl-refiner"].map(Into::into).into(),
+            drafts: Vec::new(),
         }],
         ..Config::default()
     };

@@ -167,6 +167,52 @@ fn a_set_is_planned_and_loaded() {
 }
 
 #[test]
+fn what_no_gpu_has_room_for_is_split_and_its_blocks_are_told_in_their_order() {
+    let home = Home::new();
+    let library = home.library();
+    let models = ["--models", library.to_str().unwrap()];
+    let gpu = [
+        "--set",
+        "gpu.0.device=sim",
+        "--set",
+        "gpu.0.headroom=0",
+        "--set",
+        "gpu.0.budget=2MiB",
+        "--set",
+        "gpu.0.sim.granularity=64KiB",
+    ];
+    let with = |command: &[&'static str]| [&models[..], command, &gpu].concat();
+    let refused = home.run(&with(&["load", "tiny-llama"]));
+    assert_refused(&refused, 1, &["2.0 MiB", "it fits where it may be split"]);
+    let plan = home.run(&with(&["plan", "tiny-llama", "--split"]));
+    let told = String::from_utf8_lossy(&plan.stdout);
+    assert!(
+        told.contains("blocks in vram:0 (") && told.contains("blocks in ram, to be streamed ("),
+        "{told}"
+    );
+    let loaded = home.json(&with(&["load", "tiny-llama", "--split", "--json"]));
+    let parts: Vec<&Value> = loaded["components"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|component| &component["part"])
+        .collect();
+    let [first, rest] = parts[..] else {
+        panic!("{loaded}")
+    };
+    let blocks = |part: &Value| part["blocks"].as_array().unwrap().len() as u64;
+    assert_eq!(
+        (&first["of"], first["first"].as_u64()),
+        (&rest["of"], Some(0))
+    );
+    assert_eq!(rest["first"].as_u64(), Some(blocks(first)));
+    assert_eq!(
+        Some(blocks(first) + blocks(rest)),
+        rest["of_blocks"].as_u64()
+    );
+}
+
+#[test]
 fn what_cannot_be_loaded_is_refused_with_the_reason() {
     let home = Home::new();
     let library = home.library();

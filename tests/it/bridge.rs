@@ -641,7 +641,7 @@ async fn what_a_client_still_maps_is_counted_by_the_next_server() {
     );
     let left = client.unmapped(counted.mappings).await.unwrap();
     assert_eq!((left.bytes, committed(&next)), (0, Bytes::ZERO));
-    client.load(&options).await.unwrap();
+    client.load(&LoadOptions::new(["one"])).await.unwrap();
     // What is no slab is not counted.
     let file = std::fs::File::open("/dev/zero").unwrap().into();
     let error = client

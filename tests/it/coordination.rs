@@ -120,8 +120,8 @@ async fn the_first_leases_come_while_the_rest_still_loads() {
     let session = rig.hotset.session("test").await.unwrap();
     rig.reader.close();
     let mut loading = session.load(ComponentSet::new(["seven"]));
-    // The first encoder's pieces, and one of the next.
-    rig.reader.pass(6);
+    // The pieces of the encoder that takes longest, and one of the next.
+    rig.reader.pass(26);
     let first = loop {
         match loading.next().await.unwrap().unwrap() {
             LoadEvent::Leased(lease) => break lease,
@@ -129,7 +129,7 @@ async fn the_first_leases_come_while_the_rest_still_loads() {
             LoadEvent::Planned(_) | LoadEvent::Progress(_) => {}
         }
     };
-    assert_eq!(first.component().id.component.to_string(), "text_encoder");
+    assert_eq!(first.component().id.component.to_string(), "text_encoder_3");
     // It is whole and can be used; what is cancelled now takes it from nobody.
     drop(loading);
     assert_eq!(first.revoked(), None);
@@ -280,5 +280,149 @@ async fn a_batch_set_lets_interactive_ones_pass_until_it_has_aged() {
     );
     assert!(early < batch, "{early:?} {batch:?}");
     assert!(batch < late, "{batch:?} {late:?}");
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn seven_components_on_four_gpus_take_as_long_as_the_link_that_has_most_to_carry() {
+    let library = Library::new();
+    library.pipeline_of("seven", 1, &SEVEN);
+    let mut config = machine(&library, Bytes::mib(32), 4, Bytes::mib(16));
+    for gpu in &mut config.gpu {
+        gpu.sim.bandwidth = Bytes::mib(1);
+    }
+    config.load.piece = Bytes::kib(8);
+    let rig = Rig::start(config).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let ram = ComponentSet::new(["seven"]).on(Target::Ram);
+    let ram = session.load(ram).leases().await.unwrap();
+    // Two links carry one component each, the others two or three.
+    let places = [0, 1, 2, 0, 3, 1, 2];
+    let loads = SEVEN.iter().zip(places).map(|((part, ..), gpu)| {
+        let gpu = Target::Gpu(hotset::GpuIndex(gpu));
+        timed(session.load(ComponentSet::new([format!("seven/{part}")]).on(gpu)))
+    });
+    let loads = futures::future::join_all(loads).await;
+    let rate = Bytes::mib(1).as_f64();
+    let mut links = [0.0; 4];
+    for ((leases, _), gpu) in loads.iter().zip(places) {
+        links[gpu as usize] += total(leases).as_f64() / rate;
+    }
+    let busiest = links.into_iter().fold(0.0, f64::max);
+    let took = loads.iter().map(|(_, times)| times[0].as_secs_f64());
+    let took = took.fold(0.0, f64::max);
+    assert!(
+        took < 1.1 * busiest,
+        "{took} s for {busiest} s of the busiest link"
+    );
+    drop((ram, loads));
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_small_set_passes_a_large_one_where_it_delays_it_by_nothing() {
+    let library = Library::new();
+    for (i, (name, kib)) in [
+        ("held", 600),
+        ("large", 500),
+        ("small", 400),
+        ("other", 450),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        library.single(name, i as u64, kib);
+    }
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    let session = async |label: &str| rig.hotset.session(label).await.unwrap();
+    let set = |name: &str, s| ComponentSet::new([name]).within(Duration::from_secs(s));
+    let (holder, first, second) = (session("a").await, session("b").await, session("c").await);
+    let held = holder.load(set("held", 5)).leases().await.unwrap();
+    let large = first.load(set("large", 3600));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // The large one waits for what is held, with the small one as without.
+    let began = Instant::now();
+    let small = second.load(set("small", 5)).leases().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1));
+    // Of this one and the small one, one would be too much for it.
+    assert!(second.load(set("other", 5)).leases().await.is_err());
+    drop(held);
+    let began = Instant::now();
+    let large = large.leases().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1));
+    drop((small, large));
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_passes_takes_nothing_that_the_large_one_wants() {
+    let library = Library::new();
+    for (i, (name, kib)) in [("held", 600), ("x", 300), ("y", 200), ("small", 200)]
+        .into_iter()
+        .enumerate()
+    {
+        library.single(name, i as u64, kib);
+    }
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let other = rig.hotset.session("other").await.unwrap();
+    let set =
+        |names: &[&str], s| ComponentSet::new(names.iter().copied()).within(Duration::from_secs(s));
+    drop(session.load(set(&["x"], 5)).leases().await.unwrap());
+    let held = session.load(set(&["held"], 5)).leases().await.unwrap();
+    let large = session.load(set(&["x", "y"], 3600));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // There is room for it beside both, but only where `x` goes first.
+    assert!(other.load(set(&["small"], 5)).leases().await.is_err());
+    let reads = rig.hotset.status().await.counters.reads;
+    drop(held);
+    drop(large.leases().await.unwrap());
+    assert_eq!(
+        rig.hotset.status().await.counters.reads,
+        reads + 1,
+        "`y` alone"
+    );
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_found_by_the_name_of_what_was_refused() {
+    let library = Library::new();
+    library.single("large", 1, 2000);
+    library.single("small", 2, 100);
+    let mut config = library.config(Bytes::mib(1));
+    config.sessions.max_loads_per_session = 1;
+    let rig = Rig::start(config).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let both = session.load(ComponentSet::new(["large", "small"])).leases();
+    assert!(both.await.is_err());
+    let reason = |name: &str| match &rig.hotset.why(name, 1)[..] {
+        [decision] => match &decision.act {
+            hotset::Act::Refuse { reason, .. } => reason.clone(),
+            act => panic!("{act:?}"),
+        },
+        none => panic!("{none:?}"),
+    };
+    let told = reason("large");
+    assert!(told.contains("budget of 1.0 MiB"), "{told}");
+    assert!(
+        told.contains("without large the rest fits in ram"),
+        "{told}"
+    );
+    assert_eq!(reason("small"), told);
+    // So is one for which there are too many.
+    rig.reader.close();
+    let under_way = session.load(ComponentSet::new(["small"]));
+    until("it reads", async || rig.hotset.status().await.loads == 1).await;
+    assert!(
+        session
+            .load(ComponentSet::new(["large"]))
+            .leases()
+            .await
+            .is_err()
+    );
+    assert!(reason("large").starts_with("busy: this session has too many loads"));
+    rig.reader.open_wide();
+    drop(under_way.leases().await.unwrap());
     rig.assert_empty().await;
 }

@@ -2,7 +2,7 @@
 //!
 //! Everything that it holds on the way, it holds by handles: wherever it is dropped, the bytes come back.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,10 +18,14 @@ use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
+use super::handed::Handed;
+use super::progress::Board;
+use super::restarts::Restarts;
+use super::staging::Staging;
 use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
-use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
+use crate::loading::{ComponentProgress, LoadError, LoadEvent, Outlet, Phase, Stage};
 use crate::plan;
 use crate::quotas::Counted;
 use crate::ram_cache::RamCacheMessage;
@@ -65,14 +69,6 @@ struct Way<'a> {
     may_yield: bool,
 }
 
-/// What the load knows of itself for its progress and its errors.
-struct Board {
-    stage: Stage,
-    components: Vec<ComponentProgress>,
-    first_byte: Option<Instant>,
-    moved_before: Bytes,
-}
-
 impl Job {
     pub(super) fn new(
         house: Arc<House>,
@@ -101,12 +97,7 @@ impl Job {
         // Longer than any system runs, where it is too long for a clock.
         let due = self.started.checked_add(self.deadline());
         let due = due.unwrap_or_else(|| self.started + FOR_EVER);
-        let mut board = Board {
-            stage: Stage::Planning,
-            components: Vec::new(),
-            first_byte: None,
-            moved_before: Bytes::ZERO,
-        };
+        let mut board = Board::new();
         let outcome = tokio::select! {
             biased;
             () = outlet.cancel.cancelled() => Err(LoadError::Cancelled),
@@ -124,14 +115,15 @@ impl Job {
                     _ => &counters.loads_refused,
                 };
                 add(counter, 1);
+                let planned = board.components.iter().map(|c| c.component.clone());
+                let mut components: Vec<_> = planned.collect();
+                if components.is_empty() {
+                    components = plan::concerned(&self.house, &self.set);
+                }
                 self.house.decide(Act::Refuse {
                     session: self.session,
                     request: self.request,
-                    components: board
-                        .components
-                        .iter()
-                        .map(|c| c.component.clone())
-                        .collect(),
+                    components,
                     reason: error.to_string(),
                 });
             }
@@ -656,49 +648,6 @@ impl Job {
     }
 }
 
-/// The leases of a load on their way to its client.
-///
-/// Memory for all was promised before the first byte moved, so what is there can be handed out while the rest still comes:
-/// the set is all or nothing by then, but for files that cannot be read.
-#[derive(Default)]
-struct Handed {
-    /// Not handed out yet: one before it is not there, or the reader is behind.
-    ready: BTreeMap<ContentId, Lease>,
-    sent: HashSet<ContentId>,
-    /// The plan that they belong to, and the generation of the catalogue that it was made by.
-    plan: Option<(Arc<Plan>, u64)>,
-}
-
-impl Handed {
-    /// Hands out what may go, in loading order, without waiting for the reader.
-    fn on(&mut self, plan: &Plan, outlet: &Outlet) {
-        for step in &plan.steps {
-            let content = step.component.content_id;
-            if self.sent.contains(&content) {
-                continue;
-            }
-            let Some(lease) = self.ready.remove(&content) else {
-                return;
-            };
-            if let Err(lease) = outlet.try_lease(lease) {
-                self.ready.insert(content, lease);
-                return;
-            }
-            self.sent.insert(content);
-        }
-    }
-
-    /// Hands out all that is left.
-    async fn rest(&mut self, plan: &Plan, outlet: &Outlet) {
-        for step in &plan.steps {
-            if let Some(lease) = self.ready.remove(&step.component.content_id) {
-                self.sent.insert(step.component.content_id);
-                outlet.send(LoadEvent::Leased(lease)).await;
-            }
-        }
-    }
-}
-
 /// The claims of a plan in the order of its steps; both kinds are in that order among themselves.
 fn in_order(plan: &Plan, own: Vec<Claim>, spilled: Vec<Claim>) -> Vec<Claim> {
     let (mut own, mut spilled) = (own.into_iter(), spilled.into_iter());
@@ -717,96 +666,4 @@ fn used(plan: &Plan, wanted: impl Fn(&Step) -> bool) -> UsedSet {
     steps
         .map(|step| (step.component.clone(), step.there != There::Absent))
         .collect()
-}
-
-/// What is reserved in RAM on the way to a GPU.
-#[derive(Default)]
-struct Staging {
-    claims: BTreeMap<ContentId, Claim>,
-    ring: Option<Ring>,
-    /// What is resident on other GPUs.
-    peers: BTreeMap<ContentId, Claim>,
-}
-
-impl Staging {
-    /// The source for a component: another GPU, its slab where one is promised, else the ring, which is given for later as
-    /// well.
-    fn take(&mut self, claim: &Claim) -> (Option<Source>, Option<Ring>) {
-        if let Some(peer) = self.peers.remove(&claim.component().content_id) {
-            return (Some(Source::Peer(peer)), None);
-        }
-        match self.claims.remove(&claim.component().content_id) {
-            Some(claim) => (Some(Source::Ram(claim)), None),
-            None => (self.ring.clone().map(Source::Ring), self.ring.clone()),
-        }
-    }
-}
-
-/// Tells when the keeper of a tier was started again.
-enum Restarts {
-    Ram(hotset_core::watch::Receiver<Option<ractor::ActorRef<RamCacheMessage>>>),
-    Vram(hotset_core::watch::Receiver<Option<ractor::ActorRef<VramManagerMessage>>>),
-    Never,
-}
-
-impl Restarts {
-    fn of(house: &House, tier: Tier) -> Self {
-        match tier {
-            Tier::Ram => Self::Ram(house.ram.subscribe()),
-            Tier::Vram(gpu) => house
-                .vram
-                .get(&gpu)
-                .map_or(Self::Never, |slot| Self::Vram(slot.subscribe())),
-        }
-    }
-
-    async fn changed(&mut self) {
-        let changed = match self {
-            Self::Ram(slot) => slot.changed().await.is_ok(),
-            Self::Vram(slot) => slot.changed().await.is_ok(),
-            Self::Never => false,
-        };
-        if !changed {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-impl Board {
-    fn take(&mut self, moved: &[Bytes]) {
-        for (progress, moved) in self.components.iter_mut().zip(moved) {
-            if progress.phase != Phase::Ready && !moved.is_zero() {
-                progress.phase = Phase::Loading;
-                // The image in RAM has headers and padding beside the tensors.
-                progress.done = (*moved).min(progress.total);
-            }
-        }
-    }
-
-    fn progress(&mut self, started: Instant) -> LoadProgress {
-        let now = Instant::now();
-        let done: Bytes = self.components.iter().map(|c| c.done).sum();
-        let total: Bytes = self.components.iter().map(|c| c.total).sum();
-        if self.first_byte.is_none() && !done.is_zero() {
-            self.first_byte = Some(now);
-            self.moved_before = done;
-        }
-        let moving_s = self
-            .first_byte
-            .map_or(0.0, |first| now.duration_since(first).as_secs_f64());
-        let bytes_per_s = if moving_s > 0.0 {
-            done.saturating_sub(self.moved_before).as_f64() / moving_s
-        } else {
-            0.0
-        };
-        LoadProgress {
-            stage: self.stage,
-            components: self.components.clone(),
-            done,
-            total,
-            elapsed_s: now.duration_since(started).as_secs_f64(),
-            bytes_per_s,
-            eta_s: (bytes_per_s > 0.0).then(|| total.saturating_sub(done).as_f64() / bytes_per_s),
-        }
-    }
 }

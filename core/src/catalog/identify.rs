@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::model::{BaseModel, Evidence, Kind};
+use super::model::{BaseModel, Evidence, Kind, Tokenizer};
 use super::outline::Outline;
 use super::signatures::{Pattern, Rule, Signatures};
 
@@ -242,13 +242,63 @@ fn base(clues: &Clues<'_>, architecture: Option<Arc<str>>) -> Option<BaseModel> 
     .iter()
     .filter_map(|key| clues.metadata?.get(*key).map(String::as_str))
     .find(|name| !name.is_empty() && *name != "None");
-    let stated = stated.or_else(|| config_texts(clues.config, "base_model_name_or_path").next());
+    let in_config = [
+        "base_model_name_or_path",
+        "speculators_config.verifier.name_or_path",
+    ];
+    let in_config = || {
+        in_config
+            .iter()
+            .find_map(|key| config_texts(clues.config, key).next())
+    };
+    let stated = stated.or_else(in_config);
     if architecture.is_none() && stated.is_none() {
         return None;
     }
     Some(BaseModel {
         architecture,
         name: stated.map(Arc::from),
+    })
+}
+
+/// What is told of the tokens that a language model or its draft speaks: by the configuration, the pairs of GGUF, or the
+/// token embedding itself.
+pub(super) fn tokenizer(kind: Kind, clues: &Clues<'_>) -> Option<Tokenizer> {
+    if !kind.is_language_model() && kind != Kind::DraftModel {
+        return None;
+    }
+    // Models with several towers have one part for text, and speculators one for the layers that guess.
+    let parts = ["text_config", "llm_config", "transformer_layer_config"];
+    let number = |key: &str| {
+        let config = clues.config?;
+        let within = parts.iter().filter_map(|part| config.get(*part));
+        std::iter::once(config).chain(within).find_map(|part| {
+            let value = part.get(key)?;
+            value
+                .as_u64()
+                .or_else(|| value.as_array()?.first()?.as_u64())
+        })
+    };
+    let stated = |key: &str| clues.metadata?.get(key)?.parse::<u64>().ok();
+    let embedding = || {
+        const KEYS: [&str; 6] = [
+            "model.embed_tokens.weight",
+            "embed_tokens.weight",
+            "token_embd.weight",
+            "language_model.model.embed_tokens.weight",
+            "model.language_model.embed_tokens.weight",
+            "transformer.wte.weight",
+        ];
+        let mut keys = clues.outline?.iter();
+        // There are always more tokens than numbers for each of them.
+        let (_, shape) = keys.find(|(key, _)| KEYS.contains(key))?;
+        shape.iter().max().copied()
+    };
+    let tokens = number("vocab_size").or_else(embedding)?;
+    let begin = number("bos_token_id").or_else(|| stated("tokenizer.ggml.bos_token_id"));
+    Some(Tokenizer {
+        tokens: u32::try_from(tokens).ok()?,
+        begin: begin.and_then(|begin| u32::try_from(begin).ok()),
     })
 }
 

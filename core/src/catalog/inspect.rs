@@ -139,14 +139,13 @@ fn weights(
         take(model, identify::identify(known.signatures, &clues));
     }
     let read = read_part(part, &mut model.inputs, known)?;
-    let identity = known.identify(
-        &read.contents,
-        &Clues {
-            metadata: Some(&read.metadata),
-            outline: Some(&read.contents.outline),
-            ..clues
-        },
-    );
+    let clues = Clues {
+        metadata: Some(&read.metadata),
+        outline: Some(&read.contents.outline),
+        ..clues
+    };
+    let identity = known.identify(&read.contents, &clues);
+    model.facts.tokenizer = identify::tokenizer(identity.kind, &clues);
     read.facts(&mut model.facts);
     let components = match identity.kind {
         Kind::Checkpoint => read.split(&model.name, &identity, known),

@@ -132,6 +132,8 @@ pub enum Kind {
     EmbeddingModel,
     /// A language model that also reads images.
     VisionLanguageModel,
+    /// Layers that guess the next tokens of a language model ahead of it (EAGLE, Medusa and kin).
+    DraftModel,
     /// A speech or music model.
     Audio,
     /// Cannot be told.
@@ -161,6 +163,7 @@ impl Kind {
             Self::LanguageModel => "language-model",
             Self::EmbeddingModel => "embedding-model",
             Self::VisionLanguageModel => "vision-language-model",
+            Self::DraftModel => "draft-model",
             Self::Audio => "audio",
             Self::Unknown => "unknown",
         }
@@ -177,7 +180,14 @@ impl Kind {
                 | Self::T2iAdapter
                 | Self::IpAdapter
                 | Self::TextualInversion
+                | Self::DraftModel
         )
+    }
+
+    /// Whether it generates text, token by token.
+    #[must_use]
+    pub const fn is_language_model(self) -> bool {
+        matches!(self, Self::LanguageModel | Self::VisionLanguageModel)
     }
 }
 
@@ -214,10 +224,15 @@ pub struct Component {
     pub part: Option<Arc<Part>>,
 }
 
+fn as_text<S: serde::Serializer>(id: &ComponentId, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
+}
+
 /// Some blocks of a component that is too large for one tier: to everybody but its client a component of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Part {
     /// The whole.
+    #[serde(serialize_with = "as_text")]
     pub of: ComponentId,
     /// The bytes of the whole.
     pub content: ContentId,
@@ -358,6 +373,8 @@ pub struct Facts {
     pub dialect: Option<Arc<str>>,
     /// For LoRAs: the rank that most of its pairs have.
     pub rank: Option<u32>,
+    /// For language models and their drafts: the tokens that they speak.
+    pub tokenizer: Option<Tokenizer>,
     /// In a cache of the Hugging Face hub: the repository.
     pub repo: Option<Arc<str>>,
     /// In a cache of the Hugging Face hub: the commit.
@@ -366,6 +383,41 @@ pub struct Facts {
     pub dtypes: Vec<(Arc<str>, Bytes)>,
     /// Why it was taken for what it is, best reason first.
     pub evidence: Arc<[Evidence]>,
+}
+
+/// What is known of a language model's tokenizer without reading it: enough to see that two models cannot share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Tokenizer {
+    /// Rows of the token embedding.
+    pub tokens: u32,
+    /// The number of the token that texts begin with.
+    pub begin: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Embeddings of one tokenizer differ by no more than their padding: Qwen2.5 has 151,936 rows in the small models and
+    /// 152,064 in the large ones. llama.cpp draws the same line for its drafts.
+    const PADDING: u32 = 128;
+
+    /// Whether both may be the same tokenizer: as many tokens but for padding, and the same beginning where both tell it.
+    #[must_use]
+    pub fn is_of_family(&self, other: &Self) -> bool {
+        let begins = match (self.begin, other.begin) {
+            (Some(mine), Some(others)) => mine == others,
+            _ => true,
+        };
+        begins && self.tokens.abs_diff(other.tokens) <= Self::PADDING
+    }
+}
+
+impl fmt::Display for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tokens", self.tokens)?;
+        match self.begin {
+            Some(begin) => write!(f, ", beginning with {begin}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A reason to take a model for what it is.

@@ -112,7 +112,8 @@ impl Catalogue {
     }
 
     /// A catalogue of these models, which must have names of their own.
-    pub(crate) fn new(generation: u64, mut models: Vec<Arc<Model>>) -> Self {
+    #[must_use]
+    pub fn new(generation: u64, mut models: Vec<Arc<Model>>) -> Self {
         // Found sorted in most cases, which costs one pass.
         models.sort_by(|a, b| a.name.cmp(&b.name));
         let numbered = || (0_u32..).zip(&models);

@@ -24,7 +24,7 @@ const MIGRATIONS: [&str; 1] = ["
 "];
 
 /// Version of the records in `entry`. Records of another version are dropped: a scan finds the entries again.
-const RECORD_VERSION: i64 = 2;
+const RECORD_VERSION: i64 = 3;
 
 /// A store that cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -47,13 +47,15 @@ impl Config {
             check(&at("models"), !set.models.is_empty(), || {
                 "name at least one model".into()
             })?;
-            let unknown = set.order.iter().find(|name| !set.models.contains(name));
-            check(&at("order"), unknown.is_none(), || {
-                format!(
-                    "`{}` is not among the models of the set; add it there, or leave it out",
-                    unknown.map_or("", String::as_str)
-                )
-            })?;
+            for (key, names) in [("order", &set.order), ("drafts", &set.drafts)] {
+                let unknown = names.iter().find(|name| !set.models.contains(name));
+                check(&at(key), unknown.is_none(), || {
+                    format!(
+                        "`{}` is not among the models of the set; add it there, or leave it out",
+                        unknown.map_or("", String::as_str)
+                    )
+                })?;
+            }
         }
         for (i, gpu) in self.gpu.iter().enumerate() {
             let at = format!("gpu.{i}");

@@ -279,6 +279,25 @@ pub enum Want {
     Scratch(Bytes),
 }
 
+impl Want {
+    /// What it takes.
+    #[must_use]
+    pub const fn bytes(&self) -> Bytes {
+        match self {
+            Self::Component(_, bytes) | Self::Scratch(bytes) => *bytes,
+        }
+    }
+
+    /// Which bytes it is about, where it is about a component.
+    #[must_use]
+    pub fn content(&self) -> Option<ContentId> {
+        match self {
+            Self::Component(component, _) => Some(component.content_id),
+            Self::Scratch(_) => None,
+        }
+    }
+}
+
 /// Bytes that are missing now, but could come back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortfall {

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Serialize, Serializer};
 
-use super::place::{Plan, Planner, Route, Step, There};
+use super::place::{Planner, there};
 use super::rates::Way;
+use super::steps::{Plan, Route, Step, There};
 use crate::catalog::Component;
 use crate::ids::{GpuIndex, Tier};
 
@@ -47,6 +48,26 @@ impl Planner<'_> {
     /// Seconds until a component is on a GPU to which it comes from another one.
     pub(super) fn peer_s(&self, component: &Component, from: GpuIndex, to: GpuIndex) -> f64 {
         component.bytes.as_f64() / self.per_s(Way::Peer { from, to })
+    }
+
+    /// Seconds until a component is in a tier, if nothing else moves; 0 where it is there.
+    pub(super) fn alone_s(&self, tier: Tier, component: &Component) -> f64 {
+        let content = &component.content_id;
+        let is_there = |view| there(view, content) == There::Resident;
+        if self.view(tier).is_some_and(is_there) {
+            return 0.0;
+        }
+        let read_s = match self.is_in_ram(content) {
+            true => 0.0,
+            false => self.read_s(component),
+        };
+        match tier {
+            Tier::Ram => read_s,
+            Tier::Vram(gpu) => {
+                let link = self.per_s(Way::Link(gpu));
+                read_s.max(component.bytes.as_f64() / link)
+            }
+        }
     }
 
     /// On which ways a step's bytes move, and for how long on each.

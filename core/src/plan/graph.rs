@@ -1,13 +1,21 @@
 //! The dependency graph of a set: which components it consists of, and which of them is used before which.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use crate::catalog::{Catalogue, Component, FindError, Kind, Model, Presence};
+use crate::catalog::{Catalogue, Component, Kind, Model, Presence};
 use crate::config::SetConfig;
 use crate::ids::{ComponentId, ContentId, ModelName};
+
+mod base;
+mod error;
+mod names;
+
+use base::{base_of, target_of, works_on};
+pub use error::ResolveError;
+use names::{Expanded, Name};
 
 /// Why one component comes before another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +24,8 @@ pub enum Edge {
     UsedBefore,
     /// An adapter is of use only on its base.
     Adapts,
+    /// A draft guesses for its target, and has the same tokens.
+    Drafts,
     /// The configuration says so (`order` of a `[[set]]`).
     Declared,
 }
@@ -25,142 +35,99 @@ impl std::fmt::Display for Edge {
         f.pad(match self {
             Self::UsedBefore => "used before",
             Self::Adapts => "adapts",
+            Self::Drafts => "drafts for",
             Self::Declared => "declared to come before",
         })
     }
-}
-
-/// Why a set cannot be made out of the names.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ResolveError {
-    /// No names.
-    #[error("the component set is empty; name at least one model")]
-    Empty,
-    /// Declared sets contain each other.
-    #[error(
-        "declared sets contain each other: {}; take one of these out of the `models` of the set before it",
-        path.join(" -> ")
-    )]
-    SetCycle {
-        /// The names, from one set back to itself.
-        path: Vec<String>,
-    },
-    /// Components would each have to come before the other.
-    #[error(
-        "no component can be first: {}; take one of these out of the `order` of the set",
-        path.iter().map(ToString::to_string).collect::<Vec<_>>().join(" before ")
-    )]
-    OrderCycle {
-        /// The components, from one back to itself.
-        path: Vec<ComponentId>,
-    },
-    /// A name that is not in the catalogue, or is several.
-    #[error(transparent)]
-    Find(#[from] FindError),
-    /// The model has no such component.
-    #[error("{model} has no component `{component}`; it has {}", available.join(", "))]
-    NoComponent {
-        /// The model.
-        model: ModelName,
-        /// What was asked for.
-        component: String,
-        /// What there is.
-        available: Vec<String>,
-    },
-    /// The catalogue knows why it cannot be loaded.
-    #[error("{model} cannot be loaded: {reason}")]
-    NotLoadable {
-        /// The model.
-        model: ModelName,
-        /// Why, with what to do.
-        reason: Arc<str>,
-    },
-    /// The base of an adapter is nowhere.
-    #[error(
-        "{adapter} needs a base model ({base}), and the catalogue has none; add one to a scanned folder, or name the base in the set"
-    )]
-    BaseMissing {
-        /// The adapter.
-        adapter: ModelName,
-        /// What it needs.
-        base: String,
-    },
-    /// Several models could be the base of an adapter.
-    #[error(
-        "{adapter} needs a base model ({base}), and several fit: {}; name the one that you mean in the set",
-        list(candidates)
-    )]
-    BaseAmbiguous {
-        /// The adapter.
-        adapter: ModelName,
-        /// What it needs.
-        base: String,
-        /// What would do.
-        candidates: Vec<ModelName>,
-    },
-    /// The set has a base, but of another architecture.
-    #[error(
-        "{adapter} is made for {base}, but the set has {} ({found}); choose an adapter or a base of the same architecture",
-        list(models)
-    )]
-    BaseIncompatible {
-        /// The adapter.
-        adapter: ModelName,
-        /// What it needs.
-        base: String,
-        /// The bases in the set.
-        models: Vec<ModelName>,
-        /// Their architectures.
-        found: String,
-    },
-}
-
-fn list(names: &[ModelName]) -> String {
-    names
-        .iter()
-        .map(ModelName::as_str)
-        .collect::<Vec<_>>()
-        .join(", ")
 }
 
 /// The components of a set, each content once, and what comes before what.
 #[derive(Debug, Clone)]
 pub struct DependencyGraph {
     graph: DiGraph<Arc<Component>, Edge>,
+    models: Vec<ModelName>,
+    /// The models of each node, by their places in `models`; never none.
+    of: Vec<Vec<usize>>,
+    /// Pairs of a model and one that is of use only with it.
+    bonds: Vec<(usize, usize)>,
 }
 
 impl DependencyGraph {
-    /// The components in loading order: what is used first comes first, and where nothing is said, what was named
-    /// first.
+    /// The components in loading order, where none is there yet and bytes take time.
     #[must_use]
     pub fn order(&self) -> Vec<Arc<Component>> {
+        self.order_by(|component| component.bytes.as_f64())
+    }
+
+    /// The components in loading order. What is used first comes first, and of what is used at the same time, what was
+    /// named first. Within a model it is what costs nothing, and then what has the longest way behind it: itself and
+    /// what is used after it, one after the other.
+    pub fn order_by(&self, cost: impl Fn(&Component) -> f64) -> Vec<Arc<Component>> {
         use petgraph::Direction::{Incoming, Outgoing};
-        let mut waiting: HashMap<NodeIndex, usize> = self
+        // Without cycles, see `build`, so this is never empty where there are nodes.
+        let sorted = petgraph::algo::toposort(&self.graph, None).unwrap_or_default();
+        let mut costs = vec![0.0; self.graph.node_count()];
+        let mut ways = vec![0.0_f64; self.graph.node_count()];
+        for node in sorted.into_iter().rev() {
+            let after = self.graph.neighbors_directed(node, Outgoing);
+            let longest = after.map(|after| ways[after.index()]).fold(0.0, f64::max);
+            costs[node.index()] = cost(&self.graph[node]);
+            ways[node.index()] = costs[node.index()] + longest;
+        }
+        let mut before: Vec<usize> = self
             .graph
             .node_indices()
-            .map(|node| (node, self.graph.neighbors_directed(node, Incoming).count()))
+            .map(|node| self.graph.neighbors_directed(node, Incoming).count())
             .collect();
-        let mut ready: std::collections::BTreeSet<NodeIndex> = waiting
+        let mut ready: Vec<NodeIndex> = self
+            .graph
+            .node_indices()
+            .filter(|node| before[node.index()] == 0)
+            .collect();
+        let first = |a: &NodeIndex, b: &NodeIndex| {
+            let (i, j) = (a.index(), b.index());
+            let model = self.of[i].first().cmp(&self.of[j].first());
+            let costs_nothing = (costs[j] <= 0.0).cmp(&(costs[i] <= 0.0));
+            let way = ways[j].total_cmp(&ways[i]);
+            model.then(costs_nothing).then(way).then(i.cmp(&j))
+        };
+        let mut order = Vec::with_capacity(before.len());
+        while let Some((at, node)) = ready
             .iter()
-            .filter(|(_, before)| **before == 0)
-            .map(|(node, _)| *node)
-            .collect();
-        let mut order = Vec::with_capacity(waiting.len());
-        while let Some(node) = ready.pop_first() {
+            .copied()
+            .enumerate()
+            .min_by(|(_, a), (_, b)| first(a, b))
+        {
+            ready.swap_remove(at);
             order.push(self.graph[node].clone());
             for after in self.graph.neighbors_directed(node, Outgoing) {
-                if let Some(before) = waiting.get_mut(&after) {
-                    *before -= 1;
-                    if *before == 0 {
-                        ready.insert(after);
-                    }
+                before[after.index()] -= 1;
+                if before[after.index()] == 0 {
+                    ready.push(after);
                 }
             }
         }
-        // Without cycles, see `build`, so none is left out.
         debug_assert_eq!(order.len(), self.graph.node_count());
         order
+    }
+
+    /// The models that the components are of.
+    pub(super) fn models(&self) -> &[ModelName] {
+        &self.models
+    }
+
+    /// A model and what is of use only with it, by their places among the models.
+    pub(super) fn bound_to(&self, model: usize) -> BTreeSet<usize> {
+        let bound = self.bonds.iter().filter(|(base, _)| *base == model);
+        bound.map(|(_, adapter)| *adapter).chain([model]).collect()
+    }
+
+    /// The components that are wanted without these models.
+    pub(super) fn without(&self, models: &BTreeSet<usize>) -> Vec<Arc<Component>> {
+        let stays = |of: &Vec<usize>| of.iter().any(|model| !models.contains(model));
+        let nodes = self.graph.node_weights().zip(&self.of);
+        let staying = nodes.filter(|(_, of)| stays(of));
+        staying.map(|(component, _)| component.clone()).collect()
     }
 
     /// Each edge: what comes first, what comes after, and why.
@@ -211,55 +178,30 @@ impl DependencyGraph {
 const fn stage(kind: Kind) -> Option<u8> {
     match kind {
         Kind::TextEncoder | Kind::ImageEncoder => Some(0),
-        Kind::Unet | Kind::Transformer => Some(1),
+        Kind::Unet
+        | Kind::Transformer
+        | Kind::Controlnet
+        | Kind::ControlLora
+        | Kind::T2iAdapter
+        | Kind::IpAdapter => Some(1),
         Kind::Vae => Some(2),
         _ => None,
     }
 }
 
-/// Names without those of sets, and what these say of the order.
-#[derive(Default)]
-struct Expanded {
-    names: Vec<String>,
-    orders: Vec<Vec<Vec<String>>>,
+/// What is in a set of one model.
+struct Chosen {
+    model: Arc<Model>,
+    components: Vec<Arc<Component>>,
+    /// The declared sets that it is in.
+    path: Vec<String>,
 }
 
-impl Expanded {
-    /// Adds a name; `path` are the sets that it is in. Gives the names that it stands for.
-    fn add(
-        &mut self,
-        sets: &[SetConfig],
-        name: &str,
-        path: &mut Vec<String>,
-    ) -> Result<Vec<String>, ResolveError> {
-        let Some(set) = sets.iter().find(|set| set.name == name) else {
-            if !self.names.iter().any(|known| known == name) {
-                self.names.push(name.to_owned());
-            }
-            return Ok(vec![name.to_owned()]);
-        };
-        if let Some(at) = path.iter().position(|outer| outer == name) {
-            let mut path = path.split_off(at);
-            path.push(name.to_owned());
-            return Err(ResolveError::SetCycle { path });
-        }
-        path.push(name.to_owned());
-        let mut all = Vec::new();
-        let mut parts = HashMap::new();
-        for inner in &set.models {
-            let names = self.add(sets, inner, path)?;
-            all.extend(names.iter().cloned());
-            parts.insert(inner, names);
-        }
-        path.pop();
-        let order: Vec<Vec<String>> = set
-            .order
-            .iter()
-            .filter_map(|name| parts.get(name).cloned())
-            .collect();
-        self.orders.push(order);
-        Ok(all)
-    }
+/// One model is of use only with another.
+struct Bond {
+    adapter: Arc<Model>,
+    base: ModelName,
+    why: Edge,
 }
 
 /// Makes the graph of the models, components and declared sets with these names.
@@ -279,29 +221,43 @@ pub fn resolve(
     if expanded.names.is_empty() {
         return Err(ResolveError::Empty);
     }
-    let mut chosen: Vec<(Arc<Model>, Vec<Arc<Component>>)> = Vec::new();
-    for name in &expanded.names {
-        let found = find(catalogue, name)?;
+    let mut chosen: Vec<Chosen> = Vec::new();
+    for Name { text, path } in &expanded.names {
+        let (model, components) = find(catalogue, text).map_err(|error| error.within(path))?;
         match chosen
             .iter_mut()
-            .find(|(model, _)| model.name == found.0.name)
+            .find(|known| known.model.name == model.name)
         {
-            None => chosen.push(found),
-            Some((_, components)) => components.extend(found.1),
+            None => chosen.push(Chosen {
+                model,
+                components,
+                path: path.clone(),
+            }),
+            Some(known) => known.components.extend(components),
         }
     }
-    let mut bases: Vec<(ModelName, ModelName)> = Vec::new();
-    if dependencies {
-        let named: Vec<Arc<Model>> = chosen.iter().map(|(model, _)| model.clone()).collect();
-        for adapter in named.iter().filter(|model| model.kind.is_adapter()) {
-            let Some(base) = base_of(catalogue, adapter, &named)? else {
-                continue;
-            };
-            bases.push((adapter.name.clone(), base.name.clone()));
-            if !chosen.iter().any(|(model, _)| model.name == base.name) {
-                let components = base.components.clone();
-                chosen.insert(0, (base, components));
-            }
+    let mut bonds = if dependencies {
+        with_bases(catalogue, &mut chosen)?
+    } else {
+        Vec::new()
+    };
+    for (drafts, all) in &expanded.drafts {
+        let models = |names: &[String]| -> Result<Vec<Arc<Model>>, ResolveError> {
+            names
+                .iter()
+                .map(|name| Ok(find(catalogue, name)?.0))
+                .collect()
+        };
+        let all = models(all)?;
+        for draft in models(drafts)? {
+            let path = chosen.iter().find(|c| c.model.name == draft.name);
+            let path = path.map(|c| c.path.clone()).unwrap_or_default();
+            let target = target_of(&draft, &all).map_err(|error| error.within(&path))?;
+            bonds.extend(target.map(|target| Bond {
+                adapter: draft,
+                base: target.name.clone(),
+                why: Edge::Drafts,
+            }));
         }
     }
     let mut declared = Vec::new();
@@ -313,7 +269,65 @@ pub fn resolve(
         });
         declared.push(parts.collect::<Result<Vec<_>, ResolveError>>()?);
     }
-    build(&chosen, &bases, &declared)
+    build(&chosen, &bonds, &declared)
+}
+
+/// Adds to a set what its adapters need: a base that is not in it, and of one that is in it in part, what they work on.
+fn with_bases(catalogue: &Catalogue, chosen: &mut Vec<Chosen>) -> Result<Vec<Bond>, ResolveError> {
+    let named: Vec<Arc<Model>> = chosen.iter().map(|c| c.model.clone()).collect();
+    let mut bonds = Vec::new();
+    for adapter in named.iter().filter(|model| model.kind.is_adapter()) {
+        let path = chosen.iter().find(|c| c.model.name == adapter.name);
+        let path = path.map(|c| c.path.clone()).unwrap_or_default();
+        let base = base_of(catalogue, adapter, &named).map_err(|error| error.within(&path))?;
+        let Some(base) = base else { continue };
+        bonds.push(Bond {
+            adapter: adapter.clone(),
+            base: base.name.clone(),
+            why: match adapter.kind {
+                Kind::DraftModel => Edge::Drafts,
+                _ => Edge::Adapts,
+            },
+        });
+        match chosen.iter_mut().find(|c| c.model.name == base.name) {
+            Some(known) => {
+                let needed = base
+                    .components
+                    .iter()
+                    .filter(|c| works_on(adapter.kind, c.kind));
+                known.components.extend(needed.cloned());
+            }
+            None => {
+                loadable(&base).map_err(|error| error.within(&path))?;
+                let components = base.components.clone();
+                let base = Chosen {
+                    model: base,
+                    components,
+                    path,
+                };
+                chosen.insert(0, base);
+            }
+        }
+    }
+    Ok(bonds)
+}
+
+/// Whether a model's components can be loaded.
+fn loadable(model: &Model) -> Result<(), ResolveError> {
+    let reason: Arc<str> = match (&model.error, model.presence) {
+        (Some(reason), _) => reason.clone(),
+        (None, Presence::Present) => return Ok(()),
+        (None, Presence::Incomplete) => {
+            "it is still being written; try again when it is whole".into()
+        }
+        (None, Presence::Gone) => {
+            "its files were removed; only leases that exist still hold it".into()
+        }
+    };
+    Err(ResolveError::NotLoadable {
+        model: model.name.clone(),
+        reason,
+    })
 }
 
 /// A model with all its components, or with the one that is named.
@@ -321,22 +335,6 @@ fn find(
     catalogue: &Catalogue,
     name: &str,
 ) -> Result<(Arc<Model>, Vec<Arc<Component>>), ResolveError> {
-    let loadable = |model: &Arc<Model>| {
-        let reason: Arc<str> = match (&model.error, model.presence) {
-            (Some(reason), _) => reason.clone(),
-            (None, Presence::Present) => return Ok(()),
-            (None, Presence::Incomplete) => {
-                "it is still being written; try again when it is whole".into()
-            }
-            (None, Presence::Gone) => {
-                "its files were removed; only leases that exist still hold it".into()
-            }
-        };
-        Err(ResolveError::NotLoadable {
-            model: model.name.clone(),
-            reason,
-        })
-    };
     match catalogue.find(name) {
         Ok(model) => {
             loadable(model)?;
@@ -366,107 +364,29 @@ fn find(
     }
 }
 
-/// Whether a model can carry an adapter.
-const fn is_base(kind: Kind) -> bool {
-    matches!(
-        kind,
-        Kind::Pipeline
-            | Kind::Checkpoint
-            | Kind::Unet
-            | Kind::Transformer
-            | Kind::LanguageModel
-            | Kind::VisionLanguageModel
-            | Kind::EmbeddingModel
-    )
-}
-
-/// The model that an adapter needs: one of the set, else the one in the catalogue. `None` where the adapter does not
-/// say what it needs.
-fn base_of(
-    catalogue: &Catalogue,
-    adapter: &Model,
-    named: &[Arc<Model>],
-) -> Result<Option<Arc<Model>>, ResolveError> {
-    let Some(base) = &adapter.base else {
-        return Ok(None);
-    };
-    let wanted = match (&base.name, &base.architecture) {
-        (Some(name), Some(architecture)) => format!("{name}, {architecture}"),
-        (Some(one), None) | (None, Some(one)) => one.to_string(),
-        (None, None) => return Ok(None),
-    };
-    let loadable_base = |model: &&Arc<Model>| is_base(model.kind) && model.error.is_none();
-    let same_architecture = |model: &&Arc<Model>| {
-        base.architecture
-            .as_ref()
-            .is_some_and(|architecture| model.architecture.as_ref() == Some(architecture))
-    };
-    let in_set: Vec<&Arc<Model>> = named.iter().filter(loadable_base).collect();
-    if let Some(found) = in_set.iter().find(|model| same_architecture(model)) {
-        return Ok(Some((**found).clone()));
-    }
-    let by_name = base.name.as_ref().and_then(|name| {
-        let last = name.rsplit('/').next().unwrap_or(name);
-        catalogue.find(name).or_else(|_| catalogue.find(last)).ok()
-    });
-    if let Some(found) = by_name.filter(loadable_base)
-        && (in_set.is_empty() || in_set.iter().any(|model| model.name == found.name))
-    {
-        return Ok(Some(found.clone()));
-    }
-    // An adapter for an unknown architecture cannot be judged against what the set has.
-    if base.architecture.is_some()
-        && !in_set.is_empty()
-        && in_set.iter().all(|model| model.architecture.is_some())
-    {
-        let mut found: Vec<&str> = in_set
-            .iter()
-            .filter_map(|model| model.architecture.as_deref())
-            .collect();
-        found.dedup();
-        return Err(ResolveError::BaseIncompatible {
-            adapter: adapter.name.clone(),
-            base: wanted,
-            models: in_set.iter().map(|model| model.name.clone()).collect(),
-            found: found.join(", "),
-        });
-    }
-    if !in_set.is_empty() {
-        return Ok(Some(in_set[0].clone()));
-    }
-    let candidates: Vec<&Arc<Model>> = catalogue
-        .models()
-        .filter(loadable_base)
-        .filter(same_architecture)
-        .collect();
-    match candidates.as_slice() {
-        [] => Err(ResolveError::BaseMissing {
-            adapter: adapter.name.clone(),
-            base: wanted,
-        }),
-        [one] => Ok(Some((*one).clone())),
-        several => Err(ResolveError::BaseAmbiguous {
-            adapter: adapter.name.clone(),
-            base: wanted,
-            candidates: several.iter().map(|model| model.name.clone()).collect(),
-        }),
-    }
-}
-
 fn build(
-    chosen: &[(Arc<Model>, Vec<Arc<Component>>)],
-    bases: &[(ModelName, ModelName)],
+    chosen: &[Chosen],
+    bonds: &[Bond],
     declared: &[Vec<Vec<Arc<Component>>>],
 ) -> Result<DependencyGraph, ResolveError> {
     let mut graph = DiGraph::new();
+    let mut of: Vec<Vec<usize>> = Vec::new();
     let mut nodes: HashMap<ContentId, NodeIndex> = HashMap::new();
     let mut of_model: BTreeMap<&ModelName, Vec<NodeIndex>> = BTreeMap::new();
-    for (model, components) in chosen {
+    for (
+        i,
+        Chosen {
+            model, components, ..
+        },
+    ) in chosen.iter().enumerate()
+    {
         for component in components {
             // One content is loaded once, whichever models have it.
-            let node = *nodes
-                .entry(component.content_id)
-                .or_insert_with(|| graph.add_node(component.clone()));
+            let node = *nodes.entry(component.content_id).or_insert_with(|| {
+                of.push(Vec::new());
+                graph.add_node(component.clone())
+            });
+            of[node.index()].push(i);
             let own = of_model.entry(&model.name).or_default();
             if !own.contains(&node) {
                 own.push(node);
@@ -485,15 +405,20 @@ fn build(
             }
         }
     }
-    for (adapter, base) in bases {
-        for &adapted in of_model.get(base).into_iter().flatten() {
-            let carries = matches!(
-                graph[adapted].kind,
-                Kind::Unet | Kind::Transformer | Kind::LanguageModel | Kind::Checkpoint
-            );
-            for &after in of_model.get(adapter).into_iter().flatten() {
-                if carries && adapted != after && !graph.contains_edge(after, adapted) {
-                    graph.update_edge(adapted, after, Edge::Adapts);
+    let bonded = |bond: &Bond| {
+        let of = |name| of_model.get(name).map(Vec::as_slice).unwrap_or_default();
+        (of(&bond.base), of(&bond.adapter.name))
+    };
+    for bond in bonds {
+        let (base, adapter) = bonded(bond);
+        for &adapted in base {
+            let works = match bond.why {
+                Edge::Drafts => true,
+                _ => works_on(bond.adapter.kind, graph[adapted].kind),
+            };
+            for &after in adapter {
+                if works && adapted != after && !graph.contains_edge(after, adapted) {
+                    graph.update_edge(adapted, after, bond.why);
                 }
             }
         }
@@ -510,8 +435,33 @@ fn build(
             }
         }
     }
+    // An adapter is used together with what it adapts, and so before what comes after that, unless the order says else.
+    for bond in bonds {
+        let (base, adapter) = bonded(bond);
+        let last = |node: &&NodeIndex| stage(graph[**node].kind) == Some(2);
+        let last: Vec<NodeIndex> = base.iter().filter(last).copied().collect();
+        for &before in adapter {
+            for &after in &last {
+                if before != after
+                    && !petgraph::algo::has_path_connecting(&graph, after, before, None)
+                {
+                    graph.update_edge(before, after, Edge::UsedBefore);
+                }
+            }
+        }
+    }
+    let place = |name: &ModelName| chosen.iter().position(|c| c.model.name == *name);
+    let pairs = bonds
+        .iter()
+        .filter_map(|bond| Some((place(&bond.base)?, place(&bond.adapter.name)?)))
+        .collect();
     match petgraph::algo::toposort(&graph, None) {
-        Ok(_) => Ok(DependencyGraph { graph }),
+        Ok(_) => Ok(DependencyGraph {
+            graph,
+            models: chosen.iter().map(|c| c.model.name.clone()).collect(),
+            of,
+            bonds: pairs,
+        }),
         Err(cycle) => Err(ResolveError::OrderCycle {
             path: cycle_through(&graph, cycle.node_id()),
         }),

@@ -9,9 +9,11 @@ use serde::Serialize;
 use super::allocate::{Allocation, Mix, allocate};
 use super::estimate::Estimate;
 use super::graph::DependencyGraph;
-use super::place::{Fit, Plan, PlanError, Planner};
+use super::place::Planner;
 use super::rates::Way;
+use super::refusal::PlanError;
 use super::set::Target;
+use super::steps::{Fit, Plan};
 use crate::catalog::Component;
 use crate::ids::{ComponentId, Tier};
 use crate::memory::{ResidencyView, TierView};
@@ -249,9 +251,11 @@ impl Planner<'_> {
                 // Those that found no place are always enough.
                 let left = (0..on_gpus.len())
                     .filter(|at| allocation.places.get(*at).is_some_and(Option::is_none));
-                found.push(GiveUp::Sets {
-                    names: left.map(|at| name(&at)).collect(),
-                });
+                let names: Vec<String> = left.map(|at| name(&at)).collect();
+                // Without any there is nothing to fit.
+                if names.len() < sets.len() {
+                    found.push(GiveUp::Sets { names });
+                }
             }
             for (at, view) in views.iter().enumerate() {
                 let mut released = mix.clone();

@@ -4,9 +4,13 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
-use super::place::PlanError;
+use super::graph::DependencyGraph;
+use super::place::Planner;
+use super::refusal::PlanError;
+use super::set::Target;
 use crate::catalog::{Catalogue, Component, Model};
 use crate::ids::{ModelName, Tier};
+use crate::memory::TierView;
 use crate::units::Bytes;
 
 /// A set that would fit in the place of one that does not.
@@ -21,6 +25,13 @@ pub enum Nearest {
         tier: Tier,
         /// What would be in RAM.
         in_ram: Bytes,
+    },
+    /// The same without some of its models, and what is of use only with them.
+    Without {
+        /// Which.
+        models: Vec<ModelName>,
+        /// Where the others fit.
+        tier: Tier,
     },
     /// The same model in another dtype or quantisation.
     Variant {
@@ -41,6 +52,14 @@ impl fmt::Display for Nearest {
                 f,
                 "it fits where it may be split: the most of it in {tier}, {in_ram} streamed from RAM"
             ),
+            Self::Without { models, tier } => {
+                let models: Vec<&str> = models.iter().map(ModelName::as_str).collect();
+                write!(
+                    f,
+                    "without {} the rest fits in {tier}",
+                    models.join(" and ")
+                )
+            }
             Self::Variant {
                 model,
                 instead_of,
@@ -48,6 +67,85 @@ impl fmt::Display for Nearest {
             } => write!(f, "{model} ({bytes}) would fit instead of {instead_of}"),
         }
     }
+}
+
+impl Planner<'_> {
+    /// Adds to a refusal what would fit instead. `may_split`: whether it could be split, which was not tried.
+    pub(super) fn with_nearest(
+        &self,
+        mut error: PlanError,
+        set: &DependencyGraph,
+        target: Target,
+        may_split: bool,
+    ) -> PlanError {
+        let (PlanError::NeverFits { nearest, .. }, Ok(considered)) =
+            (&mut error, self.considered(target))
+        else {
+            return error;
+        };
+        let order = set.order();
+        let fits = |view: &&TierView, order: &[Arc<Component>]| {
+            view.out_of_service.is_none() && self.whole(view, order) <= view.budget
+        };
+        let others = self
+            .tiers
+            .iter()
+            .filter(|view| !considered.iter().any(|c| c.tier == view.tier));
+        let others = others.filter(|view| fits(view, &order));
+        nearest.extend(others.map(|view| Nearest::Elsewhere(view.tier)));
+        let largest = considered
+            .iter()
+            .filter(|view| view.tier != Tier::Ram && view.out_of_service.is_none())
+            .max_by_key(|view| (view.budget, std::cmp::Reverse(view.tier)));
+        if let (Some(view), Some(ram)) = (largest, self.view(Tier::Ram)) {
+            let in_ram = self.whole(view, &order).saturating_sub(view.budget);
+            let split = may_split && in_ram <= ram.budget && !view.budget.is_zero();
+            nearest.extend(split.then_some(Nearest::Split {
+                tier: view.tier,
+                in_ram,
+            }));
+        }
+        let place = |order: &[Arc<Component>]| {
+            let tier = considered.iter().find(|view| fits(view, order));
+            tier.map(|view| view.tier)
+        };
+        nearest.extend(without(set, place));
+        error
+    }
+}
+
+/// What could be left out of a set: the smallest model that helps, or the largest ones together where none does alone.
+fn without(
+    set: &DependencyGraph,
+    place: impl Fn(&[Arc<Component>]) -> Option<Tier>,
+) -> Option<Nearest> {
+    let sum = |order: &[Arc<Component>]| -> Bytes { order.iter().map(|c| c.bytes).sum() };
+    let tried = |gone: BTreeSet<usize>| {
+        let rest = set.without(&gone);
+        let tier = if rest.is_empty() { None } else { place(&rest) };
+        (sum(&rest), gone, tier)
+    };
+    let mut alone: Vec<_> = (0..set.models().len())
+        .map(|model| tried(set.bound_to(model)))
+        .collect();
+    // What leaves most comes first.
+    alone.sort_by_key(|(rest, ..)| std::cmp::Reverse(*rest));
+    let found = alone
+        .iter()
+        .find_map(|(_, gone, tier)| Some((gone.clone(), (*tier)?)));
+    let (gone, tier) = found.or_else(|| {
+        let mut all = BTreeSet::new();
+        alone.iter().rev().find_map(|(_, gone, _)| {
+            all.extend(gone);
+            let (_, gone, tier) = tried(all.clone());
+            Some((gone, tier?))
+        })
+    })?;
+    let models = gone.iter().filter_map(|model| set.models().get(*model));
+    Some(Nearest::Without {
+        models: models.cloned().collect(),
+        tier,
+    })
 }
 
 /// The words of a name that say how its numbers are stored.
@@ -168,7 +266,7 @@ mod tests {
         ]);
         let set = catalogue.find("flux-dev-bf16").unwrap().components.clone();
         let named = |budget| {
-            let shortage = super::super::Shortage {
+            let shortage = crate::plan::Shortage {
                 tier: Tier::Ram,
                 needed: Bytes::kib(1000),
                 budget: Bytes::kib(budget),

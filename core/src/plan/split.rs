@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::place::{PlanError, Planner, shortage};
+use super::place::Planner;
+use super::refusal::{PlanError, shortage};
 use crate::catalog::{Component, FileRange, IMAGE_ALIGN, Part, Selection};
 use crate::ids::{ComponentId, ContentId, Tier};
 use crate::memory::TierView;
@@ -285,34 +286,31 @@ impl Planner<'_> {
         let mut over = whole.saturating_sub(view.budget);
         let mut largest: Vec<usize> = (0..order.len()).collect();
         largest.sort_by_key(|i| std::cmp::Reverse(order.get(*i).map(|c| bytes(c))));
-        let mut halves: HashMap<usize, Vec<Place>> = HashMap::new();
-        for i in largest {
-            let Some(component) = order.get(i) else {
-                continue;
-            };
-            if over.is_zero() {
-                break;
+        // How many blocks of a component stay, and what they take.
+        let mut kept: HashMap<usize, (usize, Bytes)> = HashMap::new();
+        // Of each at least one, so that its client gets all of them in their order; none where that is too much.
+        for least in [1, 0] {
+            for i in &largest {
+                let Some(component) = order.get(*i).filter(|_| !over.is_zero()) else {
+                    break;
+                };
+                let Some(blocks) = blocks.get(&component.content_id) else {
+                    continue;
+                };
+                let before = kept
+                    .get(i)
+                    .map_or_else(|| bytes(component), |(_, kept)| *kept);
+                let allowed = before.saturating_sub(over);
+                // More blocks never take less, so the most that fit are found by halving.
+                let counts: Vec<usize> = (1..blocks.len()).collect();
+                let fit = counts.partition_point(|n| bytes(&blocks.part(0..*n)) <= allowed);
+                let stay = match fit.max(least) {
+                    0 => Bytes::ZERO,
+                    n => bytes(&blocks.part(0..n)),
+                };
+                over = over.saturating_sub(before.saturating_sub(stay));
+                kept.insert(*i, (fit.max(least), stay));
             }
-            let Some(blocks) = blocks.get(&component.content_id) else {
-                continue;
-            };
-            let allowed = bytes(component).saturating_sub(over);
-            // More blocks never take less, so the most that fit are found by halving.
-            let counts: Vec<usize> = (1..blocks.len()).collect();
-            let fit = counts.partition_point(|n| bytes(&blocks.part(0..*n)) <= allowed);
-            let (kept, there) = match fit {
-                0 => (Bytes::ZERO, vec![(component.clone(), Tier::Ram)]),
-                n => {
-                    let (first, rest) = (blocks.part(0..n), blocks.part(n..blocks.len()));
-                    let halves = vec![(Arc::new(first), view.tier), (Arc::new(rest), Tier::Ram)];
-                    (
-                        halves.first().map_or(Bytes::ZERO, |(c, _)| bytes(c)),
-                        halves,
-                    )
-                }
-            };
-            over = over.saturating_sub(bytes(component).saturating_sub(kept));
-            halves.insert(i, there);
         }
         if !over.is_zero() {
             return Err(never(view, whole));
@@ -320,11 +318,16 @@ impl Planner<'_> {
         let divided: Vec<Place> = order
             .iter()
             .enumerate()
-            .flat_map(|(i, component)| {
-                halves
-                    .remove(&i)
-                    .unwrap_or_else(|| vec![(component.clone(), view.tier)])
-            })
+            .flat_map(
+                |(i, component)| match (kept.get(&i), blocks.get(&component.content_id)) {
+                    (Some((0, _)), _) => vec![(component.clone(), Tier::Ram)],
+                    (Some((n, _)), Some(blocks)) => {
+                        let (first, rest) = (blocks.part(0..*n), blocks.part(*n..blocks.len()));
+                        vec![(Arc::new(first), view.tier), (Arc::new(rest), Tier::Ram)]
+                    }
+                    _ => vec![(component.clone(), view.tier)],
+                },
+            )
             .collect();
         let spilled = || {
             divided

@@ -250,3 +250,93 @@ all = ["my_marker"]
     let error = Signatures::with_files(&[path]).unwrap_err().to_string();
     assert!(error.contains("no condition"), "{error}");
 }
+
+#[test]
+fn drafts_are_told_by_their_configuration_with_their_target_and_its_tokens() {
+    let of = |config: serde_json::Value| {
+        let clues = Clues {
+            config: Some(&config),
+            ..Clues::default()
+        };
+        let identity = identify(&Signatures::builtin(), &clues);
+        let tokenizer = tokenizer(identity.kind, &clues);
+        let stated = identity.base.as_ref().and_then(|base| base.name.clone());
+        (identity.kind, stated, tokenizer)
+    };
+    let family = |tokens, begin| Some(Tokenizer { tokens, begin });
+    let eagle = serde_json::json!({
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama",
+        "vocab_size": 128256, "draft_vocab_size": 32000, "bos_token_id": 128000,
+    });
+    assert_eq!(
+        of(eagle),
+        (Kind::DraftModel, None, family(128_256, Some(128_000)))
+    );
+    let medusa = serde_json::json!({
+        "architectures": ["MedusaModel"], "base_model_name_or_path": "lmsys/vicuna-7b-v1.3", "vocab_size": 32000,
+    });
+    assert_eq!(
+        of(medusa),
+        (
+            Kind::DraftModel,
+            Some("lmsys/vicuna-7b-v1.3".into()),
+            family(32_000, None)
+        )
+    );
+    let speculator = serde_json::json!({
+        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3",
+        "transformer_layer_config": {"vocab_size": 151936},
+        "speculators_config": {"verifier": {"name_or_path": "Qwen/Qwen3-8B"}},
+    });
+    assert_eq!(
+        of(speculator),
+        (
+            Kind::DraftModel,
+            Some("Qwen/Qwen3-8B".into()),
+            family(151_936, None)
+        )
+    );
+    let target = serde_json::json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "bos_token_id": 151643,
+    });
+    let (kind, _, tokenizer) = of(target);
+    assert_eq!(kind, Kind::LanguageModel);
+    assert_eq!(tokenizer, family(151_936, Some(151_643)));
+    // What speaks no tokens has none.
+    let encoder = serde_json::json!({"architectures": ["CLIPTextModel"], "vocab_size": 49408});
+    assert_eq!(of(encoder).2, None);
+}
+
+#[test]
+fn without_a_configuration_the_embedding_and_the_pairs_of_gguf_tell_the_tokens() {
+    let metadata = [
+        ("general.architecture", "llama"),
+        ("tokenizer.ggml.bos_token_id", "128000"),
+    ];
+    let metadata = metadata.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let outline = outline(&[
+        ("blk.0.attn_q.weight", &[4096, 4096]),
+        ("token_embd.weight", &[4096, 128_256]),
+    ]);
+    let clues = Clues {
+        metadata: Some(&metadata),
+        outline: Some(&outline),
+        ..Clues::default()
+    };
+    let identity = identify(&Signatures::builtin(), &clues);
+    is(&identity, Kind::LanguageModel, Some("llama"));
+    let small = tokenizer(identity.kind, &clues).unwrap();
+    assert_eq!((small.tokens, small.begin), (128_256, Some(128_000)));
+    let family = |tokens, begin| small.is_of_family(&Tokenizer { tokens, begin });
+    assert!(family(128_256, None) && family(128_384, Some(128_000)));
+    assert!(!family(128_256, Some(1)) && !family(151_936, None));
+    let eagle = of(
+        &[
+            ("midlayer.self_attn.q_proj.weight", &[4096, 8192]),
+            ("fc.weight", &[4096, 12288]),
+            ("d2t", &[32000]),
+        ],
+        &[],
+    );
+    is(&eagle, Kind::DraftModel, None);
+}

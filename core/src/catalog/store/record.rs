@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::RECORD_VERSION;
 use crate::catalog::model::{
     BaseModel, Component, Evidence, Facts, FileIdentity, FileRange, Format, Kind, Model, Presence,
-    Selection, SourceFile,
+    Selection, SourceFile, Tokenizer,
 };
 use crate::ids::{ComponentId, ContentId, ModelName};
 use crate::units::Bytes;
@@ -83,6 +83,7 @@ struct FactsRecord<'a> {
     texts: [Option<&'a str>; 5],
     parameters: Option<u64>,
     rank: Option<u32>,
+    tokenizer: Option<(u32, Option<u32>)>,
     dtypes: Vec<(&'a str, u64)>,
     evidence: Vec<(&'a str, &'a str, u8, &'a str)>,
 }
@@ -119,6 +120,7 @@ pub(super) fn encode(model: &Model) -> Option<Vec<u8>> {
             ],
             parameters: facts.parameters,
             rank: facts.rank,
+            tokenizer: facts.tokenizer.map(|t| (t.tokens, t.begin)),
             dtypes: facts.dtypes.iter().map(|(d, b)| (&**d, b.get())).collect(),
             evidence: facts
                 .evidence
@@ -212,6 +214,10 @@ pub(super) fn decode(bytes: &[u8], interner: &mut Interner) -> Option<Model> {
             revision,
             parameters: record.facts.parameters,
             rank: record.facts.rank,
+            tokenizer: record
+                .facts
+                .tokenizer
+                .map(|(tokens, begin)| Tokenizer { tokens, begin }),
             dtypes: record
                 .facts
                 .dtypes

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::catalog::Kind;
-use crate::device::Granules;
+use crate::device::{Granules, Link};
 use crate::memory::ResidencyView;
 use crate::plan::{resolve, test_utils};
 use crate::policy::lru::Lru;
@@ -123,7 +123,52 @@ fn the_arithmetic_of_a_refusal_adds_up() {
         refused.to_string(),
         "the set can never fit: vram:0 has a budget of 8.0 MiB, and the set needs 9.0 MiB there \
          (m2/weights 6.0 MiB + m1/weights 3.0 MiB), 1.0 MiB too much; it fits in ram; \
-         it fits where it may be split: the most of it in vram:0, 1.0 MiB streamed from RAM"
+         it fits where it may be split: the most of it in vram:0, 1.0 MiB streamed from RAM; \
+         without m1 the rest fits in vram:0"
+    );
+}
+
+#[test]
+fn what_is_left_out_takes_what_needs_it_along_and_leaves_what_others_share() {
+    let base = |name: &str, first: u8, unet| {
+        let part = |part, kind, n, kib| test_utils::component(name, part, kind, n, kib);
+        let parts = vec![
+            part("text_encoder", Kind::TextEncoder, 1, 2048),
+            part("unet", Kind::Unet, first, unet),
+        ];
+        test_utils::model(name, Kind::Pipeline, Some("sdxl"), parts)
+    };
+    let catalogue = test_utils::catalogue([
+        base("large", 2, 6144),
+        base("small", 3, 3072),
+        test_utils::adapter("style", Kind::Lora, 4, Some("sdxl"), Some("small")),
+    ]);
+    let names = ["large", "small", "style"].map(String::from);
+    let set = resolve(&catalogue, &[], &names, true).unwrap();
+    let none = BTreeMap::new();
+    let refused = |mib| {
+        let tiers = [tier(GPU, mib, &[]), tier(Tier::Ram, 1, &[])];
+        planner(&tiers, &none)
+            .plan(&set, Target::Best)
+            .unwrap_err()
+            .to_string()
+    };
+    // 11.06 MiB in all: without the adapter alone it is too much still, and its base goes with it.
+    let text = refused(9);
+    assert!(
+        text.ends_with("without small and style the rest fits in vram:0"),
+        "{text}"
+    );
+    // The text encoder is needed by the other one as well.
+    let text = refused(6);
+    assert!(
+        text.ends_with("without large the rest fits in vram:0"),
+        "{text}"
+    );
+    let text = refused(4);
+    assert!(
+        text.ends_with("raise the budget, or choose another tier"),
+        "{text}"
     );
 }
 

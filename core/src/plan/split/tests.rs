@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::catalog::Kind;
 use crate::ids::GpuIndex;
+use crate::memory::ResidencyView;
 use crate::plan::rates::Rates;
 use crate::plan::{Placement, Plan, Target, resolve, test_utils};
 use crate::tensor::{Dtype, TensorEntry};
@@ -164,6 +165,72 @@ fn as_many_blocks_as_fit_go_to_the_gpu_and_the_rest_to_ram() {
     // Not even one block: all of it is streamed.
     let none = plan(&whole, &table, Bytes::kib(100), Bytes::mib(8)).unwrap();
     assert_eq!(none.steps[0].tier, Tier::Ram);
+}
+
+#[test]
+fn of_each_that_is_divided_a_block_stays_and_what_is_on_the_gpu_in_vain_may_go() {
+    let (large, large_table) = blocks_of_100_kib(10);
+    let (mut small, small_table) = blocks_of_100_kib(9);
+    let renamed = Arc::make_mut(&mut small);
+    renamed.id.model = "small".into();
+    renamed.content_id = ContentId::File([9; 32]);
+    let of = |name, component: &Arc<Component>| {
+        test_utils::model(name, Kind::Unet, None, vec![component.clone()])
+    };
+    let catalogue = test_utils::catalogue([of("m", &large), of("small", &small)]);
+    let names = ["m".to_owned(), "small".to_owned()];
+    let set = resolve(&catalogue, &[], &names, true).unwrap();
+    let found = |component, table| Arc::new(Blocks::of(component, table).unwrap());
+    let blocks = BlocksOf::from([
+        (large.content_id, found(&large, &large_table)),
+        (small.content_id, found(&small, &small_table)),
+    ]);
+    let plan = |tiers: &[TierView]| {
+        let planner = Planner {
+            tiers,
+            granules: &BTreeMap::new(),
+            links: &BTreeMap::new(),
+            rates: &Rates::default(),
+            ring: Bytes::mib(1),
+            now: Duration::ZERO,
+        };
+        planner.plan_split(&set, Target::AnyGpu, &blocks).unwrap()
+    };
+    let open = |tier, kib, residencies: Vec<ResidencyView>| TierView {
+        tier,
+        budget: Bytes::kib(kib),
+        committed: residencies.iter().map(|r| r.bytes).sum(),
+        evicting: Bytes::ZERO,
+        out_of_service: None,
+        residencies,
+    };
+    let gpu = Tier::Vram(GpuIndex(0));
+    // 1.9 MiB in all, of which 1 MiB has no room: the larger one alone would have to go altogether.
+    let empty = [open(Tier::Ram, 8192, vec![]), open(gpu, 900, vec![])];
+    let steps = plan(&empty).steps;
+    let parts: Vec<&str> = steps
+        .iter()
+        .map(|step| &*step.component.id.component)
+        .collect();
+    assert_eq!(
+        parts,
+        ["unet[0..1]", "unet[1..10]", "unet[0..6]", "unet[6..9]"]
+    );
+    // What is there in one piece is of no use for a set that wants it in two, so it may go.
+    let whole = ResidencyView {
+        component: large.clone(),
+        bytes: large.bytes,
+        loading: false,
+        pins: 0,
+        leases: 0,
+        uses: 1,
+        admitted: Duration::ZERO,
+        last_used: Duration::ZERO,
+        load_time: None,
+        prefetched: false,
+    };
+    let full = [open(Tier::Ram, 8192, vec![]), open(gpu, 1100, vec![whole])];
+    assert_eq!(plan(&full).fit, crate::plan::Fit::AfterEviction);
 }
 
 #[test]
