@@ -22,6 +22,7 @@ use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, LoadProgress, Outlet, Phase, Stage};
+use crate::phases::{LoadPhase, Phases};
 use crate::plan;
 use crate::quotas::Counted;
 use crate::ram_cache::RamCacheMessage;
@@ -68,6 +69,8 @@ struct Way<'a> {
 /// What the load knows of itself for its progress and its errors.
 struct Board {
     stage: Stage,
+    /// When that began.
+    entered: Instant,
     components: Vec<ComponentProgress>,
     first_byte: Option<Instant>,
     moved_before: Bytes,
@@ -103,6 +106,7 @@ impl Job {
         let due = due.unwrap_or_else(|| self.started + FOR_EVER);
         let mut board = Board {
             stage: Stage::Planning,
+            entered: self.started,
             components: Vec::new(),
             first_byte: None,
             moved_before: Bytes::ZERO,
@@ -116,7 +120,12 @@ impl Job {
             }
         };
         match &outcome {
-            Ok(()) => add(&counters.loads_granted, 1),
+            Ok(()) => {
+                add(&counters.loads_granted, 1);
+                board.leave(&self.house.phases);
+                let whole = self.started.elapsed();
+                self.house.phases.record(LoadPhase::Whole, whole);
+            }
             Err(LoadError::Cancelled) => add(&counters.loads_cancelled, 1),
             Err(error) => {
                 let counter = match error {
@@ -213,7 +222,7 @@ impl Job {
         shown: &mut bool,
         may_yield: bool,
     ) -> Result<Attempt, LoadError> {
-        board.stage = Stage::Planning;
+        board.enter(Stage::Planning, &self.house.phases);
         // What the client has of an attempt before belongs to this one only where it is carried out by the same plan.
         let (plan, generation) = match &handed.plan {
             Some(before) if !handed.sent.is_empty() => before.clone(),
@@ -253,7 +262,7 @@ impl Job {
             let components = plan.components(tier);
             self.house.ledger.set_keep_alive(tier, &components, keep);
         }
-        board.stage = Stage::Loading;
+        board.enter(Stage::Loading, &self.house.phases);
         let began = Instant::now();
         let way = Way {
             plan: &plan,
@@ -363,7 +372,7 @@ impl Job {
         if let Some(claims) = self.claim_resident(plan) {
             return Ok((claims, Staging::default()));
         }
-        board.stage = Stage::WaitingFor(plan.tier);
+        board.enter(Stage::WaitingFor(plan.tier), &self.house.phases);
         outlet.show(board.progress(self.started));
         let own = self.ask(plan.tier, plan.wants(plan.tier)).await?;
         let Tier::Vram(_) = plan.tier else {
@@ -382,7 +391,7 @@ impl Job {
             };
             return Ok((own.claims, staging));
         }
-        board.stage = Stage::WaitingFor(Tier::Ram);
+        board.enter(Stage::WaitingFor(Tier::Ram), &self.house.phases);
         outlet.show(board.progress(self.started));
         let mut ram = self.ask(Tier::Ram, wants).await?;
         let stages = ram.claims.split_off(staying);
@@ -781,6 +790,25 @@ impl Board {
                 progress.done = (*moved).min(progress.total);
             }
         }
+    }
+
+    /// A stage begins; what the last one took is recorded.
+    fn enter(&mut self, stage: Stage, phases: &Phases) {
+        if stage != self.stage {
+            self.leave(phases);
+            self.stage = stage;
+        }
+    }
+
+    fn leave(&mut self, phases: &Phases) {
+        let now = Instant::now();
+        let phase = match self.stage {
+            Stage::Planning => LoadPhase::Planning,
+            Stage::WaitingFor(_) => LoadPhase::Waiting,
+            Stage::Loading => LoadPhase::Loading,
+        };
+        phases.record(phase, now.saturating_duration_since(self.entered));
+        self.entered = now;
     }
 
     fn progress(&mut self, started: Instant) -> LoadProgress {

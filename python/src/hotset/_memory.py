@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping as AbstractMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,9 @@ _TORCH = {
 class Mapping:
     """Read-only memory of the server. Unmapped when the last reference goes."""
 
-    __slots__ = ("__weakref__", "_munmap", "address", "bytes", "component", "content", "descriptor", "number", "on_end", "tier")
+    __slots__ = (
+        "__weakref__", "_munmap", "address", "bytes", "component", "content", "descriptor", "identity", "number", "on_end", "tier",
+    )
 
     def __init__(self, descriptor: int, offset: int, size: int, tier: str) -> None:
         self.address = 0
@@ -59,6 +62,7 @@ class Mapping:
         self.component = self.content = ""
         # Set after a reconnection: under what number the new server counts it, and who wants to hear of the end.
         self.number: int | None = None
+        self.identity = Mapping.identity_of(descriptor, offset, size)
         self.on_end: Callable[[int], None] | None = None
         seals = fcntl.fcntl(descriptor, _F_GET_SEALS)
         if not (seals & _SEAL_SHRINK and seals & _SEAL_FUTURE_WRITE):
@@ -68,6 +72,12 @@ class Mapping:
             error = ctypes.get_errno()
             raise NotMappable(f"cannot map {size} bytes: {os.strerror(error)}")
         self.address = address
+
+    @staticmethod
+    def identity_of(descriptor: int, offset: int, size: int) -> tuple[int, ...]:
+        """Which part of which memory file."""
+        found = os.fstat(descriptor)
+        return found.st_dev, found.st_ino, offset, size
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         if self.address:
@@ -80,7 +90,7 @@ class Mapping:
 class Lease:
     """The right to use one component's memory. Given back when the last reference goes."""
 
-    __slots__ = ("_drop", "number")
+    __slots__ = ("__weakref__", "_drop", "number")
 
     def __init__(self, number: int, drop: Callable[[int], None]) -> None:
         self.number = number
@@ -108,6 +118,29 @@ class Table:
         return self._rows
 
 
+class Held:
+    """A leased component, for as long as somebody else holds it."""
+
+    __slots__ = ("_entry", "_lease", "_mapping", "_table")
+
+    def __init__(self, entry: dict[str, Any], lease: Lease | None, mapping: Any, table: Table) -> None:
+        self._entry = entry
+        self._lease = weakref.ref(lease) if lease is not None else _nothing
+        self._mapping = weakref.ref(mapping) if mapping is not None else _nothing
+        self._table = table
+
+    def component(self) -> Component | None:
+        """The component once more, on the same lease."""
+        lease, mapping = self._lease(), self._mapping()
+        if lease is None or mapping is None:
+            return None
+        return Component(self._entry, lease, mapping, self._table, None)
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a load is."""
@@ -130,6 +163,7 @@ class Component(AbstractMapping):
     """A leased component: a lazy mapping from tensor names to torch tensors, or numpy arrays where torch is not installed."""
 
     def __init__(self, entry: dict, lease: Lease, mapping: Mapping | DeviceMapping | None, table: Table, reason: str | None) -> None:
+        self._entry = entry
         self.id: str = entry["component"]
         self.model, _, self.name = self.id.rpartition("/")
         self.content: str = entry["content"]
@@ -265,6 +299,10 @@ class Component(AbstractMapping):
     def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """All tensors whose names begin with the prefix, which is left out of the names."""
         return {name.removeprefix(prefix): self.torch(name) for name in self if name.startswith(prefix)}
+
+    def held(self) -> Held:
+        """The same, without keeping it."""
+        return Held(self._entry, self._lease, self._mapping, self._table)
 
     def release(self) -> None:
         """Gives the lease back as soon as no tensor of it is in use any more."""
