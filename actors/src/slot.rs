@@ -117,8 +117,6 @@ mod tests {
         Ask(RpcReplyPort<()>),
     }
 
-    impl Message for SlowMessage {}
-
     impl Actor for Slow {
         type Msg = SlowMessage;
         type State = std::sync::Arc<Semaphore>;

@@ -33,13 +33,13 @@ class Client:
     After a lost connection the next request connects again, and tells the server what is still mapped.
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, label: str = "", timeout: float = 10.0) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, label: str = "", timeout: float = 10.0) -> None:
         self.path = os.fspath(path) if path is not None else default_socket()
         self.label = label
         self.timeout = timeout
         self.instance = ""
         self.welcome: dict[str, Any] = {}
-        self._events: deque[dict] = deque(maxlen=_EVENTS_KEPT)
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._socket: socket.socket | None = None
         self._state: State | None = None
         self._dropped: deque[tuple[State, str, int]] = deque()
@@ -320,7 +320,7 @@ class Client:
             if not page["models"] or len(found) >= page["total"]:
                 return found
 
-    def show(self, name: str | os.PathLike) -> dict[str, Any]:
+    def show(self, name: str | os.PathLike[str]) -> dict[str, Any]:
         """One model of the catalogue, by name or path."""
         return self._call("show", name=os.fspath(name))["model"]
 
@@ -418,7 +418,7 @@ def _shower(progress: ProgressCallback | bool | None, names: tuple[str, ...]) ->
     return _Bar(tqdm(desc=", ".join(names), unit="B", unit_scale=True, unit_divisor=1024))
 
 
-def connect(path: str | os.PathLike | None = None, label: str = "", timeout: float = 10.0) -> Client:
+def connect(path: str | os.PathLike[str] | None = None, label: str = "", timeout: float = 10.0) -> Client:
     """Connects to the server that listens on `path`: `$HOTSET_BRIDGE__SOCKET`, or the default place of this user."""
     return Client(path, label, timeout)
 

@@ -105,7 +105,7 @@ class LazyDict(dict[str, Any]):
     def __ror__(self, other: Any) -> Any:
         return dict(other) | self.copy() if isinstance(other, dict) else NotImplemented
 
-    def __ior__(self, other: Any) -> LazyDict:
+    def __ior__(self, other: Any) -> LazyDict:  # type: ignore[override]
         self.update(other)
         return self
 
@@ -115,7 +115,7 @@ class LazyDict(dict[str, Any]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return dict.__repr__(self._all())

@@ -85,7 +85,7 @@ def checked(reply: dict[str, Any]) -> dict[str, Any]:
 
 def frame(number: int, kind: str, fields: dict[str, Any]) -> bytes:
     """A message as it goes over the wire."""
-    payload = msgpack.packb({"id": number, "type": kind, **fields})
+    payload: bytes = msgpack.packb({"id": number, "type": kind, **fields})
     return len(payload).to_bytes(4, "little") + payload
 
 
@@ -97,7 +97,7 @@ class State:
         self._still = still
         self._bytes = bytearray()
         self._descriptors: deque[int] = deque()
-        self._memories: dict[int, list] = {}
+        self._memories: dict[int, list[Any]] = {}
         self._tables: dict[int, Table] = {}
         self._leases: dict[int, int] = {}
         self._numbers = itertools.count(1)
@@ -110,7 +110,7 @@ class State:
         """A number for a request."""
         return next(self._numbers)
 
-    def feed(self, data: bytes, descriptors: list[int]) -> list[dict]:
+    def feed(self, data: bytes, descriptors: list[int]) -> list[dict[str, Any]]:
         """Takes what came in; gives the messages that are whole."""
         self._descriptors.extend(descriptors)
         self._bytes += data
@@ -136,11 +136,12 @@ class State:
             del self._bytes[:at]
         return messages
 
-    def _take(self, message: dict) -> LoadedSet:
+    def _take(self, message: dict[str, Any]) -> LoadedSet:
         for table in message.get("tables", ()):
             self._tables[table["table"]] = Table(table["tensors"])
         for memory in message.get("memories", ()):
-            mapping, reason = None, memory.get("reason")
+            mapping: Mapping | DeviceMapping | None = None
+            reason = memory.get("reason")
             if memory["descriptor"]:
                 descriptor = self._descriptors.popleft()
                 if memory["tier"] == "ram":

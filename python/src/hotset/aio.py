@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ._client import ComponentCallback, ProgressCallback
@@ -115,16 +115,16 @@ class _Link:
                 self.lose(str(error))
 
     async def _writable(self) -> None:
-        ready = self.loop.create_future()
-        self.loop.add_writer(self.socket.fileno(), lambda: ready.done() or ready.set_result(None))
+        ready = asyncio.Event()
+        self.loop.add_writer(self.socket.fileno(), ready.set)
         try:
-            await ready
+            await ready.wait()
         finally:
             self.loop.remove_writer(self.socket.fileno())
 
     async def messages(
         self, kind: str, fields: dict[str, Any], descriptors: list[int] | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         number = self.state.number()
         arrived = self.arrived[number] = asyncio.Event()
         waiting = self.state.replies[number] = deque()
@@ -278,7 +278,7 @@ class AsyncClient:
             if not page["models"] or len(found) >= page["total"]:
                 return found
 
-    async def show(self, name: str | os.PathLike) -> dict[str, Any]:
+    async def show(self, name: str | os.PathLike[str]) -> dict[str, Any]:
         """One model of the catalogue, by name or path."""
         return (await self._call("show", name=os.fspath(name)))["model"]
 
