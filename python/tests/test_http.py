@@ -95,13 +95,14 @@ class Http(unittest.TestCase):
             "# EOF",
         ):
             self.assertIn(line, text.splitlines())
-        # What the dashboard shows is there. GPUs and control groups are where the machine has some.
+        # What the dashboard shows is there; of GPUs, control groups and evictions, where there are some.
         dashboard = Path(__file__).parents[2].joinpath("docs/grafana.json").read_text()
         shown = set(re.findall(r"hotset_[a-z_0-9]+", dashboard))
         self.assertGreater(len(shown), 25)
+        absent = ("hotset_cgroup_", "hotset_gpu", "hotset_evictions_")
         told = set(re.findall(r"^# TYPE (hotset_[a-z_0-9]+)", text, re.MULTILINE))
         told |= {f"{name}_{suffix}" for name in told for suffix in ("total", "bucket")}
-        self.assertLessEqual({name for name in shown - told if not name.startswith("hotset_cgroup")}, set())
+        self.assertLessEqual({name for name in shown - told if not name.startswith(absent)}, set())
         status, text = self.get("/healthz")
         self.assertEqual((status, json.loads(text)["health"]["state"]), (200, "green"))
         status, text = self.get("/openapi.json")
