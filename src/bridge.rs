@@ -99,7 +99,7 @@ pub(crate) struct Shared {
     pub(crate) instance: String,
     pub(crate) tables: Tables,
     /// What clients map of earlier servers.
-    elsewhere: mapped::Elsewhere,
+    elsewhere: Arc<mapped::Elsewhere>,
     /// A client asked for the end.
     drain: Notify,
     /// The bridge closes.
@@ -135,7 +135,7 @@ impl Bridge {
             config,
             instance: format!("{:x}-{:x}", std::process::id(), since_epoch.as_nanos()),
             tables: Tables::default(),
-            elsewhere: mapped::Elsewhere::default(),
+            elsewhere: Arc::default(),
             drain: Notify::new(),
             stop: CancellationToken::new(),
         });

@@ -36,6 +36,8 @@ pub enum Adoption {
     Refused {
         /// Why.
         reason: String,
+        /// Whether its bytes were looked at, so that others may have waited for that.
+        looked: bool,
         /// What it was charged with.
         charge: Option<Charge>,
     },
@@ -52,7 +54,11 @@ impl System {
     ) -> BoxFuture<'static, Adoption> {
         let house = &self.house;
         let done = |adoption| std::future::ready(adoption).boxed();
-        let refused = |reason: String, charge| Adoption::Refused { reason, charge };
+        let refused = |reason: String, charge| Adoption::Refused {
+            reason,
+            looked: false,
+            charge,
+        };
         let found = component.rsplit_once('/').and_then(|(model, part)| {
             let catalogue = house.catalogue.load();
             let model = catalogue.get(&model.into())?;
@@ -113,6 +119,7 @@ async fn run(
             let reason = "the look at its bytes was interrupted".into();
             return Adoption::Refused {
                 reason,
+                looked: true,
                 charge: None,
             };
         }
@@ -143,6 +150,7 @@ async fn run(
             drop(claim);
             Adoption::Refused {
                 reason: error.to_string(),
+                looked: true,
                 charge,
             }
         }

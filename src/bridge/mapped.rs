@@ -2,7 +2,7 @@
 //!
 //! Several clients map the same memory, each through descriptors of its own: it is counted once, by what the kernel says of it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -31,6 +31,9 @@ enum Outcome {
 #[derive(Debug, Default)]
 pub(super) struct Elsewhere {
     known: Mutex<HashMap<MemoryIdentity, Weak<Memory>>>,
+    /// Components for which something was offered that did not hold them. Whoever wants one of these is not kept waiting once more
+    /// by another offer: it is counted and no more. As many as the catalogue has components.
+    disproved: Mutex<HashSet<String>>,
 }
 
 /// One memory that somebody maps.
@@ -81,6 +84,12 @@ struct Mapping {
 }
 
 impl Elsewhere {
+    fn disproved(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.disproved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The memory behind a descriptor; counted from now on, where it was not before.
     fn memory(&self, hotset: &Hotset, offered: OfferedMemory) -> (Arc<Memory>, bool) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -105,14 +114,21 @@ impl Elsewhere {
 
 /// Has memory taken over that is counted. From now on its component is on its way; the rest goes on beside the connection that told
 /// of it.
-fn take_over(hotset: &Hotset, memory: Arc<Memory>, component: &str) {
-    let Some(charge) = memory.hold().charge.take() else {
-        let outcome = Outcome::Counted("there is no RAM tier".into());
+fn take_over(hotset: &Hotset, elsewhere: &Arc<Elsewhere>, memory: Arc<Memory>, component: &str) {
+    let counted = |reason: &str| {
+        let outcome = Outcome::Counted(reason.into());
         memory.outcome.send_replace(Some(outcome));
-        return;
+    };
+    if elsewhere.disproved().contains(component) {
+        return counted("an earlier offer of this component did not hold it");
+    }
+    let charge = memory.hold().charge.take();
+    let Some(charge) = charge else {
+        return counted("there is no RAM tier");
     };
     let adopting = hotset.adopt(memory.offered.clone(), component, charge);
     let ledger = hotset.ledger().clone();
+    let (elsewhere, component) = (elsewhere.clone(), component.to_owned());
     tokio::spawn(async move {
         let outcome = match adopting.await {
             Adoption::Resident(claim) => {
@@ -120,7 +136,14 @@ fn take_over(hotset: &Hotset, memory: Arc<Memory>, component: &str) {
                 memory.hold().claim = Some(claim);
                 Outcome::Resident(component)
             }
-            Adoption::Refused { reason, charge } => {
+            Adoption::Refused {
+                reason,
+                looked,
+                charge,
+            } => {
+                if looked {
+                    elsewhere.disproved().insert(component);
+                }
                 let held = memory.offered.held();
                 memory.hold().charge = charge.or_else(|| ledger.charge(Tier::Ram, held));
                 Outcome::Counted(reason.into())
@@ -145,7 +168,7 @@ impl Mapped {
     pub(super) fn add(
         &mut self,
         hotset: &Hotset,
-        elsewhere: &Elsewhere,
+        elsewhere: &Arc<Elsewhere>,
         id: u64,
         memories: &[MappedMemory],
         descriptors: Vec<OwnedFd>,
@@ -189,7 +212,7 @@ impl Mapped {
         for (named, offered) in memories.iter().zip(offered) {
             let (memory, is_new) = elsewhere.memory(hotset, offered);
             if is_new {
-                take_over(hotset, memory.clone(), &named.component);
+                take_over(hotset, elsewhere, memory.clone(), &named.component);
             }
             self.next += 1;
             self.follow(id, self.next, &memory);

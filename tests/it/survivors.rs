@@ -210,35 +210,42 @@ async fn what_a_client_offers_is_believed_of_nobody() {
     let mut image = std::fs::read(library.path("one.safetensors")).unwrap();
     image.resize(image.len().next_multiple_of(4096), 0);
 
-    // The right bytes, which somebody can still change: this process has them mapped for writing.
-    let alive = memory(&image);
-    let number = tell(&liar, &component, alive.read_only_descriptor().unwrap()).await;
-    let outcome = adopted(&mut events).await;
-    assert!(
-        !outcome.resident && outcome.mapping == number,
-        "{outcome:?}"
-    );
-    assert!(outcome.reason.unwrap().contains("may still write"));
-    // It is counted all the same, by what the kernel says of it, until it is let go.
-    assert_eq!(server.committed(), alive.held());
-    let left = liar.unmapped(vec![number]).await.unwrap();
-    assert_eq!((left.bytes, server.committed()), (0, Bytes::ZERO));
-
     // Bytes that nobody can change, but one of them is another one.
-    let at = image.len() / 2;
-    image[at] ^= 1;
-    let forged = memory(&image);
+    let mut spoilt = image.clone();
+    spoilt[image.len() / 2] ^= 1;
+    let forged = memory(&spoilt);
     let descriptor = forged.read_only_descriptor().unwrap();
+    let held = forged.held();
     drop(forged);
-    tell(&liar, &component, descriptor).await;
+    let number = tell(&liar, &component, descriptor).await;
     // Whoever wants the component meanwhile waits, and then gets what the file has.
     let leases = soon("load", honest.load(&LoadOptions::new(["one"]).on("ram")))
         .await
         .unwrap();
     assert_bytes(&leases[0], &tensors);
     let outcome = adopted(&mut events).await;
-    assert!(!outcome.resident, "{outcome:?}");
+    assert!(
+        !outcome.resident && outcome.mapping == number,
+        "{outcome:?}"
+    );
     assert!(outcome.reason.unwrap().contains("other bytes"));
+    // It is counted all the same, by what the kernel says of it, until it is let go.
+    let own = leases[0].mapping().unwrap().as_slice().len() as u64;
+    assert_eq!(server.committed(), Bytes(own + held.get()));
+    let left = liar.unmapped(vec![number]).await.unwrap();
+    assert_eq!((left.bytes, server.committed()), (0, Bytes(own)));
+    drop(leases);
+    until("the lease to end", async || server.leases() == 0).await;
+    server.hotset.optimise_cache(Tier::Ram, 0.0).await.unwrap();
+    until("the bytes", async || server.committed() == Bytes::ZERO).await;
+
+    // Whoever has offered that keeps nobody waiting a second time.
+    let right = memory(&image);
+    let descriptor = right.read_only_descriptor().unwrap();
+    drop(right);
+    tell(&liar, &component, descriptor).await;
+    let outcome = adopted(&mut events).await;
+    assert!(outcome.reason.unwrap().contains("earlier offer"));
     assert_eq!(server.hotset.status().await.counters.adoptions, 0);
 
     // What is no memory of a server is refused, and the connection goes on.
@@ -251,7 +258,38 @@ async fn what_a_client_offers_is_believed_of_nobody() {
     let error = liar.still_mapped(vec![named], vec![file]).await;
     assert_eq!(error.unwrap_err().code(), Some("malformed"));
     liar.ping().await.unwrap();
-    drop((leases, liar, honest));
+    drop((liar, honest));
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_somebody_may_still_write_is_counted_and_no_more() {
+    let library = Library::new();
+    library.single("one", 1, 900);
+    let place = tempfile::tempdir().unwrap();
+    let server = Server::start(&library, &place, Bytes::mib(16)).await;
+    let client = connect(&place, "liar").await;
+    let mut events = client.events();
+    let mut image = std::fs::read(library.path("one.safetensors")).unwrap();
+    image.resize(image.len().next_multiple_of(4096), 0);
+    let component = server
+        .hotset
+        .catalogue()
+        .models()
+        .next()
+        .unwrap()
+        .components[0]
+        .id
+        .to_string();
+    // The right bytes, but this process has them mapped for writing.
+    let alive = memory(&image);
+    tell(&client, &component, alive.read_only_descriptor().unwrap()).await;
+    let outcome = adopted(&mut events).await;
+    assert!(!outcome.resident, "{outcome:?}");
+    assert!(outcome.reason.unwrap().contains("may still write"));
+    assert_eq!(server.committed(), alive.held());
+    drop(client);
+    until("the bytes", async || server.committed() == Bytes::ZERO).await;
     server.end().await;
 }
 
