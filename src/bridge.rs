@@ -98,6 +98,8 @@ pub(crate) struct Shared {
     /// Tells two runs of a server apart.
     pub(crate) instance: String,
     pub(crate) tables: Tables,
+    /// What clients map of earlier servers.
+    elsewhere: Arc<mapped::Elsewhere>,
     /// A client asked for the end.
     drain: Notify,
     /// The bridge closes.
@@ -133,6 +135,7 @@ impl Bridge {
             config,
             instance: format!("{:x}-{:x}", std::process::id(), since_epoch.as_nanos()),
             tables: Tables::default(),
+            elsewhere: Arc::default(),
             drain: Notify::new(),
             stop: CancellationToken::new(),
         });

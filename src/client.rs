@@ -20,7 +20,8 @@ mod mapping;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use hotset_core::plan::KeepAlive;
 use serde_json::Value;
@@ -208,6 +209,16 @@ pub enum RemoteEvent {
 }
 
 impl RemoteLoading {
+    fn begin(link: Arc<Link>, load: Load) -> Result<Self, ClientError> {
+        let (id, replies) = link.ask(&ClientMessage::Load(load))?;
+        Ok(Self {
+            link,
+            id,
+            replies,
+            ended: false,
+        })
+    }
+
     /// The next event; `Leased` is the last one.
     ///
     /// # Errors
@@ -248,10 +259,30 @@ impl Drop for RemoteLoading {
 }
 
 /// A connection to a server; cheap to clone. It closes with the last clone, the last lease and the last load.
+///
+/// Where the connection is lost, whoever asks first hears of it ([`ClientError::Lost`]); the next request connects again, and tells the
+/// server what this process still maps. A server that was started anew takes that memory over, as far as it can show what it
+/// holds ([`ServerMessage::Adopted`] in [`events`](Self::events)): a component that is loaded again is then on the same bytes, at
+/// the same address. Subscriptions end with their connection.
 #[derive(Debug, Clone)]
 pub struct Client {
-    link: Arc<Link>,
+    shared: Arc<Shared>,
 }
+
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    hello: Hello,
+    link: Mutex<Arc<Link>>,
+    /// Held while one connects again; the others wait for it.
+    connecting: tokio::sync::Mutex<()>,
+    events: broadcast::Sender<ServerMessage>,
+}
+
+/// Events that a slow listener may be behind.
+const EVENTS_KEPT: usize = 256;
+/// Between two tries to connect again.
+const RETRY: Duration = Duration::from_millis(20);
 
 impl Client {
     /// Connects to the server of this user, and opens a session.
@@ -274,26 +305,79 @@ impl Client {
             software: concat!("hotset-rust ", env!("CARGO_PKG_VERSION")).into(),
             keep_alive_ms: 0,
         };
+        let events = broadcast::Sender::new(EVENTS_KEPT);
+        let link = Link::open(path, hello.clone(), events.clone(), Vec::new()).await?;
         Ok(Self {
-            link: Link::open(path, hello).await?,
+            shared: Arc::new(Shared {
+                path: path.to_owned(),
+                hello,
+                link: Mutex::new(link),
+                connecting: tokio::sync::Mutex::default(),
+                events,
+            }),
         })
     }
 
-    /// What the server said at the beginning.
+    /// The connection as it is.
+    fn link(&self) -> Arc<Link> {
+        let link = self.shared.link.lock();
+        link.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A connection that works, as far as is known; a new one where the last was lost, and that was told.
+    async fn working(&self) -> Result<Arc<Link>, ClientError> {
+        let link = self.link();
+        match link.is_lost() {
+            None => return Ok(link),
+            Some(false) => return Err(link.lost_error()),
+            Some(true) => {}
+        }
+        let _alone = self.shared.connecting.lock().await;
+        let before = self.link();
+        if before.is_lost().is_none() {
+            return Ok(before);
+        }
+        let shared = &self.shared;
+        let (hello, events) = (shared.hello.clone(), shared.events.clone());
+        let link = Link::open(&shared.path, hello, events, before.mapped()).await?;
+        *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = link.clone();
+        Ok(link)
+    }
+
+    /// Connects again after a lost connection, and tries for so long where no server answers yet.
+    ///
+    /// # Errors
+    /// [`ClientError`], the last one.
+    pub async fn reconnect(&self, within: Duration) -> Result<(), ClientError> {
+        let until = tokio::time::Instant::now() + within;
+        loop {
+            match self.ping().await {
+                Err(ClientError::Lost { .. } | ClientError::Connect { .. })
+                    if tokio::time::Instant::now() < until =>
+                {
+                    tokio::time::sleep(RETRY).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// What the server said at the beginning of this connection.
     #[must_use]
-    pub fn welcome(&self) -> &Welcome {
-        self.link.welcome()
+    pub fn welcome(&self) -> Welcome {
+        self.link().welcome().clone()
     }
 
     /// Waits until the connection is lost; gives the reason.
     pub async fn closed(&self) -> ClientError {
-        self.link.lost().await
+        self.link().lost().await
     }
 
-    /// Events that belong to no request, and those of subscriptions. A receiver that is far behind misses some, and is told.
+    /// Events that belong to no request, and those of subscriptions, over all connections of this client. A receiver that is far
+    /// behind misses some, and is told.
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<ServerMessage> {
-        self.link.events()
+        self.shared.events.subscribe()
     }
 
     /// Loads a set and waits for its leases.
@@ -301,7 +385,8 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; then no lease is held.
     pub async fn load(&self, options: &LoadOptions) -> Result<Vec<RemoteLease>, ClientError> {
-        let mut loading = self.begin(options.0.clone())?;
+        let link = self.working().await?;
+        let mut loading = RemoteLoading::begin(link, options.0.clone())?;
         let mut all = Vec::new();
         loop {
             match loading.next().await? {
@@ -315,30 +400,22 @@ impl Client {
         }
     }
 
-    /// Loads a set with progress.
+    /// Loads a set with progress, over the connection as it is.
     ///
     /// # Errors
     /// [`ClientError::Lost`].
     pub fn loading(&self, options: &LoadOptions) -> Result<RemoteLoading, ClientError> {
-        self.begin(Load {
+        let load = Load {
             progress: true,
             ..options.0.clone()
-        })
-    }
-
-    fn begin(&self, load: Load) -> Result<RemoteLoading, ClientError> {
-        let (id, replies) = self.link.ask(&ClientMessage::Load(load))?;
-        Ok(RemoteLoading {
-            link: self.link.clone(),
-            id,
-            replies,
-            ended: false,
-        })
+        };
+        RemoteLoading::begin(self.link(), load)
     }
 
     async fn call(&self, message: ClientMessage) -> Result<ServerMessage, ClientError> {
-        let (_, mut replies) = self.link.ask(&message)?;
-        match self.link.reply(&mut replies).await? {
+        let link = self.working().await?;
+        let (_, mut replies) = link.ask(&message)?;
+        match link.reply(&mut replies).await? {
             link::Reply::Message(message) => Ok(message),
             link::Reply::Leased(_) | link::Reply::Part(_) => Err(ClientError::Protocol {
                 reason: format!("leases in answer to `{}`", message.kind()),
@@ -464,6 +541,7 @@ impl Client {
 
     /// Tells the server, after a reconnection, what memory of an earlier one this process still maps: read-only descriptors of
     /// slabs, in the order of what is said of them. It is counted until [`unmapped`](Self::unmapped) or the end of the connection.
+    /// For what this client itself has mapped that is done at each reconnection.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -473,8 +551,9 @@ impl Client {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Counted, ClientError> {
         let message = ClientMessage::StillMapped(StillMapped { memories });
-        let (_, mut replies) = self.link.ask_with(&message, descriptors)?;
-        match self.link.reply(&mut replies).await? {
+        let link = self.working().await?;
+        let (_, mut replies) = link.ask_with(&message, descriptors)?;
+        match link.reply(&mut replies).await? {
             link::Reply::Message(ServerMessage::Counted(counted)) => Ok(counted),
             link::Reply::Message(other) => Err(unexpected(other)),
             link::Reply::Leased(_) | link::Reply::Part(_) => Err(ClientError::Protocol {

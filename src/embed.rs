@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use hotset_actors::{Parts, System};
 use hotset_core::catalog::{Catalogue, Change};
 use hotset_core::config::{Config, DeviceKind, GpuConfig};
@@ -12,14 +13,15 @@ use hotset_core::device::sim::SimDevice;
 use hotset_core::device::{Device, DeviceError};
 use hotset_core::io::{DiskReader, Reader};
 use hotset_core::machine::Machine;
+use hotset_core::memory::{Charge, OfferedMemory};
 use hotset_core::plan::{ComponentSet, DependencyGraph, MixPlan, Plan, resolve};
 use hotset_core::policy::pressure::ram_budget;
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::decisions_file;
 use crate::{
-    ActorName, EvictionPolicyFactory, GpuChoice, GpuEvent, LoadError, MonitorView, ScanSummary,
-    Session, SessionError, Shortage, Status, UsageReport,
+    ActorName, Adoption, EvictionPolicyFactory, GpuChoice, GpuEvent, LoadError, MonitorView,
+    ScanSummary, Session, SessionError, Shortage, Status, UsageReport,
 };
 
 /// Why hotset could not be started.
@@ -306,6 +308,16 @@ impl Hotset {
         label: impl Into<String>,
     ) -> Result<Session, SessionError> {
         self.system.session_of(tenant, label).await
+    }
+
+    /// Takes memory over that clients of an earlier server still map.
+    pub(crate) fn adopt(
+        &self,
+        memory: Arc<OfferedMemory>,
+        component: &str,
+        charge: Charge,
+    ) -> BoxFuture<'static, Adoption> {
+        self.system.adopt(memory, component, charge)
     }
 
     /// Records that a client was asked for its leases.

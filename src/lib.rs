@@ -48,11 +48,13 @@ pub mod http;
 
 pub use config::{ConfigError, ConfigSources, Loaded, Origin, load_config};
 pub use embed::{Hotset, HotsetBuilder, StartError};
+pub(crate) use hotset_actors::Adoption;
 pub use hotset_actors::{
     ActorName, ActorStatus, CatalogueStatus, ComponentProgress, ComponentStatus, CounterValues,
-    EvictionPolicyFactory, GpuChoice, GpuEvent, Health, LoadError, LoadEvent, LoadProgress,
-    Loading, MonitorView, Phase, PredictorView, Pressure, ScanSummary, ServiceState, Session,
-    SessionError, SessionStatus, Shortage, Status, TierStatus, UsageReport, UsageRow,
+    EvictionPolicyFactory, GpuChoice, GpuEvent, Health, LoadError, LoadEvent, LoadPhase,
+    LoadProgress, Loading, MonitorView, Phase, PhaseTimes, PredictorView, Pressure, ScanSummary,
+    ServiceState, Session, SessionError, SessionStatus, Shortage, Status, TierStatus, UsageReport,
+    UsageRow,
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;

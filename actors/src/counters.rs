@@ -49,6 +49,10 @@ counters! {
     bytes_read,
     /// Reads that failed.
     reads_failed,
+    /// Components that were taken over in memory of an earlier server.
+    adoptions,
+    /// Their bytes.
+    bytes_adopted,
     /// Components uploaded to a GPU.
     uploads,
     /// Bytes uploaded.

@@ -30,13 +30,14 @@ use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
 use crate::hot::HotSets;
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
+use crate::phases::Phases;
 use crate::plan::KnownBlocks;
 use crate::predictor::PredictorMessage;
 use crate::quotas::Quotas;
 use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
 use crate::slot::Slot;
-use crate::supervisor::SupervisorMessage;
+use crate::supervisor::{ActorName, SupervisorMessage};
 use crate::uses::{Pushed, UsedSet, Uses};
 use crate::vram_manager::{Turns, VramManagerMessage};
 
@@ -127,6 +128,7 @@ pub(crate) struct House {
     pub(crate) first_figures: BTreeMap<GpuIndex, Figures>,
     pub(crate) eviction: EvictionPolicyFactory,
     pub(crate) counters: Counters,
+    pub(crate) phases: Phases,
     /// Sets that can be leased without a plan.
     pub(crate) hot: HotSets,
     /// What was used in each tier, for its keeper's policy, and in all, for Predictor.
@@ -234,6 +236,7 @@ impl House {
             first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
             counters: Counters::default(),
+            phases: Phases::default(),
             decisions: Mutex::new(DecisionLog::new(config.monitor.decisions)),
             reads: Arc::new(Semaphore::new(config.load.reads.max(1))),
             prefetches: Arc::new(Semaphore::new(PREFETCHES)),
@@ -284,6 +287,18 @@ impl House {
             tokio::spawn(async move { work() })
         } else {
             tokio::task::spawn_blocking(work)
+        }
+    }
+
+    /// Messages that may be waiting for an actor.
+    pub(crate) fn mailbox(&self, actor: ActorName) -> u64 {
+        match actor {
+            ActorName::Discovery => self.discovery.depth(),
+            ActorName::RamCache => self.ram.depth(),
+            ActorName::VramManager(gpu) => self.vram.get(&gpu).map_or(0, Slot::depth),
+            ActorName::Predictor => self.predictor.depth(),
+            ActorName::Monitor => self.monitor.depth(),
+            ActorName::Sessions => self.sessions.depth(),
         }
     }
 

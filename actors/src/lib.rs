@@ -11,6 +11,7 @@
 //!   answer, "the actor restarted", after which the request is sent again.
 
 mod admission;
+mod adopting;
 mod counters;
 mod discovery;
 mod hot;
@@ -18,6 +19,7 @@ mod house;
 mod loader;
 mod loading;
 mod monitor;
+mod phases;
 mod plan;
 mod predictor;
 mod prewarm;
@@ -31,12 +33,14 @@ mod system;
 mod uses;
 mod vram_manager;
 
+pub use adopting::Adoption;
 pub use counters::{CounterValues, Counters};
 pub use house::{EvictionPolicyFactory, GpuEvent, Shortage};
 pub use loading::{
     ComponentProgress, LoadError, LoadEvent, LoadProgress, Loading, Phase, SessionError,
 };
 pub use monitor::{MonitorView, Pressure};
+pub use phases::{LoadPhase, PhaseTimes};
 pub use plan::GpuChoice;
 pub use predictor::PredictorView;
 pub use sessions::Session;

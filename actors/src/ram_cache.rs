@@ -20,6 +20,7 @@ use crate::admission::{Admission, Request};
 use crate::counters::add;
 use crate::house::House;
 use crate::monitor::Pressure;
+use crate::phases::LoadPhase;
 
 /// What the RAM tier is asked.
 #[derive(Debug)]
@@ -228,8 +229,11 @@ async fn read_component(
     near: Option<NumaNode>,
     mut ticket: FlightTicket,
 ) {
+    let began = house.ledger.now();
     match read::run(&house, &component, near, &mut ticket).await {
         Ok((slab, table)) => {
+            let took = house.ledger.now().saturating_sub(began);
+            house.phases.record(LoadPhase::Read, took);
             add(&house.counters.reads, 1);
             add(&house.counters.bytes_read, slab.bytes().get());
             tracing::debug!(bytes = %slab.bytes(), "read");

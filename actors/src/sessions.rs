@@ -19,6 +19,7 @@ use crate::counters::add;
 use crate::house::House;
 use crate::loader::{Loader, LoaderMessage};
 use crate::loading::{LoadError, Loading, SessionError, Stage};
+use crate::phases::LoadPhase;
 use crate::quotas::Bounds;
 use crate::slot::Slot;
 
@@ -286,6 +287,7 @@ impl Session {
         if house.draining.load(Ordering::Acquire) {
             return None;
         }
+        let began = house.ledger.now();
         let hot = house.hot.get(set, house.catalogue.load().generation())?;
         // In RAM for want of a GPU that could hold it: that may have changed.
         if hot.plan.tier == Tier::Ram && set.target == Target::Best && !house.devices.is_empty() {
@@ -319,6 +321,10 @@ impl Session {
         let counters = &house.counters;
         add(&counters.loads_requested, 1);
         add(&counters.loads_granted, 1);
+        // Without a phase of its own: nothing is planned, waited for or moved.
+        house
+            .phases
+            .record(LoadPhase::Whole, house.ledger.now().saturating_sub(began));
         add(&counters.component_hits, leases.len() as u64);
         house.note_use(session, tier, hot.used.clone());
         house.note_granted(session, hot.used.clone());

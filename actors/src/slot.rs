@@ -1,5 +1,6 @@
 //! Where an actor can be reached, across its restarts.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hotset_core::watch;
@@ -21,16 +22,25 @@ const LONGEST_WAIT: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(crate) struct Slot<M: Message> {
     current: watch::Sender<Option<ActorRef<M>>>,
+    /// Messages that were sent.
+    sent: AtomicU64,
+    /// Of them, those that are known to be handled: an answer says so of all that were sent before its question.
+    handled: AtomicU64,
 }
 
 impl<M: Message> Slot<M> {
     pub(crate) fn new() -> Self {
         Self {
             current: watch::Sender::new(None),
+            sent: AtomicU64::new(0),
+            handled: AtomicU64::new(0),
         }
     }
 
     pub(crate) fn set(&self, actor: Option<ActorRef<M>>) {
+        // A mailbox goes with its actor.
+        let sent = self.sent.load(Ordering::Relaxed);
+        self.handled.fetch_max(sent, Ordering::Relaxed);
         self.current.send_replace(actor);
     }
 
@@ -48,7 +58,16 @@ impl<M: Message> Slot<M> {
         self.get()
             .ok_or(Unavailable)?
             .send_message(message)
-            .map_err(|_| Unavailable)
+            .map_err(|_| Unavailable)?;
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How many messages may be waiting in its mailbox: those that are not known to be handled. Exact right after an answer, and
+    /// while it is stuck.
+    pub(crate) fn depth(&self) -> u64 {
+        let handled = self.handled.load(Ordering::Relaxed);
+        self.sent.load(Ordering::Relaxed).saturating_sub(handled)
     }
 
     /// Sends a message and waits for its answer, once.
@@ -58,7 +77,10 @@ impl<M: Message> Slot<M> {
     ) -> Result<R, Unavailable> {
         let (sender, receiver) = oneshot::channel();
         self.cast(message(sender.into()))?;
-        receiver.await.map_err(|_| Unavailable)
+        let sent = self.sent.load(Ordering::Relaxed);
+        let answer = receiver.await.map_err(|_| Unavailable)?;
+        self.handled.fetch_max(sent, Ordering::Relaxed);
+        Ok(answer)
     }
 
     /// Sends a message and waits for its answer, again and again until one comes. The caller bounds the time.
@@ -78,5 +100,67 @@ impl<M: Message> Slot<M> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ractor::{Actor, ActorProcessingErr};
+    use tokio::sync::Semaphore;
+
+    struct Slow;
+
+    #[derive(Debug)]
+    enum SlowMessage {
+        Work,
+        Ask(RpcReplyPort<()>),
+    }
+
+    impl Actor for Slow {
+        type Msg = SlowMessage;
+        type State = std::sync::Arc<Semaphore>;
+        type Arguments = std::sync::Arc<Semaphore>;
+
+        async fn pre_start(
+            &self,
+            _myself: ActorRef<SlowMessage>,
+            gate: Self::Arguments,
+        ) -> Result<Self::State, ActorProcessingErr> {
+            Ok(gate)
+        }
+
+        async fn handle(
+            &self,
+            _myself: ActorRef<SlowMessage>,
+            message: SlowMessage,
+            gate: &mut Self::State,
+        ) -> Result<(), ActorProcessingErr> {
+            match message {
+                SlowMessage::Work => gate.acquire().await?.forget(),
+                SlowMessage::Ask(reply) => reply.send(())?,
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_waits_in_a_mailbox_is_counted() {
+        let gate = std::sync::Arc::new(Semaphore::new(0));
+        let (actor, ended) = Actor::spawn(None, Slow, gate.clone()).await.unwrap();
+        let slot = Slot::new();
+        slot.set(Some(actor.clone()));
+        for _ in 0..5 {
+            slot.cast(SlowMessage::Work).unwrap();
+        }
+        assert_eq!(slot.depth(), 5);
+        gate.add_permits(5);
+        slot.call(SlowMessage::Ask).await.unwrap();
+        assert_eq!(slot.depth(), 0);
+        slot.cast(SlowMessage::Work).unwrap();
+        actor.kill();
+        ended.await.unwrap();
+        slot.set(None);
+        assert_eq!(slot.depth(), 0, "a mailbox goes with its actor");
     }
 }

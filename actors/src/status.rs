@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::counters::CounterValues;
 use crate::monitor::MonitorView;
+use crate::phases::PhaseTimes;
 use crate::predictor::PredictorView;
 use crate::supervisor::ActorName;
 use crate::system::ScanSummary;
@@ -44,6 +45,8 @@ pub struct Status {
     pub actors: Vec<ActorStatus>,
     /// Counts since the start.
     pub counters: CounterValues,
+    /// How long loads spent in each of their phases, since the start.
+    pub phases: Vec<PhaseTimes>,
     /// Host memory. `None` while Monitor does not answer.
     pub monitor: Option<MonitorView>,
     /// The predictor. `None` while it does not answer.
@@ -179,6 +182,8 @@ pub struct ActorStatus {
     pub restarts: u64,
     /// Why it ended last.
     pub last_failure: Option<String>,
+    /// Messages that may be waiting for it.
+    pub mailbox: u64,
 }
 
 /// How components are used: the answer to "analyse usage patterns".

@@ -174,6 +174,7 @@ impl Supervisor {
                 },
                 restarts: child.restarts.total,
                 last_failure: child.last_failure.clone(),
+                mailbox: 0,
             })
             .collect();
         let _ = reply.send(children);

@@ -105,7 +105,7 @@ const TASKS_END: Duration = Duration::from_secs(10);
 
 /// A running system. Dropping it stops everything at once; [`drain`](Self::drain) ends it gracefully.
 pub struct System {
-    house: Arc<House>,
+    pub(crate) house: Arc<House>,
     supervisor: ActorRef<SupervisorMessage>,
     ended: Option<JoinHandle<()>>,
 }
@@ -426,6 +426,12 @@ impl System {
         let monitor = answer(house.monitor.call(MonitorMessage::Observe)).await;
         let predictor = answer(house.predictor.call(PredictorMessage::Observe)).await;
         let actors = answer(house.supervisor.call(SupervisorMessage::Observe)).await;
+        let actors = actors.map(|mut actors: Vec<ActorStatus>| {
+            for actor in &mut actors {
+                actor.mailbox = house.mailbox(actor.name);
+            }
+            actors
+        });
         let catalogue = house.catalogue.load();
         let tiers: Vec<TierStatus> = house
             .ledger
@@ -475,6 +481,7 @@ impl System {
             loads: house.config.sessions.max_loads.max(1) - house.loads.available_permits(),
             actors: actors.unwrap_or_default(),
             counters: house.counters.values(),
+            phases: house.phases.view(),
             monitor,
             predictor,
         }

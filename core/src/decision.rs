@@ -132,6 +132,20 @@ pub enum Act {
         /// How likely it is to be wanted within the horizon.
         probability: f64,
     },
+    /// A component was taken over in memory of an earlier server, which clients had kept mapped.
+    Adopt {
+        /// Which.
+        component: ComponentId,
+        /// Where.
+        tier: Tier,
+        /// How much.
+        bytes: Bytes,
+        /// Whether its files were read, to compare; otherwise its digest was known.
+        read: bool,
+        /// How long it took to look at every byte, in seconds.
+        #[serde(rename = "took_s", serialize_with = "seconds")]
+        took: Duration,
+    },
 }
 
 /// Why something had to go.
@@ -202,7 +216,9 @@ impl Act {
             | Self::Yield { components, .. }
             | Self::Revoke { components, .. }
             | Self::Refuse { components, .. } => components.iter().any(matches),
-            Self::Evict { component, .. } | Self::Prefetch { component, .. } => matches(component),
+            Self::Evict { component, .. }
+            | Self::Prefetch { component, .. }
+            | Self::Adopt { component, .. } => matches(component),
         }
     }
 
@@ -307,6 +323,17 @@ impl Act {
                 probability,
             } => format!(
                 "prefetched {component} to {tier}, {bytes}: wanted soon with probability {probability:.2}"
+            ),
+            Self::Adopt {
+                component,
+                tier,
+                bytes,
+                read,
+                took,
+            } => format!(
+                "took {component} over in {tier}, {bytes} that clients of an earlier server had mapped, after comparing them with {} in {:.3} s",
+                if *read { "the files" } else { "their digest" },
+                took.as_secs_f64()
             ),
         }
     }

@@ -5,6 +5,7 @@
 //! component, which checks that the files are still those of the catalogue and where each tensor lies; the [`OpenComponent`] then fills a slab piece by piece. Identity is checked again when a file has
 //! been read: a file that changed in between gives [`ReadError::SourceChanged`], and its bytes are shown to nobody.
 
+mod adopt;
 mod disk;
 mod image;
 mod opened;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
+pub use adopt::{AdoptError, Adopted, Proof, adopt};
 pub use disk::{DiskReader, StartReaderError};
 pub use image::ImagePlan;
 pub use opened::{cached_share, drop_from_cache};

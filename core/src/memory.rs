@@ -6,6 +6,7 @@
 
 mod arena;
 mod flight;
+mod frozen;
 mod lease;
 mod ledger;
 mod mapping;
@@ -14,6 +15,7 @@ mod writer;
 
 pub use arena::{Arena, ArenaOptions, ArenaView};
 pub use flight::{Flight, FlightFailure, FlightState, FlightTicket, Image};
+pub use frozen::{FrozenError, FrozenSlab, MemoryIdentity, OfferedMemory};
 pub use lease::{Lease, LeaseError, Place, TensorView};
 pub use ledger::{
     Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,

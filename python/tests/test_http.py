@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import sys
 import unittest
+from pathlib import Path
 
 import numpy
 import tritonclient.http
@@ -86,9 +88,21 @@ class Http(unittest.TestCase):
             "hotset_loads_granted_total 2",
             'hotset_queue_seconds_count{tier="ram"} 2',
             "hotset_health 2",
+            'hotset_load_seconds_count{phase="read"} 2',
+            'hotset_load_seconds_bucket{le="+Inf",phase="whole"} 2',
+            'hotset_mailbox_depth{actor="ram-cache"} 0',
+            'hotset_arena_bytes{state="lingering"} 0',
             "# EOF",
         ):
             self.assertIn(line, text.splitlines())
+        # What the dashboard shows is there; of GPUs, control groups and evictions, where there are some.
+        dashboard = Path(__file__).parents[2].joinpath("docs/grafana.json").read_text()
+        shown = set(re.findall(r"hotset_[a-z_0-9]+", dashboard))
+        self.assertGreater(len(shown), 25)
+        absent = ("hotset_cgroup_", "hotset_gpu", "hotset_evictions_")
+        told = set(re.findall(r"^# TYPE (hotset_[a-z_0-9]+)", text, re.MULTILINE))
+        told |= {f"{name}_{suffix}" for name in told for suffix in ("total", "bucket")}
+        self.assertLessEqual({name for name in shown - told if not name.startswith(absent)}, set())
         status, text = self.get("/healthz")
         self.assertEqual((status, json.loads(text)["health"]["state"]), (200, "green"))
         status, text = self.get("/openapi.json")

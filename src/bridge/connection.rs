@@ -22,7 +22,7 @@ use super::answers::{self, document, refusal};
 use super::channel::{ChannelError, Inbox, Outbox};
 use super::events::{Event, Events};
 use super::leases::{Exported, Leases, exported};
-use super::mapped::Mapped;
+use super::mapped::{Mapped, Took};
 use super::wire::{
     Cancelled, ClientMessage, Empty, ErrorReply, Goodbye, Hello, Limits, Load, MAX_NAMES,
     MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MAX_TEXT_BYTES, PlanReply, Released, Revoke, Scanned,
@@ -234,6 +234,8 @@ struct Talk {
     session: Session,
     leases: Leases,
     mapped: Mapped,
+    /// What became of them.
+    took: mpsc::UnboundedReceiver<Took>,
     events: Events,
     work: FuturesUnordered<BoxFuture<'static, Finished>>,
     /// The loads under way: what cancels each.
@@ -249,12 +251,14 @@ struct Talk {
 
 impl Talk {
     fn new(connection: &Connection, session: Session, promise: Option<Duration>) -> Self {
+        let (mapped, took) = Mapped::new();
         Self {
             shared: connection.shared.clone(),
             outbox: connection.outbox.clone(),
             session,
             leases: Leases::default(),
-            mapped: Mapped::default(),
+            mapped,
+            took,
             events: Events::new(),
             work: FuturesUnordered::new(),
             loads: HashMap::new(),
@@ -276,6 +280,7 @@ impl Talk {
                 biased;
                 () = stop.cancelled() => Err(End::Told("draining", "the server ends".into())),
                 Some(came) = self.parts.1.recv() => self.came(came),
+                Some(took) = self.took.recv() => self.took(took),
                 Some(finished) = self.work.next(), if !self.work.is_empty() => self.finished(finished),
                 error = &mut flushing => Err(error.into()),
                 received = inbox.receive() => match received {
@@ -303,7 +308,7 @@ impl Talk {
                         _ => 0,
                     };
                     let descriptors = inbox.take_descriptors(count);
-                    self.handle(id, message, &descriptors)?;
+                    self.handle(id, message, descriptors)?;
                 }
                 Err(error @ FrameError::TooLong { .. }) => {
                     return Err(ChannelError::Frame(error).into());
@@ -325,7 +330,7 @@ impl Talk {
         &mut self,
         id: u64,
         message: ClientMessage,
-        descriptors: &[OwnedFd],
+        descriptors: Vec<OwnedFd>,
     ) -> Result<(), End> {
         let hotset = &self.shared.hotset;
         let answer = match message {
@@ -356,12 +361,14 @@ impl Talk {
                 self.events.unsubscribe(&unsubscribe.topics);
                 Ok(self.subscribed())
             }
-            ClientMessage::StillMapped(still) => self
-                .mapped
-                .add(hotset.ledger(), &still.memories, descriptors)
-                .map(ServerMessage::Counted),
+            ClientMessage::StillMapped(still) => {
+                let elsewhere = &self.shared.elsewhere;
+                self.mapped
+                    .add(hotset, elsewhere, id, &still.memories, descriptors)
+                    .map(ServerMessage::Counted)
+            }
             ClientMessage::Unmapped(unmapped) => Ok(ServerMessage::Counted(
-                self.mapped.remove(&unmapped.mappings),
+                self.mapped.remove(hotset, &unmapped.mappings),
             )),
             ClientMessage::Drain(_) => {
                 self.shared.drain.notify_one();
@@ -502,6 +509,15 @@ impl Talk {
                     Ok(leases) => self.leased(id, leases, preemptible, false),
                 }
             }
+        }
+    }
+
+    fn took(&mut self, took: Took) -> Result<(), End> {
+        let id = took.id;
+        let (hotset, session) = (&self.shared.hotset, self.session.id());
+        match self.mapped.took(hotset, session, took) {
+            Some(adopted) => self.reply(id, ServerMessage::Adopted(adopted)),
+            None => Ok(()),
         }
     }
 

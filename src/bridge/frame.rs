@@ -176,7 +176,9 @@ impl FrameBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bridge::wire::{ClientMessage, Empty, Load, Release, ServerMessage};
+    use crate::bridge::wire::{
+        ClientMessage, Empty, Load, MappedMemory, PlanMix, Release, ServerMessage, Set, StillMapped,
+    };
 
     #[test]
     fn messages_survive_being_cut_anywhere() {
@@ -244,6 +246,42 @@ mod tests {
             ClientMessage::decode(&frame[PREFIX..]).unwrap(),
             (1, ClientMessage::Release(Release { leases: vec![9] }))
         );
+    }
+
+    proptest::proptest! {
+        /// What a hostile client makes of real messages: bytes changed, cut out and put in. libFuzzer does the same for longer
+        /// (`fuzz/`).
+        #[test]
+        fn spoilt_messages_are_errors_or_messages(
+            which in 0_usize..4,
+            edits in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), 0_u8..4, proptest::prelude::any::<u8>()), 1..12),
+        ) {
+            let load = Load { names: vec!["a".into(), "b/c".into()], target: "ram".into(), keep_alive: Some("5m".into()), ..Load::default() };
+            let still = StillMapped { memories: vec![MappedMemory { component: "a/b".into(), tier: "ram".into(), bytes: 1, ..MappedMemory::default() }] };
+            let messages = [
+                ClientMessage::Load(load),
+                ClientMessage::Release(Release { leases: (0..40).collect() }),
+                ClientMessage::StillMapped(still),
+                ClientMessage::PlanMix(PlanMix { sets: vec![Set::default(); 3], imagined: vec![1 << 40], ..PlanMix::default() }),
+            ];
+            let mut bytes = messages[which].encode(7).unwrap().split_off(PREFIX);
+            for (at, what, byte) in edits {
+                let at = at.index(bytes.len().max(1)).min(bytes.len());
+                match what {
+                    0 => bytes.insert(at, byte),
+                    1 if at < bytes.len() => drop(bytes.remove(at)),
+                    2 => bytes.truncate(at),
+                    _ if at < bytes.len() => bytes[at] = byte,
+                    _ => {}
+                }
+            }
+            // What is understood is written again and read the same.
+            if let Ok((id, message)) = ClientMessage::decode(&bytes) {
+                let again = message.encode(id).unwrap();
+                proptest::prop_assert_eq!(ClientMessage::decode(&again[PREFIX..]).unwrap(), (id, message));
+            }
+            let _ = ServerMessage::decode(&bytes);
+        }
     }
 
     #[test]

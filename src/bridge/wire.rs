@@ -104,7 +104,8 @@ messages! {
         /// Ends a subscription. Answered by `subscribed` with what is left.
         Unsubscribe(Unsubscribe) = "unsubscribe",
         /// After a reconnection: memory of a server that is gone, which this client still maps. Its read-only descriptors travel
-        /// with the message, one for each entry. The server counts the bytes until they are let go. Answered by `counted`.
+        /// with the message, one for each entry. The server counts the bytes until they are let go, and takes the memory over where
+        /// it holds a component of the catalogue. Answered by `counted`, and by `adopted` for each entry when that is known.
         StillMapped(StillMapped) = "still-mapped",
         /// Some of what was `still-mapped` is mapped no more. Answered by `counted` with what is left.
         Unmapped(Unmapped) = "unmapped",
@@ -163,6 +164,8 @@ messages! {
         Revoke(Revoke) = "revoke",
         /// Answers `still-mapped` and `unmapped`.
         Counted(Counted) = "counted",
+        /// Event of a `still-mapped`: what became of one mapping.
+        Adopted(Adopted) = "adopted",
         /// The state of everything, as `hotset status --json` prints it.
         Status(StatusReply) = "status",
         /// Decisions.
@@ -647,11 +650,26 @@ pub struct Unmapped {
 pub struct Counted {
     /// A number for each entry of `still-mapped`, in their order. Empty in the answer to `unmapped`.
     pub mappings: Vec<u64>,
-    /// Bytes that are charged to the budgets for this connection now.
+    /// Bytes that are charged to the budget for the mappings of this connection now. What several connections map counts once.
     pub bytes: u64,
-    /// Bytes that fit into no budget any more; they are mapped all the same.
+    /// Of them, bytes by which the budget is passed: nothing more is granted until so much has come back.
     #[serde(default)]
     pub over_budget: u64,
+}
+
+/// What became of a mapping.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Adopted {
+    /// Its number from `counted`.
+    pub mapping: u64,
+    /// The component: `model/component`.
+    pub component: String,
+    /// The component is resident in that memory, leased to this connection until it is `unmapped`, and loaded without being read. Otherwise
+    /// it is counted and no more.
+    pub resident: bool,
+    /// Why it is not taken over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// Everything.

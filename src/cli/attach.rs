@@ -1,5 +1,7 @@
 //! `hotset bench attach`: how long it takes to lease and map what is resident already, in this process, from another one, and from Python.
 
+mod killed;
+
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -40,6 +42,12 @@ pub(crate) struct AttachArgs {
     /// Requests of theirs
     #[arg(long, default_value_t = 100_000)]
     requests: usize,
+    /// Size of the file for `load_file` in Python, which needs twice as much memory; 0: none. It is written as holes
+    #[arg(long, default_value = "4GiB")]
+    file: Bytes,
+    /// Tensors in it
+    #[arg(long, default_value_t = 400)]
+    file_tensors: usize,
     /// How long each measurement takes
     #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
     time: Duration,
@@ -49,6 +57,9 @@ pub(crate) struct AttachArgs {
     /// Measure as a client of the server on this socket; this is what the command itself starts
     #[arg(long, hide = true, value_name = "SOCKET")]
     against: Option<PathBuf>,
+    /// With that: lease the set, and wait
+    #[arg(long, hide = true, requires = "against")]
+    hold: bool,
 }
 
 /// Times of one operation.
@@ -85,6 +96,17 @@ struct Remote {
     leases_per_s: f64,
 }
 
+/// What a client in Python measures.
+#[derive(Debug, Serialize)]
+struct Python {
+    #[serde(flatten)]
+    times: Times,
+    /// `hotset.safetensors.load_file` beside `safetensors.torch.load_file`, both warm: the script's report.
+    load_file: Option<serde_json::Value>,
+    /// Why there is none.
+    load_file_missing: Option<String>,
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     tier: Tier,
@@ -93,7 +115,9 @@ struct Report {
     bytes: Bytes,
     embedded: Embedded,
     bridge: Remote,
-    python: Option<Times>,
+    /// From SIGKILL of a client that leases and maps the set until its leases are back.
+    killed: Times,
+    python: Option<Python>,
     /// Why there is no figure for Python.
     python_missing: Option<String>,
 }
@@ -130,17 +154,21 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
         ));
     }
     if let Some(socket) = &args.against {
+        if args.hold {
+            return killed::hold(args, socket).await;
+        }
         return output::json(&remote(args, socket).await?);
     }
     let folder = tempfile::tempdir().map_err(CliError::Output)?;
     library(args, folder.path())?;
+    let file = file(args, folder.path())?;
     let mut config = Config::default();
     config.catalog.roots = vec![folder.path().join("models")];
     config.catalog.watch = false;
     config.cuda.detect = args.tier != Tier::Ram;
     config.sessions.max_sessions = args.sessions + args.connections + 16;
     config.ram.budget = Some(Bytes(
-        args.size.get() * args.components as u64 * 2 + (1 << 26),
+        args.size.get() * args.components as u64 * 2 + file.as_ref().map_or(0, |f| f.1) + (1 << 26),
     ));
     let socket = folder.path().join("run/hotset.sock");
     config.bridge.socket = Some(socket.clone());
@@ -148,8 +176,24 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
     let bridge = Bridge::open(hotset.clone()).await?;
     let embedded = embedded(args, &hotset).await?;
     let remote = child(args, &socket).await?;
+    let killed = killed::measure(args, &hotset, &socket).await?;
     let (python, python_missing) = match python(args, &socket).await {
-        Ok(times) => (Some(times), None),
+        Ok(times) => {
+            let loaded = match &file {
+                None => Err("there is no such file, or no memory for it twice".to_owned()),
+                Some((path, bytes)) => load_file(args, &socket, path, *bytes).await,
+            };
+            let (load_file, load_file_missing) = match loaded {
+                Ok(report) => (Some(report), None),
+                Err(reason) => (None, Some(reason)),
+            };
+            let python = Python {
+                times,
+                load_file,
+                load_file_missing,
+            };
+            (Some(python), None)
+        }
         Err(reason) => (None, Some(reason)),
     };
     bridge.close().await;
@@ -163,6 +207,7 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
         bytes: args.size,
         embedded,
         bridge: remote,
+        killed,
         python,
         python_missing,
     };
@@ -195,6 +240,45 @@ fn library(args: &AttachArgs, folder: &Path) -> Result<(), CliError> {
             .map_err(|error| at(&path)(std::io::Error::other(error)))?;
     }
     Ok(())
+}
+
+/// The one large file, where one is wanted and there is memory for it in the server's RAM tier and in the page cache.
+fn file(args: &AttachArgs, folder: &Path) -> Result<Option<(PathBuf, u64)>, CliError> {
+    let available = hotset::core::machine::Machine::here()
+        .memory()
+        .map_or(0, |host| host.room().get());
+    if args.file.is_zero() || args.file_tensors == 0 || args.tier != Tier::Ram {
+        return Ok(None);
+    }
+    if available / 5 * 2 < args.file.get() {
+        return Ok(None);
+    }
+    let each = args.file.get() / args.file_tensors as u64 / 4096 * 4096;
+    let mut header = serde_json::Map::new();
+    for i in 0..args.file_tensors as u64 {
+        header.insert(
+            format!("model.layers.{i:04}.mlp.down_proj.weight"),
+            serde_json::json!({
+                "dtype": "F16",
+                "shape": [each / 2],
+                "data_offsets": [i * each, (i + 1) * each],
+            }),
+        );
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize((header.len() + 8).next_multiple_of(4096) - 8, b' ');
+    let path = folder.join("models/file.safetensors");
+    let bytes = 8 + header.len() as u64 + each * args.file_tensors as u64;
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.append(&mut header);
+    std::fs::write(&path, start)
+        .and_then(|()| std::fs::OpenOptions::new().write(true).open(&path))
+        .and_then(|file| file.set_len(bytes))
+        .map_err(|source| CliError::File {
+            path: path.clone(),
+            source,
+        })?;
+    Ok(Some((path, bytes)))
 }
 
 /// In this process.
@@ -402,6 +486,31 @@ async fn python(args: &AttachArgs, socket: &Path) -> Result<Times, String> {
             Tier::Ram => "cpu".to_owned(),
             Tier::Vram(gpu) => format!("cuda:{gpu}"),
         });
+    answer(args, command).await
+}
+
+/// Rounds in which both loaders take turns.
+const ROUNDS: &str = "7";
+
+async fn load_file(
+    args: &AttachArgs,
+    socket: &Path,
+    file: &Path,
+    bytes: u64,
+) -> Result<serde_json::Value, String> {
+    let mut command = std::process::Command::new(&args.python);
+    command
+        .args(["-c", include_str!("attach/file_load.py")])
+        .args([socket, file])
+        .args([&bytes.to_string(), ROUNDS]);
+    answer(args, command).await
+}
+
+/// What a script prints, or the last line of its complaint.
+async fn answer<T: serde::de::DeserializeOwned>(
+    args: &AttachArgs,
+    mut command: std::process::Command,
+) -> Result<T, String> {
     let output = tokio::task::spawn_blocking(move || command.output()).await;
     let output = output
         .map_err(|error| error.to_string())?
@@ -415,6 +524,35 @@ async fn python(args: &AttachArgs, socket: &Path) -> Result<Times, String> {
         ));
     }
     serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+}
+
+/// The large file, in words.
+fn loaded(python: &Python) -> String {
+    let Some(report) = &python.load_file else {
+        let reason = python.load_file_missing.as_deref().unwrap_or_default();
+        return format!("load_file in Python was not measured: {reason}");
+    };
+    let mut text = format!(
+        "load_file of {} in {} tensors, hotset / held by the process already / safetensors.torch, all warm:",
+        Bytes(report["bytes"].as_u64().unwrap_or(0)),
+        report["tensors"]
+    );
+    for way in [
+        "call",
+        "all_tensors",
+        "each_page_touched",
+        "all_bytes_copied",
+    ] {
+        let us = |who: &str| report[who][way]["median_us"].as_f64().unwrap_or(f64::NAN);
+        text += &format!(
+            "\n  {}: {:.0} / {:.0} / {:.0} us",
+            way.replace('_', " "),
+            us("hotset"),
+            us("hotset_held"),
+            us("safetensors")
+        );
+    }
+    text
 }
 
 fn print(report: &Report) -> Result<(), CliError> {
@@ -439,8 +577,14 @@ fn print(report: &Report) -> Result<(), CliError> {
         &us(bridge.times.p99_us),
         &format!("an empty round trip takes {}", us(bridge.ping_p50_us)),
     ]);
+    rows.add_row([
+        "a killed process, leases back",
+        &us(report.killed.p50_us),
+        &us(report.killed.p99_us),
+        &format!("{} processes killed", report.killed.count),
+    ]);
     match (&report.python, &report.python_missing) {
-        (Some(times), _) => {
+        (Some(Python { times, .. }), _) => {
             rows.add_row(["Python", &us(times.p50_us), &us(times.p99_us), ""]);
         }
         (None, reason) => {
@@ -448,6 +592,9 @@ fn print(report: &Report) -> Result<(), CliError> {
         }
     }
     line(rows.to_string())?;
+    if let Some(python) = &report.python {
+        line(loaded(python))?;
+    }
     line(format!(
         "{:.0} requests/s over {} connections, half of them leases of one component, half releases",
         bridge.requests_per_s, bridge.connections

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use hotset_core::Bytes;
@@ -17,16 +17,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::ClientError;
 use super::lease::{Memory, RemoteLease, Table};
-use super::mapping::Mapping;
+use super::mapping::{Identity, Mapping};
 use crate::bridge::channel::{Inbox, Outbox};
 use crate::bridge::wire::{
-    self, ClientMessage, Empty, Hello, Leased, MAX_REPLY_BYTES, Release, ServerMessage, Welcome,
+    self, ClientMessage, Empty, Hello, Leased, MAX_REPLY_BYTES, Release, ServerMessage,
+    StillMapped, Unmapped, Welcome,
 };
 
 /// Requests that may wait to be written, in bytes: a server that does not read is lost.
 const MAX_BEHIND: usize = 64 << 20;
-/// Events that a slow listener may be behind.
-const EVENTS_KEPT: usize = 256;
+/// Mappings that one message tells of: as many descriptors as travel at once.
+const MAPPED_AT_ONCE: usize = 128;
 
 /// What comes for a request.
 #[derive(Debug)]
@@ -44,10 +45,18 @@ struct Known {
     memories: HashMap<u64, (Memory, u32)>,
     /// The memory of each lease.
     leases: HashMap<u64, u64>,
-    /// Leases that were dropped, and are still to be told to the server.
-    dropped: Vec<u64>,
     tables: HashMap<u64, Arc<Table>>,
     lost: Option<Arc<str>>,
+    /// What outlives this connection: memory that was mapped over it, and what it was told of when it began.
+    mapped: Vec<Weak<Mapping>>,
+}
+
+/// What was dropped, and is still to be told to the server. Its lock is held for one push, since drops may come from anywhere.
+#[derive(Debug, Default)]
+struct Ended {
+    leases: Vec<u64>,
+    /// Numbers of mappings of an earlier server.
+    mappings: Vec<u64>,
 }
 
 /// See the module's page.
@@ -55,9 +64,12 @@ struct Known {
 pub(super) struct Link {
     outbox: Arc<Outbox>,
     known: Mutex<Known>,
+    ended: Mutex<Ended>,
     next: AtomicU64,
     welcome: OnceLock<Welcome>,
     events: broadcast::Sender<ServerMessage>,
+    /// Somebody heard that it is lost.
+    told_lost: AtomicBool,
     /// Told when leases were dropped.
     dropped: Arc<Notify>,
     /// The connection is lost.
@@ -73,8 +85,13 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Connects, and says hello.
-    pub(super) async fn open(path: &Path, hello: Hello) -> Result<Arc<Self>, ClientError> {
+    /// Connects, says hello, and tells of what is mapped of an earlier server.
+    pub(super) async fn open(
+        path: &Path,
+        hello: Hello,
+        events: broadcast::Sender<ServerMessage>,
+        mapped: Vec<Arc<Mapping>>,
+    ) -> Result<Arc<Self>, ClientError> {
         let stream = UnixStream::connect(path)
             .await
             .map_err(|source| ClientError::Connect {
@@ -85,9 +102,11 @@ impl Link {
         let link = Arc::new(Self {
             outbox: Arc::new(Outbox::new(socket.clone(), MAX_BEHIND)),
             known: Mutex::default(),
+            ended: Mutex::default(),
             next: AtomicU64::new(1),
             welcome: OnceLock::new(),
-            events: broadcast::Sender::new(EVENTS_KEPT),
+            events,
+            told_lost: AtomicBool::new(false),
             dropped: Arc::new(Notify::new()),
             gone: CancellationToken::new(),
             closed: CancellationToken::new(),
@@ -104,12 +123,69 @@ impl Link {
             Reply::Message(ServerMessage::Welcome(welcome)) => {
                 // This is the only place that sets it.
                 let _ = link.welcome.set(welcome);
+                link.tell_mapped(&mapped).await?;
                 Ok(link)
             }
             Reply::Message(other) => Err(super::unexpected(other)),
             Reply::Leased(_) | Reply::Part(_) => Err(ClientError::Protocol {
                 reason: "leases in answer to `hello`".into(),
             }),
+        }
+    }
+
+    /// Tells a new server of what an earlier one left in this process.
+    async fn tell_mapped(self: &Arc<Self>, mapped: &[Arc<Mapping>]) -> Result<(), ClientError> {
+        self.lock().mapped = mapped.iter().map(Arc::downgrade).collect();
+        for some in mapped.chunks(MAPPED_AT_ONCE) {
+            let (mut memories, mut descriptors, mut told) = (Vec::new(), Vec::new(), Vec::new());
+            for mapping in some {
+                if let Some((memory, descriptor)) = mapping.told() {
+                    memories.push(memory);
+                    descriptors.push(descriptor);
+                    told.push(mapping);
+                }
+            }
+            let message = ClientMessage::StillMapped(StillMapped { memories });
+            let (_, mut replies) = self.ask_with(&message, descriptors)?;
+            match self.reply(&mut replies).await? {
+                Reply::Message(ServerMessage::Counted(counted)) => {
+                    for (mapping, number) in told.into_iter().zip(counted.mappings) {
+                        mapping.counted(Arc::downgrade(self), number);
+                    }
+                }
+                // It is mapped all the same, and the connection good.
+                Reply::Message(ServerMessage::Error(error)) => {
+                    tracing::warn!(error = error.message, "what is still mapped is not counted");
+                }
+                _ => {
+                    return Err(ClientError::Protocol {
+                        reason: "no count in answer to `still-mapped`".into(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What this process still maps that came over this connection, or was mapped when it began.
+    pub(super) fn mapped(&self) -> Vec<Arc<Mapping>> {
+        let mut known = self.lock();
+        known.mapped.retain(|mapping| mapping.strong_count() > 0);
+        known.mapped.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether it is lost; `Some(true)` where somebody has heard of it.
+    pub(super) fn is_lost(&self) -> Option<bool> {
+        let lost = self.lock().lost.is_some() || self.gone.is_cancelled();
+        lost.then(|| self.told_lost.load(Ordering::Relaxed))
+    }
+
+    /// The error of a lost connection.
+    pub(super) fn lost_error(&self) -> ClientError {
+        self.told_lost.store(true, Ordering::Relaxed);
+        let reason = self.lock().lost.clone();
+        ClientError::Lost {
+            reason: reason.unwrap_or_else(|| "it was closed".into()),
         }
     }
 
@@ -133,10 +209,6 @@ impl Link {
                 },
             })
         })
-    }
-
-    pub(super) fn events(&self) -> broadcast::Receiver<ServerMessage> {
-        self.events.subscribe()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
@@ -163,15 +235,15 @@ impl Link {
         let (sender, receiver) = mpsc::unbounded_channel();
         {
             let mut known = self.lock();
-            if let Some(reason) = &known.lost {
-                return Err(ClientError::Lost {
-                    reason: reason.clone(),
-                });
+            if known.lost.is_some() {
+                drop(known);
+                return Err(self.lost_error());
             }
             known.waiting.insert(id, sender);
         }
         if let Err(error) = self.outbox.send_with(frame, descriptors) {
             self.lock().waiting.remove(&id);
+            self.told_lost.store(true, Ordering::Relaxed);
             return Err(error.into());
         }
         Ok((id, receiver))
@@ -189,46 +261,54 @@ impl Link {
         &self,
         replies: &mut mpsc::UnboundedReceiver<Reply>,
     ) -> Result<Reply, ClientError> {
-        replies.recv().await.ok_or_else(|| ClientError::Lost {
-            reason: self
-                .lock()
-                .lost
-                .clone()
-                .unwrap_or_else(|| "it was closed".into()),
-        })
+        replies.recv().await.ok_or_else(|| self.lost_error())
     }
 
     /// A lease was dropped.
     pub(super) fn release(&self, lease: u64) {
-        self.lock().dropped.push(lease);
+        self.ended().leases.push(lease);
         // The leases of a set are dropped one after the other, and go in one message.
         self.dropped.notify_one();
     }
 
+    /// A mapping that the server counts is gone.
+    pub(super) fn unmapped(&self, number: u64) {
+        self.ended().mappings.push(number);
+        self.dropped.notify_one();
+    }
+
+    fn ended(&self) -> std::sync::MutexGuard<'_, Ended> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tell_dropped(&self) {
-        let leases = std::mem::take(&mut self.lock().dropped);
+        let Ended { leases, mappings } = std::mem::take(&mut *self.ended());
+        // On a lost connection they have ended already.
         if !leases.is_empty() {
-            // On a lost connection they have ended already.
             let _ = self.tell(&ClientMessage::Release(Release { leases }));
+        }
+        if !mappings.is_empty() {
+            let _ = self.tell(&ClientMessage::Unmapped(Unmapped { mappings }));
         }
     }
 
     /// Waits until the connection is lost.
     pub(super) async fn lost(&self) -> ClientError {
         self.gone.cancelled().await;
-        let reason = self.lock().lost.clone();
-        ClientError::Lost {
-            reason: reason.unwrap_or_else(|| "it was closed".into()),
-        }
+        self.lost_error()
     }
 
     fn lose(&self, reason: &str) {
-        let mut known = self.lock();
-        known.lost.get_or_insert_with(|| reason.into());
-        known.waiting.clear();
-        known.memories.clear();
-        known.leases.clear();
+        let gone = {
+            let mut known = self.lock();
+            known.lost.get_or_insert_with(|| reason.into());
+            known.waiting.clear();
+            known.leases.clear();
+            std::mem::take(&mut known.memories)
+        };
         self.gone.cancel();
+        // Without the lock: to unmap gigabytes takes long.
+        drop(gone);
     }
 
     /// Hands a message to who waits for it.
@@ -255,10 +335,13 @@ impl Link {
                 }
             }
             ServerMessage::Released(released) => {
-                let mut known = self.lock();
-                for lease in released.leases {
-                    known.forget(lease);
-                }
+                let gone: Vec<Memory> = {
+                    let mut known = self.lock();
+                    let leases = released.leases.into_iter();
+                    leases.filter_map(|lease| known.forget(lease)).collect()
+                };
+                // Without the lock: to unmap gigabytes takes long.
+                drop(gone);
             }
             ServerMessage::Ping(_) => {
                 let _ = self.tell(&ClientMessage::Pong(Empty {}));
@@ -272,6 +355,7 @@ impl Link {
             ServerMessage::Catalogue(_)
             | ServerMessage::Decision(_)
             | ServerMessage::Pressure(_)
+            | ServerMessage::Adopted(_)
             | ServerMessage::Revoke(_) => {
                 // Nobody has to listen.
                 let _ = self.events.send(message);
@@ -316,9 +400,7 @@ impl Link {
                             uuid,
                         }))
                     }
-                    Some(descriptor) => Mapping::new(&descriptor, memory.offset, memory.bytes)
-                        .map(|mapping| Memory::Mapped(Arc::new(mapping)))
-                        .unwrap_or_else(|reason| Memory::Elsewhere(reason.into())),
+                    Some(descriptor) => known.map(descriptor, memory.offset, memory.bytes),
                     None => Memory::Elsewhere("its descriptor did not arrive".into()),
                 },
                 (false, reason) => Memory::Elsewhere(reason.unwrap_or_default().into()),
@@ -336,6 +418,9 @@ impl Link {
             };
             *held += 1;
             let memory = memory.clone();
+            if let Memory::Mapped(mapping) = &memory {
+                mapping.leased(&leased);
+            }
             known.leases.insert(leased.lease, leased.memory);
             leases.push(RemoteLease {
                 link: self.clone(),
@@ -356,15 +441,35 @@ impl Link {
 }
 
 impl Known {
-    fn forget(&mut self, lease: u64) {
-        let Some(memory) = self.leases.remove(&lease) else {
-            return;
-        };
-        if let Some((_, held)) = self.memories.get_mut(&memory) {
-            *held = held.saturating_sub(1);
-            if *held == 0 {
-                self.memories.remove(&memory);
+    /// Maps memory, unless this process maps it already: it was leased by an earlier server, and this one took it over.
+    fn map(&mut self, descriptor: OwnedFd, offset: u64, bytes: u64) -> Memory {
+        self.mapped.retain(|mapping| mapping.strong_count() > 0);
+        if !self.mapped.is_empty()
+            && let Some(identity) = Identity::of(&descriptor, offset, bytes)
+        {
+            let mut there = self.mapped.iter().filter_map(Weak::upgrade);
+            if let Some(mapping) = there.find(|mapping| mapping.is(identity)) {
+                return Memory::Mapped(mapping);
             }
+        }
+        match Mapping::new(descriptor, offset, bytes) {
+            Ok(mapping) => {
+                let mapping = Arc::new(mapping);
+                self.mapped.push(Arc::downgrade(&mapping));
+                Memory::Mapped(mapping)
+            }
+            Err(reason) => Memory::Elsewhere(reason.into()),
+        }
+    }
+
+    /// A lease has ended. Gives the memory that nobody leases any more, to be dropped without the lock.
+    fn forget(&mut self, lease: u64) -> Option<Memory> {
+        let memory = self.leases.remove(&lease)?;
+        let (_, held) = self.memories.get_mut(&memory)?;
+        *held = held.saturating_sub(1);
+        match *held {
+            0 => self.memories.remove(&memory).map(|(memory, _)| memory),
+            _ => None,
         }
     }
 }

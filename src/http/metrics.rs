@@ -11,16 +11,18 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hotset_core::decision::{Act, Decision, EvictCause};
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::Face;
-use crate::{Health, Hotset, Pressure, Status};
+use crate::{Bytes, Health, Hotset, PhaseTimes, Pressure, Status, TierStatus};
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge<i64, AtomicI64>>;
@@ -45,6 +47,8 @@ pub(super) struct Metrics {
     waited: Histograms,
     evicted: Arc<Mutex<Evicted>>,
     missed: Counter,
+    /// Guesses that were evicted without use.
+    wasted: Counter,
 }
 
 impl Metrics {
@@ -54,6 +58,7 @@ impl Metrics {
             waited: Family::new_with_constructor(waits),
             evicted: Arc::default(),
             missed: Counter::default(),
+            wasted: Counter::default(),
         };
         let (mut decisions, following) = (hotset.subscribe_decisions(), metrics.clone());
         tokio::spawn(async move {
@@ -83,13 +88,23 @@ impl Metrics {
                     .observe(waited.as_secs_f64());
             }
             Act::Evict {
-                tier, bytes, cause, ..
+                tier,
+                bytes,
+                cause,
+                wasted,
+                ..
             } => {
+                if *wasted {
+                    self.wasted.inc();
+                }
                 let cause = match cause {
                     EvictCause::Demand { .. } => "demand",
                     EvictCause::Watermark { .. } => "watermark",
                     EvictCause::Pressure => "pressure",
                     EvictCause::Requested => "requested",
+                    EvictCause::Foreign { .. } => "foreign",
+                    EvictCause::OutOfMemory { .. } => "out-of-memory",
+                    EvictCause::KeptLongEnough { .. } => "kept-long-enough",
                     _ => "other",
                 };
                 let mut evicted = self.evicted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,8 +130,110 @@ pub(super) async fn scrape(State(face): State<Arc<Face>>) -> Response {
     }
 }
 
+/// How long loads spent in each phase, as the system counts it.
+#[derive(Debug)]
+struct LoadSeconds(Vec<PhaseTimes>);
+
+impl EncodeMetric for LoadSeconds {
+    fn encode(&self, mut encoder: MetricEncoder) -> Result<(), std::fmt::Error> {
+        for times in &self.0 {
+            let labels = [("phase", word(&times.phase))];
+            let mut buckets = times.buckets.clone();
+            let within: u64 = buckets.iter().map(|(_, count)| count).sum();
+            buckets.push((f64::INFINITY, times.count.saturating_sub(within)));
+            encoder
+                .encode_family(&labels)?
+                .encode_histogram::<NoLabelSet>(times.sum_s, times.count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+}
+
+/// A unit variant as documents write it.
+fn word(value: &impl serde::Serialize) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// The figures of what serialises as a flat map of numbers and flags, each under its own name, so that no list here could miss
+/// one.
+fn figures(registry: &mut Registry, prefix: &str, of: &impl serde::Serialize) {
+    let Ok(Value::Object(figures)) = serde_json::to_value(of) else {
+        return;
+    };
+    for (name, value) in figures {
+        let number = match &value {
+            Value::Bool(on) => Some(f64::from(u8::from(*on))),
+            value => value.as_f64(),
+        };
+        if let Some(number) = number {
+            let gauge: Gauge<f64, AtomicU64> = Gauge::default();
+            gauge.set(number);
+            let help = format!("{prefix}: {}", name.replace('_', " "));
+            registry.register(format!("{prefix}_{name}"), help, gauge);
+        }
+    }
+}
+
+/// What the GPUs say of themselves.
+fn gpus(registry: &mut Registry, status: &Status) {
+    let (memory, others) = (Gauges::default(), Gauges::default());
+    for tier in &status.tiers {
+        let Some(figures) = &tier.figures else {
+            continue;
+        };
+        let of = |key: &'static str, name: &str| {
+            vec![("tier", tier.tier.to_string()), (key, name.to_owned())]
+        };
+        for (state, bytes) in [
+            ("total", figures.total),
+            ("free", figures.free),
+            ("allocated", figures.allocated),
+            ("overhead", figures.overhead),
+            ("foreign", figures.foreign),
+        ] {
+            memory
+                .get_or_create(&of("state", state))
+                .set(number(bytes.get()));
+        }
+        let pcie = figures.pcie;
+        for (figure, value) in [
+            ("temperature_c", figures.temperature_c.map(u64::from)),
+            ("throttling", Some(figures.throttling.len() as u64)),
+            (
+                "pcie_generation",
+                pcie.map(|(generation, _)| generation.into()),
+            ),
+            ("pcie_lanes", pcie.map(|(_, lanes)| lanes.into())),
+            ("ecc_uncorrected", figures.ecc_uncorrected),
+            ("xids", Some(figures.xids.len() as u64)),
+            ("processes", Some(figures.processes.len() as u64)),
+        ] {
+            if let Some(value) = value {
+                others
+                    .get_or_create(&of("figure", figure))
+                    .set(number(value));
+            }
+        }
+    }
+    let help = "Memory of each GPU, as its driver tells it";
+    registry.register("gpu_memory_bytes", help, memory);
+    let help = "Other figures of each GPU: degrees, reasons to throttle, link, errors";
+    registry.register("gpu", help, others);
+}
+
 fn number(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn of_residency(tier: &TierStatus, state: &str) -> Bytes {
+    let components = tier.components.iter();
+    let there = components.filter(|component| component.residency == state);
+    there.map(|component| component.bytes).sum()
 }
 
 fn registry(face: &Face, status: &Status) -> Registry {
@@ -137,6 +254,9 @@ fn registry(face: &Face, status: &Status) -> Registry {
             ("committed", tier.committed),
             ("leased", tier.leased),
             ("evicting", tier.evicting),
+            ("free", tier.budget.saturating_sub(tier.committed)),
+            ("resident", of_residency(tier, "resident")),
+            ("loading", of_residency(tier, "loading")),
         ] {
             bytes.get_or_create(&of(state)).set(number(value.get()));
         }
@@ -169,6 +289,12 @@ fn registry(face: &Face, status: &Status) -> Registry {
         face.metrics.missed.clone(),
     );
 
+    all.register(
+        "prefetches_wasted",
+        "Components that were loaded on a guess and evicted without use",
+        face.metrics.wasted.clone(),
+    );
+
     let (evictions, evicted_bytes) = (Counters::default(), Counters::default());
     for ((tier, cause), (count, sum)) in &*face
         .metrics
@@ -192,12 +318,50 @@ fn registry(face: &Face, status: &Status) -> Registry {
             all.register(name, help, counter);
         }
     }
-    let restarts = Counters::default();
+    let (restarts, mailboxes) = (Counters::default(), Gauges::default());
     for actor in &status.actors {
         let label = vec![("actor", actor.name.to_string())];
         restarts.get_or_create(&label).inc_by(actor.restarts);
+        mailboxes.get_or_create(&label).set(number(actor.mailbox));
     }
     all.register("restarts", "Restarts of each actor", restarts);
+    let help = "Messages that may be waiting for each actor";
+    all.register("mailbox_depth", help, mailboxes);
+    let help = "Time that loads and components spent in each phase";
+    all.register("load_seconds", help, LoadSeconds(status.phases.clone()));
+    let arena = Gauges::default();
+    for (state, bytes) in [
+        ("live", status.arena.live),
+        ("warm", status.arena.warm),
+        ("lingering", status.arena.lingering),
+    ] {
+        arena
+            .get_or_create(&vec![("state", state.to_owned())])
+            .set(number(bytes.get()));
+    }
+    let help =
+        "Host memory of slabs: in use, kept for later ones, and gone but still mapped by others";
+    all.register("arena_bytes", help, arena);
+    if let Some(predictor) = &status.predictor {
+        let enabled = u64::from(predictor.enabled);
+        gauge(
+            &mut all,
+            "predictor_enabled",
+            "1 where guesses are made",
+            enabled,
+        );
+        figures(&mut all, "predictor", &predictor.stats);
+    }
+    let unused = Gauges::default();
+    for tier in &status.tiers {
+        let guesses = tier.components.iter().filter(|c| c.prefetched).count();
+        unused
+            .get_or_create(&vec![("tier", tier.tier.to_string())])
+            .set(number(guesses as u64));
+    }
+    let help = "Components that were loaded on a guess and not asked for since";
+    all.register("prefetched_unused", help, unused);
+    gpus(&mut all, status);
     let health = match status.health {
         Health::Green => 2,
         Health::Yellow { .. } => 1,
@@ -220,6 +384,16 @@ fn registry(face: &Face, status: &Status) -> Registry {
             "Host memory that can be had",
             available,
         );
+        figures(
+            &mut all,
+            "host",
+            &json!({ "total_bytes": host.total, "stalled_percent": host.full_avg10 }),
+        );
+        if let Some(cgroup) = host.cgroup {
+            let bytes = json!({ "limit_bytes": cgroup.limit, "room_bytes": cgroup.room });
+            figures(&mut all, "cgroup", &bytes);
+            figures(&mut all, "cgroup_events", &cgroup.events);
+        }
     }
     let sessions = status.sessions.len() as u64;
     gauge(&mut all, "sessions", "Open sessions", sessions);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use hotset::bridge::Bridge;
 use hotset::bridge::frame::FrameBuffer;
 use hotset::bridge::wire::{
-    ClientMessage, Empty, Hello, List, Load, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MappedMemory,
-    Release, ServerMessage, Set, Subscribe,
+    ClientMessage, Empty, Hello, List, Load, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Release,
+    ServerMessage, Set, Subscribe,
 };
 use hotset::client::{Client, ClientError, LoadOptions, RemoteEvent, RemoteLease};
 use hotset::{Bytes, Config, Hotset};
@@ -27,8 +27,12 @@ struct Served {
 }
 
 impl Served {
-    async fn start(mut config: Config) -> Self {
-        let place = tempfile::tempdir().unwrap();
+    async fn start(config: Config) -> Self {
+        Self::start_at(config, tempfile::tempdir().unwrap()).await
+    }
+
+    /// With its socket where an earlier one was.
+    async fn start_at(mut config: Config, place: TempDir) -> Self {
         config.bridge.socket = Some(place.path().join("run/hotset.sock"));
         let Rig { hotset, reader, .. } = Rig::start(config).await;
         let hotset = Arc::new(hotset);
@@ -57,10 +61,11 @@ impl Served {
         until("leases to end", async || self.leases() == 0).await;
     }
 
-    async fn end(self) {
+    async fn end(self) -> TempDir {
         soon("close", self.bridge.close()).await;
         let hotset = Arc::into_inner(self.hotset).expect("the bridge keeps nothing");
         soon("drain", hotset.drain()).await;
+        self.place
     }
 }
 
@@ -595,63 +600,6 @@ async fn preemptible_leases_are_asked_back_for_others() {
     assert!(error.to_string().contains("revoked"), "{error}");
     drop(second);
     served.end().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_still_maps_is_counted_by_the_next_server() {
-    let library = Library::new();
-    library.single("one", 1, 900);
-    let served = Served::start(library.config(Bytes::mib(1))).await;
-    let session = served.hotset.session("embedded").await.unwrap();
-    let leases = session
-        .load(hotset::ComponentSet::new(["one"]))
-        .leases()
-        .await
-        .unwrap();
-    let slab = leases[0].slab().unwrap();
-    let committed = |served: &Served| {
-        served
-            .hotset
-            .ledger()
-            .view(hotset::Tier::Ram)
-            .unwrap()
-            .committed
-    };
-    let next = Served::start(library.config(Bytes::mib(1))).await;
-    let client = next.client("survivor").await;
-    let memory = MappedMemory {
-        component: "one/model".into(),
-        content: leases[0].component().content_id.to_string(),
-        tier: "ram".into(),
-        bytes: 1,
-    };
-    let descriptor = slab.read_only_descriptor().unwrap();
-    let counted = client
-        .still_mapped(vec![memory.clone()], vec![descriptor])
-        .await
-        .unwrap();
-    // By the descriptor, whatever the client says.
-    assert_eq!(counted.bytes, slab.bytes().get());
-    assert_eq!(committed(&next), slab.bytes());
-    // It is as taken as any other memory: the same set does not fit beside it until it is let go.
-    let options = LoadOptions::new(["one"]).within(Duration::from_millis(50));
-    assert_eq!(
-        refused(&client.load(&options).await.unwrap_err()),
-        "timed-out"
-    );
-    let left = client.unmapped(counted.mappings).await.unwrap();
-    assert_eq!((left.bytes, committed(&next)), (0, Bytes::ZERO));
-    client.load(&LoadOptions::new(["one"])).await.unwrap();
-    // What is no slab is not counted.
-    let file = std::fs::File::open("/dev/zero").unwrap().into();
-    let error = client
-        .still_mapped(vec![memory], vec![file])
-        .await
-        .unwrap_err();
-    assert_eq!(refused(&error), "malformed");
-    drop((leases, session, client));
-    served.end().await;
-    next.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

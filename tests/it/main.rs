@@ -13,6 +13,7 @@ mod memory_limit;
 mod mixes;
 mod protocol;
 mod split;
+mod survivors;
 mod tenants;
 mod virtual_time;
 mod watching;

@@ -1,5 +1,7 @@
 //! docs/protocol.md is true: its tables are those of the types, and its transcript is what a server says.
 
+mod examples;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{Read, Write as _};
@@ -82,18 +84,105 @@ fn fields(text: &mut String, schema: &Value) {
     text.push('\n');
 }
 
+/// The example of a type, as the page shows it.
+fn example<'a>(examples: &'a str, kind: &str) -> &'a str {
+    let word = format!("\"type\": \"{kind}\"");
+    let mut found = examples.lines().filter(|line| line.contains(&word));
+    match (found.next(), found.next()) {
+        (Some(one), None) => one,
+        other => panic!("one example of `{kind}`: {other:?}"),
+    }
+}
+
+/// Writes an example as a client would that has read the page alone: a binary field is shown as hexadecimal bytes.
+fn packed(value: &Value) -> rmpv::Value {
+    match value {
+        Value::Object(fields) => rmpv::Value::Map(
+            fields
+                .iter()
+                .map(|(key, value)| {
+                    let bytes = value.as_str().filter(|_| key == "tensors").map(|shown| {
+                        let bytes = shown.split(' ');
+                        bytes
+                            .map(|hex| u8::from_str_radix(hex, 16).unwrap())
+                            .collect()
+                    });
+                    let value = match bytes {
+                        Some(bytes) => rmpv::Value::Binary(bytes),
+                        None => packed(value),
+                    };
+                    (key.as_str().into(), value)
+                })
+                .collect(),
+        ),
+        Value::Array(items) => rmpv::Value::Array(items.iter().map(packed).collect()),
+        Value::Number(number) if number.is_u64() => number.as_u64().unwrap().into(),
+        Value::Number(number) => number.as_f64().unwrap().into(),
+        Value::String(text) => text.as_str().into(),
+        Value::Bool(flag) => (*flag).into(),
+        Value::Null => rmpv::Value::Nil,
+    }
+}
+
+/// Every example is read by the types, and written again with all that it shows.
+#[test]
+fn the_examples_are_messages() {
+    fn check(line: &str, again: impl Fn(&[u8]) -> Result<Vec<u8>, hotset::bridge::FrameError>) {
+        let shown = packed(&serde_json::from_str(line).unwrap());
+        let mut payload = Vec::new();
+        rmpv::encode::write_value(&mut payload, &shown).unwrap();
+        let frame = again(&payload).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let written = rmpv::decode::read_value(&mut &frame[4..]).unwrap();
+        assert!(
+            fits(&json(&shown), &json(&written)),
+            "{line}\nis written as {written}"
+        );
+    }
+    let lines = |examples: &'static str| examples.lines().filter(|line| !line.is_empty());
+    assert_eq!(
+        lines(examples::CLIENT).count(),
+        ClientMessage::schemas().len()
+    );
+    assert_eq!(
+        lines(examples::SERVER).count(),
+        ServerMessage::schemas().len()
+    );
+    for line in lines(examples::CLIENT) {
+        check(line, |payload| {
+            let (id, message) = ClientMessage::decode(payload)?;
+            message.encode(id)
+        });
+    }
+    for line in lines(examples::SERVER) {
+        check(line, |payload| {
+            let (id, message) = ServerMessage::decode(payload)?;
+            message.encode(id)
+        });
+    }
+}
+
 fn generated() -> String {
     let mut text = String::new();
     let mut shared: BTreeMap<String, Value> = BTreeMap::new();
-    for (title, messages) in [
-        ("Messages of the client", ClientMessage::schemas()),
-        ("Messages of the server", ServerMessage::schemas()),
+    for (title, messages, examples) in [
+        (
+            "Messages of the client",
+            ClientMessage::schemas(),
+            examples::CLIENT,
+        ),
+        (
+            "Messages of the server",
+            ServerMessage::schemas(),
+            examples::SERVER,
+        ),
     ] {
         writeln!(text, "\n## {title}\n").unwrap();
         for (name, meaning, schema) in messages {
             writeln!(text, "### `{name}`\n\n{meaning}\n").unwrap();
             let schema = schema.to_value();
             fields(&mut text, &schema);
+            let example = example(examples, name);
+            writeln!(text, "```json\n{example}\n```\n").unwrap();
             if let Some(definitions) = schema["$defs"].as_object() {
                 shared.extend(definitions.clone());
             }
@@ -155,7 +244,7 @@ async fn the_transcript_is_what_a_server_says() {
     let transcript = transcript.split("```").next().unwrap().to_owned();
     let played = tokio::task::spawn_blocking(move || play(&socket, &transcript));
     let turns = soon("the transcript", played).await.unwrap();
-    assert!(turns >= 16, "{turns} turns");
+    assert!(turns >= 24, "{turns} turns");
     bridge.close().await;
     let hotset = Arc::into_inner(hotset).unwrap();
     soon("drain", hotset.drain()).await;

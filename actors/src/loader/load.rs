@@ -26,6 +26,7 @@ use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, Outlet, Phase, Stage};
+use crate::phases::LoadPhase;
 use crate::plan;
 use crate::quotas::Counted;
 use crate::ram_cache::RamCacheMessage;
@@ -97,7 +98,7 @@ impl Job {
         // Longer than any system runs, where it is too long for a clock.
         let due = self.started.checked_add(self.deadline());
         let due = due.unwrap_or_else(|| self.started + FOR_EVER);
-        let mut board = Board::new();
+        let mut board = Board::new(self.started);
         let outcome = tokio::select! {
             biased;
             () = outlet.cancel.cancelled() => Err(LoadError::Cancelled),
@@ -107,7 +108,12 @@ impl Job {
             }
         };
         match &outcome {
-            Ok(()) => add(&counters.loads_granted, 1),
+            Ok(()) => {
+                add(&counters.loads_granted, 1);
+                board.leave(&self.house.phases);
+                let whole = self.started.elapsed();
+                self.house.phases.record(LoadPhase::Whole, whole);
+            }
             Err(LoadError::Cancelled) => add(&counters.loads_cancelled, 1),
             Err(error) => {
                 let counter = match error {
@@ -205,7 +211,7 @@ impl Job {
         shown: &mut bool,
         may_yield: bool,
     ) -> Result<Attempt, LoadError> {
-        board.stage = Stage::Planning;
+        board.enter(Stage::Planning, &self.house.phases);
         // What the client has of an attempt before belongs to this one only where it is carried out by the same plan.
         let (plan, generation) = match &handed.plan {
             Some(before) if !handed.sent.is_empty() => before.clone(),
@@ -245,7 +251,7 @@ impl Job {
             let components = plan.components(tier);
             self.house.ledger.set_keep_alive(tier, &components, keep);
         }
-        board.stage = Stage::Loading;
+        board.enter(Stage::Loading, &self.house.phases);
         let began = Instant::now();
         let way = Way {
             plan: &plan,
@@ -355,7 +361,7 @@ impl Job {
         if let Some(claims) = self.claim_resident(plan) {
             return Ok((claims, Staging::default()));
         }
-        board.stage = Stage::WaitingFor(plan.tier);
+        board.enter(Stage::WaitingFor(plan.tier), &self.house.phases);
         outlet.show(board.progress(self.started));
         let own = self.ask(plan.tier, plan.wants(plan.tier)).await?;
         let Tier::Vram(_) = plan.tier else {
@@ -374,7 +380,7 @@ impl Job {
             };
             return Ok((own.claims, staging));
         }
-        board.stage = Stage::WaitingFor(Tier::Ram);
+        board.enter(Stage::WaitingFor(Tier::Ram), &self.house.phases);
         outlet.show(board.progress(self.started));
         let mut ram = self.ask(Tier::Ram, wants).await?;
         let stages = ram.claims.split_off(staying);

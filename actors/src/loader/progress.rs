@@ -4,19 +4,23 @@ use hotset_core::Bytes;
 use tokio::time::Instant;
 
 use crate::loading::{ComponentProgress, LoadProgress, Phase, Stage};
+use crate::phases::{LoadPhase, Phases};
 
 /// What the load knows of itself for its progress and its errors.
 pub(super) struct Board {
     pub(super) stage: Stage,
+    /// When that began.
+    entered: Instant,
     pub(super) components: Vec<ComponentProgress>,
     first_byte: Option<Instant>,
     moved_before: Bytes,
 }
 
 impl Board {
-    pub(super) const fn new() -> Self {
+    pub(super) const fn new(now: Instant) -> Self {
         Self {
             stage: Stage::Planning,
+            entered: now,
             components: Vec::new(),
             first_byte: None,
             moved_before: Bytes::ZERO,
@@ -31,6 +35,26 @@ impl Board {
                 progress.done = (*moved).min(progress.total);
             }
         }
+    }
+
+    /// A stage begins; what the last one took is recorded.
+    pub(super) fn enter(&mut self, stage: Stage, phases: &Phases) {
+        if stage != self.stage {
+            self.leave(phases);
+            self.stage = stage;
+        }
+    }
+
+    /// The stage is over; what it took is recorded.
+    pub(super) fn leave(&mut self, phases: &Phases) {
+        let now = Instant::now();
+        let phase = match self.stage {
+            Stage::Planning => LoadPhase::Planning,
+            Stage::WaitingFor(_) => LoadPhase::Waiting,
+            Stage::Loading => LoadPhase::Loading,
+        };
+        phases.record(phase, now.saturating_duration_since(self.entered));
+        self.entered = now;
     }
 
     pub(super) fn progress(&mut self, started: Instant) -> LoadProgress {

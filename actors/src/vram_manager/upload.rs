@@ -23,6 +23,7 @@ use super::VramManagerMessage;
 use super::turns::{Ticket, Turn};
 use crate::counters::add;
 use crate::house::House;
+use crate::phases::LoadPhase;
 use crate::ram_cache::RamCacheMessage;
 
 /// Host memory through which components are streamed, one at a time.
@@ -52,6 +53,7 @@ type Uploaded = (Allocation, Arc<TensorTable>);
 impl Upload {
     #[tracing::instrument(name = "upload", skip_all, fields(component = %self.component.id))]
     pub(super) async fn run(self, source: Source) {
+        let began = self.house.ledger.now();
         let outcome = match source {
             Source::Ram(claim) => self.upload_slab(&claim).await,
             Source::Ring(ring) => {
@@ -63,6 +65,8 @@ impl Upload {
         let counters = &self.house.counters;
         match outcome {
             Ok((allocation, table)) => {
+                let took = self.house.ledger.now().saturating_sub(began);
+                self.house.phases.record(LoadPhase::Upload, took);
                 add(&counters.uploads, 1);
                 add(&counters.bytes_uploaded, self.component.bytes.get());
                 self.ticket.land(Memory::Device(allocation), table);

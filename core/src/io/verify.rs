@@ -67,7 +67,11 @@ impl Verifier {
 
     /// Digests what has come since the last time. Takes as long as that is.
     pub fn follow(&mut self, slab: &Slab) {
-        let filled = slab.filled();
+        self.take(slab.filled());
+    }
+
+    /// The same for an image of which this much is there.
+    pub(super) fn take(&mut self, filled: &[u8]) {
         while let Some((start, end)) = self.files.last().copied() {
             if self.at <= start {
                 // Not before its first byte is there, so that this is done once.

@@ -191,6 +191,15 @@ impl FlightTicket {
         self.end(failure);
     }
 
+    /// The same where the memory is taken all the same, by others: the bytes stay charged.
+    #[must_use]
+    pub fn fail_charged(mut self, failure: FlightFailure) -> Option<Charge> {
+        let charge = self.charge.take();
+        self.ledger.forget(&self.key);
+        self.flight.fail(failure);
+        charge
+    }
+
     fn end(&mut self, failure: FlightFailure) {
         if let Some(charge) = self.charge.take() {
             self.ledger.forget(&self.key);

@@ -925,6 +925,80 @@ impl Ledger {
         Some(FlightTicket::new(self.clone(), key, flight, charge))
     }
 
+    /// Charges memory that is taken already, whether there is room or not: the books say what is. Where that is more than the
+    /// budget, nothing is granted until so much has come back. `None` where there is no such tier.
+    #[must_use]
+    pub fn charge(self: &Arc<Self>, tier: Tier, bytes: Bytes) -> Option<Charge> {
+        let mut books = self.lock();
+        let open = books.tiers.get_mut(&tier)?;
+        open.committed = open.committed.saturating_add(bytes);
+        open.wake_if_wanted();
+        Some(Charge {
+            ledger: self.clone(),
+            tier,
+            bytes,
+            evicting: AtomicBool::new(false),
+        })
+    }
+
+    /// Takes bytes that are charged already for a component that turns up in memory of its own: others who want it wait for
+    /// this flight, and need not move anything. Gives the charge back where the component is there, or on its way, or its
+    /// tier takes nothing.
+    ///
+    /// # Errors
+    /// The charge, unchanged.
+    pub fn adopt(
+        self: &Arc<Self>,
+        component: &Arc<Component>,
+        charge: Charge,
+    ) -> Result<(FlightTicket, Claim), Charge> {
+        let now = self.now();
+        let tier = charge.tier;
+        let mut books = self.lock();
+        let Books {
+            tiers, next_entry, ..
+        } = &mut *books;
+        let Some(open) = tiers.get_mut(&tier) else {
+            return Err(charge);
+        };
+        if open.out_of_service.is_some() || open.by_content.contains_key(&component.content_id) {
+            return Err(charge);
+        }
+        *next_entry += 1;
+        let number = *next_entry;
+        open.by_content.insert(component.content_id, number);
+        let flight = Flight::new(Urgency::default());
+        flight.begin();
+        open.entries.insert(
+            number,
+            Entry {
+                number,
+                component: component.clone(),
+                bytes: charge.bytes,
+                state: State::Loading {
+                    flight: flight.clone(),
+                },
+                pins: 1,
+                leases: 0,
+                uses: 0,
+                admitted: now,
+                last_used: now,
+                loading_since: now,
+                load_time: None,
+                prefetched: false,
+                keep_alive: KeepAlive::Unlimited,
+                released: now,
+            },
+        );
+        let key = EntryKey { tier, number };
+        let claim = Claim {
+            ledger: self.clone(),
+            key,
+            component: component.clone(),
+        };
+        Ok((FlightTicket::new(self.clone(), key, flight, charge), claim))
+    }
+
     pub(super) fn landed(&self, key: &EntryKey, held: Arc<Held>, table: Arc<TensorTable>) {
         let now = self.now();
         let mut books = self.lock();

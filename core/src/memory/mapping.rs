@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
@@ -195,7 +195,12 @@ impl Mapping {
         if pages == Pages::Hugetlb {
             flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         }
-        let memfd = rustix::fs::memfd_create(label, flags).map_err(refused("memfd_create"))?;
+        // Weights are nothing to be executed; kernels before 6.3 do not know the flag.
+        let memfd = rustix::fs::memfd_create(label, flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| rustix::fs::memfd_create(label, flags))
+            .map_err(refused("memfd_create"))?;
+        // What is handed out is opened for reading. Other users cannot open it anew.
+        rustix::fs::fchmod(&memfd, Mode::RUSR | Mode::WUSR).map_err(refused("fchmod"))?;
         rustix::fs::ftruncate(&memfd, len as u64).map_err(refused("ftruncate"))?;
         // Sealed from the first byte on: nothing can pull pages away under a reader.
         rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)
@@ -220,6 +225,39 @@ impl Mapping {
             mapping.advise(Advice::LinuxHugepage);
         }
         // A forked child needs none of it, and pages that a device has pinned must not be copied on write.
+        mapping.advise(Advice::LinuxDontFork);
+        Ok(mapping)
+    }
+
+    /// Memory of a server that is gone, which nobody can write any more: `len` bytes of it, mapped for reading. All of
+    /// them are there.
+    pub(super) fn adopted(memfd: OwnedFd, len: usize, pages: Pages) -> Result<Self, Errno> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice, of a file that is sealed against writing and shrinking.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                &memfd,
+                0,
+            )
+        }?;
+        let mapping = Self {
+            id: MappingId(MAPPINGS.fetch_add(1, Ordering::Relaxed)),
+            start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?,
+            len,
+            pages,
+            near: None,
+            memfd,
+            touched: AtomicUsize::new(len),
+            present: AtomicUsize::new(len),
+            populating: Mutex::default(),
+            populated: Condvar::new(),
+            shared: AtomicBool::new(true),
+            handed_out: Mutex::default(),
+            observers: Mutex::default(),
+        };
         mapping.advise(Advice::LinuxDontFork);
         Ok(mapping)
     }
@@ -479,11 +517,13 @@ impl Mapping {
     pub(super) fn share(&self) -> Result<OwnedFd, SlabError> {
         if !self.shared.swap(true, Ordering::AcqRel) {
             // Plain WRITE would fail with EBUSY while the owner's own writable mapping lives.
-            rustix::fs::fcntl_add_seals(&self.memfd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)
-                .map_err(|error| SlabError::Seal {
+            // Not SEAL: the next server asks for WRITE, which the kernel grants once this process is gone (`frozen`).
+            rustix::fs::fcntl_add_seals(&self.memfd, SealFlags::FUTURE_WRITE).map_err(|error| {
+                SlabError::Seal {
                     bytes: Bytes(self.len as u64),
                     error,
-                })?;
+                }
+            })?;
         }
         let mut kept = self.handed_out();
         let descriptor = match &*kept {

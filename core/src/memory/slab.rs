@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::arena::Home;
+use super::frozen::MemoryIdentity;
 use super::mapping::{MappedRange, Mapping, MappingObserver, Pages};
 use super::writer::SlabWriter;
 use crate::units::Bytes;
@@ -92,6 +93,17 @@ impl Slab {
         Ok(Self::on(mapping, bytes.get() as usize, None))
     }
 
+    /// A slab on memory that nobody can write any more, this process included.
+    pub(super) fn adopted(mapping: Mapping, bytes: Bytes) -> Arc<Self> {
+        let bytes = (bytes.get() as usize).min(mapping.len());
+        Arc::new(Self {
+            mapping: Some(mapping),
+            bytes,
+            filled: AtomicUsize::new(bytes),
+            home: None,
+        })
+    }
+
     /// A slab of `bytes` on a mapping that was made to fit.
     pub(super) fn on(mapping: Mapping, bytes: usize, home: Option<Home>) -> SlabWriter {
         debug_assert!(bytes <= mapping.len());
@@ -150,6 +162,14 @@ impl Slab {
         // SAFETY: the mapping is live as long as `self`, `filled` never exceeds its length, and the only writer has
         // finished with these bytes before it raised the watermark (release/acquire).
         unsafe { std::slice::from_raw_parts(self.mapping().start().as_ptr(), filled) }
+    }
+
+    /// Which memory it is, to tell whether what another process maps is this. `None` where the system does not say.
+    #[must_use]
+    pub fn identity(&self) -> Option<MemoryIdentity> {
+        MemoryIdentity::of(self.memfd())
+            .ok()
+            .map(|(identity, _)| identity)
     }
 
     /// The memfd itself; writable, so for the owner only.

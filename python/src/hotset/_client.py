@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ._errors import ConnectionLost, HotsetError
+from ._errors import ConnectionLost, HotsetError, Refused
 from ._memory import Component, LoadedSet, Progress
-from ._wire import EVENTS, VERSION, State, StillMapped, checked, default_socket, frame, load_fields
+from ._wire import EVENTS, MAPPED_AT_ONCE, VERSION, State, StillMapped, checked, default_socket, frame, load_fields
 
 ProgressCallback = Callable[[Progress], None]
 ComponentCallback = Callable[[Component], None]
@@ -33,17 +33,19 @@ class Client:
     After a lost connection the next request connects again, and tells the server what is still mapped.
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, label: str = "", timeout: float = 10.0) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, label: str = "", timeout: float = 10.0) -> None:
         self.path = os.fspath(path) if path is not None else default_socket()
         self.label = label
         self.timeout = timeout
         self.instance = ""
         self.welcome: dict[str, Any] = {}
-        self._events: deque[dict] = deque(maxlen=_EVENTS_KEPT)
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._socket: socket.socket | None = None
         self._state: State | None = None
         self._dropped: deque[tuple[State, str, int]] = deque()
         self._still = StillMapped()
+        # Files that `hotset.safetensors` has opened.
+        self._files: dict[str, Any] = {}
         self._farewell = ""
         self._closed = False
         self._connecting = threading.RLock()
@@ -76,7 +78,7 @@ class Client:
             link.close()
             raise ConnectionLost(f"no server answers on {self.path}: {error}; start one with `hotset serve`") from error
         holder: list[State] = []
-        state = State(lambda lease: self._drop(holder[0], "release", lease))
+        state = State(lambda lease: self._drop(holder[0], "release", lease), self._still)
         holder.append(state)
         self._farewell = ""
         self._socket, self._state = link, state
@@ -92,13 +94,13 @@ class Client:
 
     def _tell_still_mapped(self, state: State) -> None:
         mappings = self._still.take()
-        if not mappings:
-            return
-        memories = [{"component": m.component, "content": m.content, "tier": m.tier, "bytes": m.bytes} for m in mappings]
-        counted = self._ask(state, "still-mapped", {"memories": memories}, [m.descriptor for m in mappings])
-        for mapping, number in zip(mappings, counted["mappings"], strict=True):
-            mapping.number = number
-            mapping.on_end = lambda number: self._drop(state, "unmapped", number)
+        for at in range(0, len(mappings), MAPPED_AT_ONCE):
+            some = mappings[at : at + MAPPED_AT_ONCE]
+            try:
+                counted = self._ask(state, "still-mapped", *StillMapped.told(some))
+            except Refused:
+                continue  # They are mapped all the same, and the connection is good.
+            StillMapped.counted(some, counted["mappings"], lambda number: self._drop(state, "unmapped", number))
 
     def _lose(self, state: State, reason: str) -> ConnectionLost:
         """The connection is gone: numbers end, mappings stay. No lock is held but, perhaps, that for connecting."""
@@ -128,6 +130,7 @@ class Client:
     def close(self) -> None:
         """Ends the session, as soon as no tensor of its leases is in use any more. No further requests are taken."""
         self._closed = True
+        self._files.clear()
         state = self._state
         if state is not None and not state.live:
             self._lose(state, "the client was closed")
@@ -317,7 +320,7 @@ class Client:
             if not page["models"] or len(found) >= page["total"]:
                 return found
 
-    def show(self, name: str | os.PathLike) -> dict[str, Any]:
+    def show(self, name: str | os.PathLike[str]) -> dict[str, Any]:
         """One model of the catalogue, by name or path."""
         return self._call("show", name=os.fspath(name))["model"]
 
@@ -415,7 +418,7 @@ def _shower(progress: ProgressCallback | bool | None, names: tuple[str, ...]) ->
     return _Bar(tqdm(desc=", ".join(names), unit="B", unit_scale=True, unit_divisor=1024))
 
 
-def connect(path: str | os.PathLike | None = None, label: str = "", timeout: float = 10.0) -> Client:
+def connect(path: str | os.PathLike[str] | None = None, label: str = "", timeout: float = 10.0) -> Client:
     """Connects to the server that listens on `path`: `$HOTSET_BRIDGE__SOCKET`, or the default place of this user."""
     return Client(path, label, timeout)
 

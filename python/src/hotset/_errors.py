@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HotsetError(Exception):
     """Anything that hotset's client raises."""
@@ -18,7 +20,7 @@ class Refused(HotsetError):
     seconds where trying again helps.
     """
 
-    def __init__(self, reply: dict) -> None:
+    def __init__(self, reply: dict[str, Any]) -> None:
         self.code: str = reply.get("code", "")
         self.nearest: list[str] = list(reply.get("nearest") or [])
         retry_after = reply.get("retry_after_ms")

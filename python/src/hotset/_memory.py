@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping as AbstractMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ._errors import HotsetError, Missing, NotMappable
 if TYPE_CHECKING:
     import numpy
     import torch
+    from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -48,7 +50,9 @@ _TORCH = {
 class Mapping:
     """Read-only memory of the server. Unmapped when the last reference goes."""
 
-    __slots__ = ("__weakref__", "_munmap", "address", "bytes", "component", "content", "descriptor", "number", "on_end", "tier")
+    __slots__ = (
+        "__weakref__", "_munmap", "address", "bytes", "component", "content", "descriptor", "identity", "number", "on_end", "tier",
+    )
 
     def __init__(self, descriptor: int, offset: int, size: int, tier: str) -> None:
         self.address = 0
@@ -59,6 +63,7 @@ class Mapping:
         self.component = self.content = ""
         # Set after a reconnection: under what number the new server counts it, and who wants to hear of the end.
         self.number: int | None = None
+        self.identity = Mapping.identity_of(descriptor, offset, size)
         self.on_end: Callable[[int], None] | None = None
         seals = fcntl.fcntl(descriptor, _F_GET_SEALS)
         if not (seals & _SEAL_SHRINK and seals & _SEAL_FUTURE_WRITE):
@@ -68,6 +73,12 @@ class Mapping:
             error = ctypes.get_errno()
             raise NotMappable(f"cannot map {size} bytes: {os.strerror(error)}")
         self.address = address
+
+    @staticmethod
+    def identity_of(descriptor: int, offset: int, size: int) -> tuple[int, ...]:
+        """Which part of which memory file."""
+        found = os.fstat(descriptor)
+        return found.st_dev, found.st_ino, offset, size
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         if self.address:
@@ -80,7 +91,7 @@ class Mapping:
 class Lease:
     """The right to use one component's memory. Given back when the last reference goes."""
 
-    __slots__ = ("_drop", "number")
+    __slots__ = ("__weakref__", "_drop", "number")
 
     def __init__(self, number: int, drop: Callable[[int], None]) -> None:
         self.number = number
@@ -108,6 +119,29 @@ class Table:
         return self._rows
 
 
+class Held:
+    """A leased component, for as long as somebody else holds it."""
+
+    __slots__ = ("_entry", "_lease", "_mapping", "_table")
+
+    def __init__(self, entry: dict[str, Any], lease: Lease | None, mapping: Any, table: Table) -> None:
+        self._entry = entry
+        self._lease = weakref.ref(lease) if lease is not None else _nothing
+        self._mapping = weakref.ref(mapping) if mapping is not None else _nothing
+        self._table = table
+
+    def component(self) -> Component | None:
+        """The component once more, on the same lease."""
+        lease, mapping = self._lease(), self._mapping()
+        if lease is None or mapping is None:
+            return None
+        return Component(self._entry, lease, mapping, self._table, None)
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a load is."""
@@ -126,10 +160,11 @@ class Progress:
         return cls(**{key: message[key] for key in cls.__dataclass_fields__})
 
 
-class Component(AbstractMapping):
+class Component(AbstractMapping[str, Any]):
     """A leased component: a lazy mapping from tensor names to torch tensors, or numpy arrays where torch is not installed."""
 
-    def __init__(self, entry: dict, lease: Lease, mapping: Mapping | DeviceMapping | None, table: Table, reason: str | None) -> None:
+    def __init__(self, entry: dict[str, Any], lease: Lease, mapping: Mapping | DeviceMapping | None, table: Table, reason: str | None) -> None:
+        self._entry = entry
         self.id: str = entry["component"]
         self.model, _, self.name = self.id.rpartition("/")
         self.content: str = entry["content"]
@@ -156,7 +191,8 @@ class Component(AbstractMapping):
             if isinstance(self._mapping, DeviceMapping):
                 raise NotMappable(f"{self.id} lies on a GPU; use torch() or device_array()")
             exporter = (ctypes.c_ubyte * self._mapping.bytes).from_address(self._mapping.address)
-            exporter._hotset = (self._lease, self._mapping)
+            # ctypes arrays take attributes; these live as long as the last buffer over the array.
+            exporter._hotset = (self._lease, self._mapping)  # type: ignore[attr-defined]
             self._exporter = exporter
         return self._exporter
 
@@ -201,7 +237,7 @@ class Component(AbstractMapping):
         _, _, offset, size = self._row(name)
         return view[offset : offset + size]
 
-    def numpy(self, name: str) -> numpy.ndarray:
+    def numpy(self, name: str) -> numpy.ndarray[Any, Any]:
         """A tensor as a read-only numpy array on the leased bytes. bf16 and fp8 need `ml_dtypes`."""
         import numpy
 
@@ -262,9 +298,13 @@ class Component(AbstractMapping):
             tensor = torch.frombuffer(self._buffer(), dtype=kind, count=count, offset=offset).view(shape)
         return tensor if device is None else tensor.to(device)
 
-    def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """All tensors whose names begin with the prefix, which is left out of the names."""
         return {name.removeprefix(prefix): self.torch(name) for name in self if name.startswith(prefix)}
+
+    def held(self) -> Held:
+        """The same, without keeping it."""
+        return Held(self._entry, self._lease, self._mapping, self._table)
 
     def release(self) -> None:
         """Gives the lease back as soon as no tensor of it is in use any more."""
@@ -273,7 +313,7 @@ class Component(AbstractMapping):
         self._mapping = None
 
 
-class Split(AbstractMapping):
+class Split(AbstractMapping[str, Any]):
     """A component that is too large for its GPU: some of its blocks are there, the others in host memory.
 
     A lazy mapping over the tensors of all its parts, wherever each is. `blocks` has what the names of each block's tensors begin
@@ -282,8 +322,8 @@ class Split(AbstractMapping):
     """
 
     def __init__(self, parts: list[Component]) -> None:
-        self.parts = sorted(parts, key=lambda component: component.part["first"])
-        self.id: str = self.parts[0].part["of"]
+        self.parts = sorted(parts, key=lambda component: int((component.part or {}).get("first", 0)))
+        self.id: str = (self.parts[0].part or {})["of"]
         self.model, _, self.name = self.id.rpartition("/")
         self.bytes = sum(component.bytes for component in self.parts)
 
@@ -293,7 +333,7 @@ class Split(AbstractMapping):
     @property
     def blocks(self) -> list[tuple[str, Component]]:
         """Each block and the part that it is in, in the order of use."""
-        return [(block, component) for component in self.parts for block in component.part["blocks"]]
+        return [(block, component) for component in self.parts for block in (component.part or {})["blocks"]]
 
     def _of(self, name: str) -> Component:
         for component in self.parts:
@@ -315,7 +355,7 @@ class Split(AbstractMapping):
         """As `Component.torch`."""
         return self._of(name).torch(name, device)
 
-    def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """As `Component.state_dict`: tensors of both parts, on their devices."""
         return {key: value for component in self.parts for key, value in component.state_dict(prefix).items()}
 
@@ -325,7 +365,7 @@ class Split(AbstractMapping):
             component.release()
 
 
-class LoadedSet(AbstractMapping):
+class LoadedSet(AbstractMapping[str, Any]):
     """The leases of a load: components by name (`unet`), or by full name (`sdxl-base/unet`) where several have one. What is split
     is found as a `Split` by the name of the whole."""
 
@@ -337,7 +377,7 @@ class LoadedSet(AbstractMapping):
 
     def __getitem__(self, name: str) -> Component | Split:
         whole = [c for c in self.components if c.part and name in (c.part["of"], c.part["of"].rpartition("/")[2])]
-        if whole and len({c.part["of"] for c in whole}) == 1:
+        if whole and len({c.part["of"] for c in whole if c.part}) == 1:
             return Split(whole)
         found = [c for c in self.components if name in (c.id, c.name)]
         exact = [c for c in found if c.id == name] or found

@@ -16,9 +16,11 @@ from ._errors import HotsetError, Refused
 from ._memory import Component, Lease, LoadedSet, Mapping, Table
 
 VERSION = 1
+# Descriptors that are sent at once.
+MAPPED_AT_ONCE = 128
 LONGEST_REPLY = 64 << 20
 # Events that answer no request.
-EVENTS = frozenset(("catalogue", "decision", "pressure", "revoke", "goodbye"))
+EVENTS = frozenset(("catalogue", "decision", "pressure", "revoke", "adopted", "goodbye"))
 
 
 def default_socket() -> str:
@@ -83,18 +85,19 @@ def checked(reply: dict[str, Any]) -> dict[str, Any]:
 
 def frame(number: int, kind: str, fields: dict[str, Any]) -> bytes:
     """A message as it goes over the wire."""
-    payload = msgpack.packb({"id": number, "type": kind, **fields})
+    payload: bytes = msgpack.packb({"id": number, "type": kind, **fields})
     return len(payload).to_bytes(4, "little") + payload
 
 
 class State:
     """What one connection knows. `drop` is called with the number of each lease that nothing refers to any more."""
 
-    def __init__(self, drop: Callable[[int], None]) -> None:
+    def __init__(self, drop: Callable[[int], None], still: StillMapped) -> None:
         self._drop = drop
+        self._still = still
         self._bytes = bytearray()
         self._descriptors: deque[int] = deque()
-        self._memories: dict[int, list] = {}
+        self._memories: dict[int, list[Any]] = {}
         self._tables: dict[int, Table] = {}
         self._leases: dict[int, int] = {}
         self._numbers = itertools.count(1)
@@ -107,7 +110,7 @@ class State:
         """A number for a request."""
         return next(self._numbers)
 
-    def feed(self, data: bytes, descriptors: list[int]) -> list[dict]:
+    def feed(self, data: bytes, descriptors: list[int]) -> list[dict[str, Any]]:
         """Takes what came in; gives the messages that are whole."""
         self._descriptors.extend(descriptors)
         self._bytes += data
@@ -133,16 +136,17 @@ class State:
             del self._bytes[:at]
         return messages
 
-    def _take(self, message: dict) -> LoadedSet:
+    def _take(self, message: dict[str, Any]) -> LoadedSet:
         for table in message.get("tables", ()):
             self._tables[table["table"]] = Table(table["tensors"])
         for memory in message.get("memories", ()):
-            mapping, reason = None, memory.get("reason")
+            mapping: Mapping | DeviceMapping | None = None
+            reason = memory.get("reason")
             if memory["descriptor"]:
                 descriptor = self._descriptors.popleft()
                 if memory["tier"] == "ram":
                     try:
-                        mapping = Mapping(descriptor, memory.get("offset", 0), memory["bytes"], memory["tier"])
+                        mapping = self._map(descriptor, memory)
                     except HotsetError as error:
                         reason = str(error)
                 else:
@@ -163,6 +167,15 @@ class State:
             lease = Lease(entry["lease"], self._drop)
             components.append(Component(entry, lease, memory[0], self._tables[entry["table"]], memory[1]))
         return LoadedSet(components)
+
+    def _map(self, descriptor: int, memory: dict[str, Any]) -> Mapping:
+        """Maps memory, unless this process maps it already: an earlier server leased it, and this one took it over."""
+        offset, size = memory.get("offset", 0), memory["bytes"]
+        mapping = self._still.find(descriptor, offset, size)
+        if mapping is not None:
+            os.close(descriptor)
+            return mapping
+        return Mapping(descriptor, offset, size, memory["tier"])
 
     def _forget(self, lease: int) -> None:
         number = self._leases.pop(lease, None)
@@ -199,3 +212,23 @@ class StillMapped:
     def take(self) -> list[Mapping]:
         """Those that are still used."""
         return list(self._mappings)
+
+    def find(self, descriptor: int, offset: int, size: int) -> Mapping | None:
+        """The mapping of this memory, where there is one."""
+        if not self._mappings:
+            return None
+        identity = Mapping.identity_of(descriptor, offset, size)
+        return next((mapping for mapping in self.take() if mapping.identity == identity), None)
+
+    @staticmethod
+    def told(mappings: list[Mapping]) -> tuple[dict[str, Any], list[int]]:
+        """The fields of `still-mapped` and its descriptors."""
+        memories = [{"component": m.component, "content": m.content, "tier": m.tier, "bytes": m.bytes} for m in mappings]
+        return {"memories": memories}, [m.descriptor for m in mappings]
+
+    @staticmethod
+    def counted(mappings: list[Mapping], numbers: list[int], on_end: Callable[[int], None]) -> None:
+        """The server counts them under these numbers; `on_end` is called with that of each that goes."""
+        for mapping, number in zip(mappings, numbers, strict=True):
+            mapping.number = number
+            mapping.on_end = on_end

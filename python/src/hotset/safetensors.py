@@ -7,27 +7,69 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ._client import Client, default
 from ._errors import HotsetError, Missing, Refused
-from ._memory import Component
+from ._lazy import LazyDict
+from ._memory import Component, Held
 
 
 class _File:
     """The leased components that hold a file's tensors."""
 
-    def __init__(self, components: list[Component], names: dict[str, Component]) -> None:
+    __slots__ = ("_names", "components", "path")
+
+    def __init__(self, path: str, components: list[Component], names: dict[str, Component] | None) -> None:
+        self.path = path
         self.components = components
+        self._names = names
+
+    @property
+    def names(self) -> dict[str, Component]:
+        """Which component has which tensor, in the order of their names; read at the first look."""
+        if self._names is None:
+            (component,) = self.components
+            self._names = dict.fromkeys(component, component)
+        return self._names
+
+    def release(self) -> None:
+        for component in self.components:
+            component.release()
+
+
+class _Known:
+    """What is known of a file that was opened before: where its tensors are, and its leases as long as somebody holds them."""
+
+    __slots__ = ("contents", "leased", "names", "path", "shared", "state")
+
+    def __init__(self, path: str, state: tuple[int, ...], names: list[str], shared: list[str] | None) -> None:
+        self.path = path
+        self.state = state
         self.names = names
+        # The tensors of a file that shares its components with others; otherwise all of its one component.
+        self.shared = shared
+        self.contents: list[str] = []
+        self.leased: list[Held] = []
+
+    def file(self, components: list[Component]) -> _File | None:
+        if self.shared is None:
+            return _File(self.path, components, None)
+        has: dict[str, Component] = {}
+        for component in components:
+            has.update(dict.fromkeys(component, component))
+        if any(name not in has for name in self.shared):
+            return None
+        return _File(self.path, components, {name: has[name] for name in self.shared})
 
 
-def _state(path: str) -> list[int]:
+def _state(path: str) -> tuple[int, ...]:
     found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns]
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
-def _model_of(client: Client, path: str) -> dict[str, Any] | None:
+def _model_of(client: Client, path: str, state: tuple[int, ...]) -> dict[str, Any] | None:
     """The catalogue's entry that has this file, in the state in which it is now."""
     place = path
     # A file of a folder model is at most two folders deep: the model's, and the component's.
@@ -39,7 +81,7 @@ def _model_of(client: Client, path: str) -> dict[str, Any] | None:
                 raise
             place = os.path.dirname(place)
             continue
-        return model if model.get("identities", {}).get(path) == _state(path) else None
+        return model if model.get("identities", {}).get(path) == list(state[:2]) else None
     return None
 
 
@@ -51,45 +93,116 @@ def _header_of(path: str) -> dict[str, Any]:
         # The format's own bound.
         if size > 100_000_000:
             raise HotsetError(f"{path} is no safetensors file")
-        return json.loads(file.read(size))
+        header: dict[str, Any] = json.loads(file.read(size))
+        return header
 
 
-def _open(client: Client, path: str, device: str) -> _File | None:
-    model = _model_of(client, path)
+def _look_up(client: Client, path: str, state: tuple[int, ...]) -> _Known | None:
+    """Asks the catalogue for a file."""
+    model = _model_of(client, path, state)
     if model is None:
         client.scan()
-        model = _model_of(client, path)
+        model = _model_of(client, path, state)
     if model is None or model.get("error"):
         return None
     parts = [part for part in model["components"] if path in part["files"]]
     if not parts:
         return None
-    names = [f"{model['name']}/{part['name']}" for part in parts]
-    leased = client.load(*names, device=device, dependencies=False)
-    components = list(leased.values())
-    names_of: dict[str, Component] = {}
-    for component in components:
-        names_of.update(dict.fromkeys(component, component))
+    shared = None
     if len(parts) > 1 or any(len(part["files"]) > 1 for part in parts):
         # Shared with other files, or cut into components: the file itself says which tensors it has.
-        header = _header_of(path)
-        wanted = [name for name in header if name != "__metadata__"]
-        if any(name not in names_of for name in wanted):
-            return None
-        names_of = {name: names_of[name] for name in wanted}
-    return _File(components, names_of)
+        shared = [name for name in _header_of(path) if name != "__metadata__"]
+    return _Known(path, state, [f"{model['name']}/{part['name']}" for part in parts], shared)
+
+
+# Files that are remembered for each client.
+_MOST_KNOWN = 256
+
+
+def _open(client: Client, filename: str) -> _File | None:
+    """The tensors of a file on the server's memory. `None` where the catalogue does not have it as it is now.
+
+    Where this process holds them still, that takes a look at the file's state and nothing else; where it has opened the file
+    before, one question to the server.
+    """
+    state = _state(filename)
+    known: _Known | None = client._files.get(filename)
+    if known is not None and known.state == state:
+        held = [component for leased in known.leased if (component := leased.component()) is not None]
+        if held and len(held) == len(known.leased) and (file := known.file(held)) is not None:
+            return file
+    else:
+        known = None
+    for again in (True, False):
+        asked = known is None
+        if known is None:
+            known = _look_up(client, os.path.realpath(filename), state)
+            if known is None:
+                client._files.pop(filename, None)
+                return None
+        try:
+            components = list(client.load(*known.names, device="ram", dependencies=False).values())
+        except Refused:
+            # It may be gone from the catalogue under that name.
+            if asked:
+                raise
+            known = None
+            continue
+        contents = [component.content for component in components]
+        if asked or contents == known.contents:
+            known.contents = contents
+            known.leased = [component.held() for component in components]
+            if filename not in client._files and len(client._files) >= _MOST_KNOWN:
+                client._files.clear()
+            client._files[filename] = known
+            return known.file(components)
+        # Other bytes than before under the same name, or the same under another: the catalogue knows.
+        known = None
+        if not again:
+            break
+    return None
 
 
 def load_file(
-    filename: str | os.PathLike,
-    device: str = "cpu",
+    filename: str | os.PathLike[str],
+    device: str | int = "cpu",
     *,
     framework: str = "pt",
     client: Client | None = None,
 ) -> dict[str, Any]:
-    """All tensors of a file: torch tensors (`pt`) or read-only arrays (`np`) on the server's memory."""
-    with safe_open(filename, framework, device, client=client) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """All tensors of a file: torch tensors (`pt`) or read-only arrays (`np`) on the server's memory.
+
+    What comes back is a `dict` that makes each tensor at the first look at it.
+    """
+    name = os.fspath(filename)
+    numpy = _is_numpy(framework)
+    file = _open(client or default(), name)
+    if file is None:
+        with safe_open(name, framework, device, client=client) as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    where = _device(device)
+    to = None if where == "cpu" else where
+    if len(file.components) == 1:
+        # The names are the component's own, and it makes them.
+        (component,) = file.components
+        make = component.numpy if numpy else component.torch if to is None else partial(component.torch, device=to)
+        return LazyDict(lambda: file.names, make)
+
+    def make_of(key: str) -> Any:
+        component = file.names[key]
+        return component.numpy(key) if numpy else component.torch(key, to)
+
+    return LazyDict(lambda: file.names, make_of)
+
+
+def _is_numpy(framework: str) -> bool:
+    if framework not in ("pt", "torch", "pytorch", "np", "numpy"):
+        raise HotsetError(f"framework {framework!r} is not supported; use pt or np")
+    return framework in ("np", "numpy")
+
+
+def _device(device: str | int) -> str:
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 class safe_open:  # noqa: N801
@@ -97,20 +210,18 @@ class safe_open:  # noqa: N801
 
     def __init__(
         self,
-        filename: str | os.PathLike,
+        filename: str | os.PathLike[str],
         framework: str = "pt",
         device: str | int = "cpu",
         *,
         client: Client | None = None,
     ) -> None:
-        if framework not in ("pt", "torch", "pytorch", "np", "numpy"):
-            raise HotsetError(f"framework {framework!r} is not supported; use pt or np")
-        self._path = os.path.realpath(os.fspath(filename))
-        self._numpy = framework in ("np", "numpy")
-        self._device = f"cuda:{device}" if isinstance(device, int) else str(device)
+        self._numpy = _is_numpy(framework)
+        self._path = os.fspath(filename)
+        self._device = _device(device)
         self._other: Any = None
         # Tensors for a GPU are copied there from the server's host memory.
-        self._file = _open(client or default(), self._path, "ram")
+        self._file = _open(client or default(), self._path)
         if self._file is None:
             try:
                 from safetensors import safe_open as other
@@ -134,8 +245,7 @@ class safe_open:  # noqa: N801
         if self._other is not None:
             self._other.__exit__(*error)
         if self._file is not None:
-            for component in self._file.components:
-                component.release()
+            self._file.release()
 
     def keys(self) -> list[str]:
         """The names of the tensors."""
@@ -149,11 +259,13 @@ class safe_open:  # noqa: N801
         if self._file is None:
             return list(self._other.offset_keys())
         names = self._file.names
-        return sorted(names, key=lambda name: names[name]._row(name)[2])
+        order = {id(component): at for at, component in enumerate(self._file.components)}
+        return sorted(names, key=lambda name: (order[id(names[name])], names[name]._row(name)[2]))
 
     def metadata(self) -> dict[str, str] | None:
         """The file's own metadata."""
-        return _header_of(self._path).get("__metadata__")
+        metadata: dict[str, str] | None = _header_of(self._path).get("__metadata__")
+        return metadata
 
     def get_tensor(self, name: str) -> Any:
         """A tensor."""

@@ -346,3 +346,48 @@ fn a_demand_makes_a_prefetch_urgent() {
     let _demand = reserve(&ledger, &[want(&component)]).unwrap();
     assert!(!ticket.urgency().is_prefetch());
 }
+
+#[test]
+fn memory_that_turns_up_is_a_flight_that_others_join() {
+    let ledger = ledger(100);
+    let (here, other) = (component(1, 40), component(2, 70));
+    let charge = ledger.charge(Tier::Ram, Bytes(48)).unwrap();
+    let (ticket, claim) = ledger.adopt(&here, charge).unwrap();
+    assert_eq!(committed(&ledger), 48);
+    // Who wants it waits for that flight, and nobody else begins one.
+    let joined = reserve(&ledger, &[want(&here)]).unwrap();
+    assert_eq!(committed(&ledger), 48);
+    assert!(ledger.start(Tier::Ram, &here.content_id).is_none());
+    let slab = Slab::create("test", Bytes::ZERO).unwrap().seal().unwrap();
+    ticket.land(Memory::Host(slab), Arc::default());
+    let [ref wanted] = joined.claims[..] else {
+        panic!("one claim")
+    };
+    assert!(matches!(wanted.state(), ResidencyState::Resident { .. }));
+    // A second one of the same content is charged, and no more than that: beyond the budget too.
+    let more = ledger.charge(Tier::Ram, Bytes(60)).unwrap();
+    let more = ledger.adopt(&here, more).unwrap_err();
+    assert_eq!(committed(&ledger), 108);
+    assert!(reserve(&ledger, &[want(&other)]).is_none());
+    drop((joined, claim));
+    assert!(ledger.evict(Tier::Ram, &here.content_id).is_some());
+    drop(more);
+    assert_eq!(committed(&ledger), 0);
+}
+
+#[test]
+fn memory_that_holds_something_else_stays_charged_and_who_waits_hears_of_it() {
+    let ledger = ledger(100);
+    let component = component(1, 40);
+    let charge = ledger.charge(Tier::Ram, Bytes(48)).unwrap();
+    let (ticket, claim) = ledger.adopt(&component, charge).unwrap();
+    let joined = reserve(&ledger, &[want(&component)]).unwrap();
+    let charge = ticket.fail_charged(FlightFailure::Interrupted);
+    assert!(matches!(joined.claims[0].state(), ResidencyState::Absent));
+    drop(claim);
+    assert_eq!(committed(&ledger), 48);
+    let again = reserve(&ledger, &[want(&component)]).unwrap();
+    assert!(ledger.start(Tier::Ram, &component.content_id).is_some());
+    drop((charge, joined, again));
+    assert_eq!(committed(&ledger), 0);
+}
