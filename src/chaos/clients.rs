@@ -197,8 +197,16 @@ fn note_draining(world: &World, error: &SessionError) {
 }
 
 /// Which faults a refusal tells of.
-fn note_refusal(world: &World, error: &LoadError) {
+fn note_refusal(world: &World, names: &[String], error: &LoadError) {
     match error {
+        // The catalogue knows by now that the file is gone, or not whole.
+        LoadError::Resolve(_) => {
+            let damage = |name| world.disk.faults().damage.get(name).copied();
+            names
+                .iter()
+                .filter_map(damage)
+                .for_each(|kind| world.effect(kind));
+        }
         LoadError::Session(error) => note_draining(world, error),
         LoadError::Component { failure, .. } => {
             if format!("{failure:?}").contains("NoRoom") {
@@ -274,7 +282,7 @@ async fn load(
             None
         }
         Some(Err(error)) => {
-            note_refusal(world, &error);
+            note_refusal(world, &names, &error);
             world.event(format!("client {client} is refused: {}", word(&error)));
             None
         }

@@ -45,6 +45,9 @@ fn the_same_seed_gives_the_same_events_bit_for_bit() {
     }
 }
 
+/// A seed that drains in the middle.
+const DRAINS: u64 = 10;
+
 /// All loads under all faults; and each kind of fault was injected, and showed.
 #[test]
 fn nothing_breaks_under_all_faults_and_every_load_and_every_fault_shows() {
@@ -56,7 +59,7 @@ fn nothing_breaks_under_all_faults_and_every_load_and_every_fault_shows() {
             ..Scenario::of(profile)
         };
         let (mut granted, mut requests) = (0, 0);
-        for n in 1..6 {
+        for n in (1..6).chain([DRAINS]) {
             let outcome = seed(&scenario, n);
             assert_clean(&scenario, &outcome);
             granted += outcome.granted;

@@ -386,6 +386,33 @@ mod tests {
         assert!(store.load().unwrap().is_empty());
     }
 
+    /// Opening looks at the first page only.
+    #[test]
+    fn what_is_corrupt_inside_is_set_aside_when_it_is_loaded() {
+        let root = tempfile::tempdir().unwrap();
+        for n in 0..200 {
+            let file = safetensors(&[("model.diffusion_model.x", &[4])], &[("a", "b")]);
+            put(root.path(), &format!("model-{n}.safetensors"), &file);
+        }
+        let (catalogue, _) = scanned(root.path(), None);
+        let state = tempfile::tempdir().unwrap();
+        let path = state.path().join("catalogue.sqlite");
+        Store::open(&path).unwrap().save(&catalogue).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.len() > 3 * 4096, "{}", bytes.len());
+        bytes[4096..].fill(0xee);
+        std::fs::write(&path, bytes).unwrap();
+        assert!(Store::open(&path).unwrap().load().is_err());
+
+        let (mut store, loaded) = Store::open_loaded(&path).unwrap();
+        assert!(loaded.is_empty());
+        assert!(store.set_aside().unwrap().exists());
+        store.save(&catalogue).unwrap();
+        drop(store);
+        let (_, loaded) = Store::open_loaded(&path).unwrap();
+        assert_eq!(loaded.len(), 200);
+    }
+
     #[test]
     fn a_newer_schema_is_left_alone() {
         let state = tempfile::tempdir().unwrap();
