@@ -16,20 +16,26 @@
 //! # Ok::<(), hotset::chaos::ChaosError>(())
 //! ```
 
+mod after;
 mod check;
 mod clients;
 mod disk;
 mod faults;
 mod library;
+mod panicking;
+mod simulate;
+mod workload;
 mod world;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use hotset_core::breaks;
 use serde::Serialize;
 
 pub use check::{Invariant, Violation};
-pub use clients::{Ask, Profile, Workload};
 pub use faults::{Fault, PlannedFault};
+pub use workload::{Ask, Profile, Workload};
 
 /// Why a run could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +47,11 @@ pub enum ChaosError {
     /// The system did not start.
     #[error(transparent)]
     Start(#[from] crate::StartError),
+    /// A part was to be broken in a build that has nothing to break.
+    #[error(
+        "nothing can be broken on purpose in this build: it lacks hotset-core's feature `breaks`"
+    )]
+    Unbreakable,
 }
 
 /// What every seed of a run has in common.
@@ -48,7 +59,8 @@ pub enum ChaosError {
 pub struct Scenario {
     /// What the clients ask for.
     pub workload: Workload,
-    /// Values that matter to a host: policy, watermarks, bounds. Folders, budgets and GPUs are the simulation's.
+    /// Values that matter to a host: policy, watermarks, bounds. Folders, budgets and GPUs are the simulation's, and so are, but
+    /// for every eighth seed, the bounds on restarts.
     pub config: crate::Config,
     /// How long faults and clients go on, in virtual time.
     pub time: Duration,
@@ -63,14 +75,17 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// Faults each second where nobody says otherwise: as many as leave most loads to be granted.
+    pub const RATE: u64 = 12;
+
     /// A profile, with the default configuration, for a minute.
     #[must_use]
     pub fn of(profile: Profile) -> Self {
         Self {
-            workload: Workload::Profile(profile),
+            workload: profile.workload(),
             config: crate::Config::default(),
             time: Duration::from_secs(60),
-            rate: 4,
+            rate: Self::RATE,
             faults: None,
             log: 200,
             broken: None,
@@ -87,10 +102,16 @@ pub struct Outcome {
     pub trace: u64,
     /// The faults, in their order.
     pub faults: Vec<PlannedFault>,
+    /// How often a fault of each kind showed: in a read or a call that failed by it, in an actor that ended, in the books.
+    pub effects: BTreeMap<&'static str, u64>,
     /// Loads that clients asked for.
     pub requests: u64,
     /// Loads that were granted.
     pub granted: u64,
+    /// Loads on a guess.
+    pub prefetches: u64,
+    /// Time that passed in the simulation.
+    pub time: Duration,
     /// Events, after each of which the invariants were checked.
     pub events: u64,
     /// What must never be.
@@ -104,20 +125,29 @@ pub struct Outcome {
 /// # Errors
 /// [`ChaosError`].
 pub fn run(scenario: &Scenario, seed: u64) -> Result<Outcome, ChaosError> {
+    let part = scenario.broken.and_then(Invariant::broken_by);
+    if part.is_some() && !breaks::POSSIBLE {
+        return Err(ChaosError::Unbreakable);
+    }
     let simulate = || {
+        // For this thread alone.
+        breaks::set(part);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)
             .build()?;
-        runtime.block_on(world::simulate(scenario, seed))
+        runtime.block_on(simulate::simulate(scenario, seed))
     };
     // Its own thread: a run may be asked for from inside of another runtime.
     std::thread::scope(|scope| scope.spawn(simulate).join())
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
+/// The most runs to find a smaller list of faults: some minutes, for a long list that hardly gets smaller.
+const SHRINK_RUNS: usize = 300;
+
 /// Finds a smaller list of faults with which the seed still breaks the invariant: half of them, then single ones, and each
-/// as early as it may be. Gives the outcome with the smallest list that was found.
+/// as early as it may be. Gives the outcome with the smallest list that was found in some hundred runs.
 ///
 /// # Errors
 /// [`ChaosError`].
@@ -126,6 +156,7 @@ pub fn shrink(scenario: &Scenario, found: Outcome) -> Result<Outcome, ChaosError
         return Ok(found);
     };
     let mut best = found;
+    let mut left = SHRINK_RUNS;
     let again = |faults: Vec<PlannedFault>, seed| {
         let scenario = Scenario {
             faults: Some(faults),
@@ -137,7 +168,8 @@ pub fn shrink(scenario: &Scenario, found: Outcome) -> Result<Outcome, ChaosError
     let mut piece = best.faults.len().div_ceil(2);
     while piece > 0 {
         let mut at = 0;
-        while at < best.faults.len() {
+        while at < best.faults.len() && left > 0 {
+            left -= 1;
             let mut fewer = best.faults.clone();
             fewer.drain(at..(at + piece).min(fewer.len()));
             let outcome = again(fewer, best.seed)?;
@@ -149,7 +181,7 @@ pub fn shrink(scenario: &Scenario, found: Outcome) -> Result<Outcome, ChaosError
         }
         piece /= 2;
     }
-    for i in 0..best.faults.len() {
+    for i in 0..best.faults.len().min(left) {
         let mut earlier = best.faults.clone();
         if let Some(fault) = earlier.get_mut(i) {
             fault.at_ms /= 2;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use hotset_actors::{Parts, System};
@@ -410,6 +411,13 @@ impl Hotset {
         self.system.plan_mix(sets, gpus)
     }
 
+    /// Tells that files have changed, as a watcher does: these paths, or, with `None`, nobody knows which. For folders whose
+    /// file system reports nothing. They are looked at once they have come to rest. Gives whether somebody heard of it; if
+    /// not, a scan of everything begins soon anyhow.
+    pub fn files_changed(&self, paths: Option<Vec<PathBuf>>) -> bool {
+        self.system.files_changed(paths)
+    }
+
     /// The state of everything.
     pub async fn status(&self) -> Status {
         self.system.status().await
@@ -497,6 +505,11 @@ impl Hotset {
     #[must_use]
     pub fn ledger(&self) -> &Arc<hotset_core::memory::Ledger> {
         self.system.ledger()
+    }
+
+    /// Keeps an actor busy for so long, as a slow handler would. For tests and chaos. Gives whether there was one.
+    pub fn dawdle(&self, actor: ActorName, time: Duration) -> bool {
+        self.system.dawdle(actor, time)
     }
 
     /// Kills an actor where it stands, as a fault would; its supervisor starts it again. For tests and chaos. Gives

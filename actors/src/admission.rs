@@ -5,6 +5,7 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::breaks::{self, Break};
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
 use hotset_core::plan::{Priority, newcomers_wait, passing};
@@ -150,6 +151,9 @@ impl Admission {
     }
 
     fn place(&self, request: &Request) -> Duration {
+        if breaks::is(Break::LastComesFirst) {
+            return Duration::MAX.saturating_sub(request.asked);
+        }
         let aging = self.house.config.load.aging;
         request.priority.place(request.asked, aging)
     }

@@ -39,6 +39,8 @@ pub(crate) enum DiscoveryMessage {
     Identified(Known, Identified),
     /// The watcher has seen changes.
     Changed,
+    /// Somebody else has: these paths, or nobody knows which.
+    Told(Option<Vec<PathBuf>>),
     /// Something may have come to rest.
     Look,
     /// What has come to rest.
@@ -47,6 +49,8 @@ pub(crate) enum DiscoveryMessage {
     Poll,
     /// What the last scan found.
     Observe(RpcReplyPort<DiscoveryView>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 /// The end of a scan. `report` is missing where it panicked.
@@ -96,6 +100,8 @@ pub(crate) struct State {
     house: Arc<House>,
     keep: Arc<Keep>,
     watch: Option<Watch>,
+    /// What was told of by others than the watcher, until the settler takes it.
+    told: Changes,
     /// Away while a task looks at what has come to rest.
     settler: Option<Settler>,
     /// When the next [`DiscoveryMessage::Look`] comes, where one is on its way.
@@ -141,6 +147,7 @@ impl Discovery {
             keep: Arc::new(Keep::new(config.database.clone())),
             settler: Some(Settler::new(config.settle)),
             watch,
+            told: Changes::default(),
             looking: None,
             running: None,
             next: None,
@@ -235,6 +242,22 @@ impl Discovery {
         look_later(&myself, state);
     }
 
+    #[ractor::message(DiscoveryMessage::Told(paths))]
+    fn told(
+        &self,
+        myself: ActorRef<DiscoveryMessage>,
+        paths: Option<Vec<PathBuf>>,
+        state: &mut State,
+    ) {
+        match (paths, &mut state.told) {
+            (None, told) => *told = Changes::Lost,
+            (Some(_), Changes::Lost) => {}
+            (Some(paths), Changes::Paths(told)) => told.extend(paths),
+        }
+        take_changes(state);
+        look_later(&myself, state);
+    }
+
     #[ractor::message(DiscoveryMessage::Look)]
     fn look(&self, myself: ActorRef<DiscoveryMessage>, state: &mut State) {
         state.looking = None;
@@ -291,6 +314,11 @@ impl Discovery {
         }
     }
 
+    #[ractor::message(DiscoveryMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
+    }
+
     #[ractor::message(DiscoveryMessage::Observe(reply))]
     fn observe(&self, reply: RpcReplyPort<DiscoveryView>, state: &mut State) {
         let polled = state.watch.iter().flat_map(Watch::polled);
@@ -325,14 +353,14 @@ fn take_changes(state: &mut State) {
     for path in state.unfinished.drain(..) {
         settler.postponed(path, now, AGAIN);
     }
-    let Some(watch) = &state.watch else {
-        return;
-    };
-    match watch.take() {
-        Changes::Lost => settler.lost(now),
-        Changes::Paths(paths) => {
-            for path in paths {
-                settler.changed(&path, now);
+    let watched = state.watch.as_ref().map(Watch::take);
+    for changes in watched.into_iter().chain([std::mem::take(&mut state.told)]) {
+        match changes {
+            Changes::Lost => settler.lost(now),
+            Changes::Paths(paths) => {
+                for path in paths {
+                    settler.changed(&path, now);
+                }
             }
         }
     }

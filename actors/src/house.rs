@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use hotset_core::breaks::{self, Break};
 use hotset_core::catalog::{CatalogueCell, Change};
 use hotset_core::config::Config;
 use hotset_core::decision::{Act, Decision, DecisionLog};
@@ -344,6 +345,9 @@ impl House {
 
     /// Records a decision.
     pub(crate) fn decide(&self, act: Act) {
+        if breaks::is(Break::LostDecision) && matches!(act, Act::Evict { .. }) {
+            return;
+        }
         tracing::info!(target: "hotset::decision", "{}", act.sentence());
         let at = self.ledger.now();
         let mut log = self

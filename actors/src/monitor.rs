@@ -32,6 +32,8 @@ pub(crate) enum MonitorMessage {
     },
     /// The state.
     Observe(RpcReplyPort<MonitorView>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 /// How host memory stands.
@@ -126,6 +128,11 @@ impl Monitor {
                 reply: None,
             });
         }
+    }
+
+    #[ractor::message(MonitorMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
     }
 
     #[ractor::message(MonitorMessage::Observe(reply))]

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hotset_core::catalog::Component;
 use hotset_core::predict::{Candidate, Observed, Predictor, PredictorStats, Seen};
@@ -25,6 +26,8 @@ pub(crate) enum PredictorMessage {
     SetEnabled(bool, RpcReplyPort<()>),
     /// The state.
     Observe(RpcReplyPort<PredictorView>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 /// Predictor's state.
@@ -80,6 +83,11 @@ impl PredictorActor {
             .predicting
             .store(enabled, std::sync::atomic::Ordering::Relaxed);
         let _ = reply.send(());
+    }
+
+    #[ractor::message(PredictorMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
     }
 
     #[ractor::message(PredictorMessage::Observe(reply))]

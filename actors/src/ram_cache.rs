@@ -7,7 +7,9 @@ mod read;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use hotset_core::breaks::{self, Break};
 use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::machine::NumaNode;
@@ -52,6 +54,8 @@ pub(crate) enum RamCacheMessage {
     },
     /// How many sets wait.
     Observe(RpcReplyPort<usize>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 pub(crate) struct RamCache;
@@ -106,6 +110,12 @@ impl RamCache {
     #[ractor::message(RamCacheMessage::Fetch(component, near))]
     fn fetch(&self, component: Arc<Component>, near: Option<NumaNode>, state: &mut State) {
         if let Some(ticket) = state.house.ledger.start(Tier::Ram, &component.content_id) {
+            if breaks::is(Break::TwoFlights) {
+                for _ in 0..state.house.devices.len() + 1 {
+                    let again = read::twice(state.house.clone(), component.clone());
+                    state.house.tasks.spawn(again);
+                }
+            }
             let read = read_component(state.house.clone(), component, near, ticket);
             // Not tied to the actor: a read outlives its restart.
             state.house.tasks.spawn(read);
@@ -194,6 +204,11 @@ impl RamCache {
         if let Some(reply) = reply {
             let _ = reply.send(freed);
         }
+    }
+
+    #[ractor::message(RamCacheMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
     }
 
     #[ractor::message(RamCacheMessage::Observe(reply))]

@@ -40,6 +40,8 @@ pub(crate) enum SessionsMessage {
     CancelAll,
     /// The open sessions.
     Observe(RpcReplyPort<Vec<Arc<Record>>>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 /// What is known of a session.
@@ -110,6 +112,11 @@ impl Sessions {
         for record in state.open.values() {
             let _ = record.loader.cast(LoaderMessage::CancelAll);
         }
+    }
+
+    #[ractor::message(SessionsMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
     }
 
     #[ractor::message(SessionsMessage::Observe(reply))]

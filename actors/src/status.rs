@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use hotset_core::breaks::{self, Break};
 use hotset_core::device::{DeviceDescription, Figures};
 use hotset_core::memory::{ArenaView, TierView};
 use hotset_core::usage::Patterns;
@@ -228,7 +229,7 @@ impl TierStatus {
             tier: view.tier,
             device,
             budget: view.budget,
-            committed: view.committed,
+            committed: view.committed + Bytes(u64::from(breaks::is(Break::WrongStatus))),
             evicting: view.evicting,
             leased: view
                 .residencies

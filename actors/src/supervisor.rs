@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::breaks::{self, Break};
 use hotset_core::config::SupervisionConfig;
 use hotset_core::{GpuIndex, Tier};
 use ractor::{
@@ -211,7 +212,7 @@ fn restart(state: &mut State, myself: &ActorRef<SupervisorMessage>, name: ActorN
         return;
     };
     child.cell = None;
-    if state.house.stop.is_cancelled() {
+    if state.house.stop.is_cancelled() || breaks::is(Break::NoRestart) {
         return;
     }
     add(&state.house.counters.actor_restarts, 1);

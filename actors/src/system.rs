@@ -1,6 +1,7 @@
 //! The system as a whole: starts the tree, answers questions about it, ends it.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -239,6 +240,13 @@ impl System {
                 Ok(summary)
             }
         }
+    }
+
+    /// Tells that files have changed, as a watcher does: these paths, or, with `None`, nobody knows which. They are looked at
+    /// once they have come to rest. Gives whether somebody heard of it; if not, a scan of everything begins soon anyhow.
+    pub fn files_changed(&self, paths: Option<Vec<PathBuf>>) -> bool {
+        let told = DiscoveryMessage::Told(paths);
+        self.house.discovery.cast(told).is_ok()
     }
 
     /// Waits until the first scan is published.
@@ -527,6 +535,27 @@ impl System {
         let ledger = house.ledger.clone();
         let _ = house.aside(move || forget_everything(&ledger)).await;
         tracing::info!("drained");
+    }
+
+    /// Keeps an actor busy for so long, as a slow handler would. For tests and chaos.
+    ///
+    /// Gives whether there was one.
+    pub fn dawdle(&self, actor: ActorName, time: Duration) -> bool {
+        let house = &self.house;
+        let told = match actor {
+            ActorName::Discovery => house.discovery.cast(DiscoveryMessage::Dawdle(time)),
+            ActorName::RamCache => house.ram.cast(RamCacheMessage::Dawdle(time)),
+            ActorName::VramManager(gpu) => {
+                return house
+                    .vram
+                    .get(&gpu)
+                    .is_some_and(|slot| slot.cast(VramManagerMessage::Dawdle(time)).is_ok());
+            }
+            ActorName::Predictor => house.predictor.cast(PredictorMessage::Dawdle(time)),
+            ActorName::Monitor => house.monitor.cast(MonitorMessage::Dawdle(time)),
+            ActorName::Sessions => house.sessions.cast(SessionsMessage::Dawdle(time)),
+        };
+        told.is_ok()
     }
 
     /// Kills an actor where it stands, as a fault would. For tests and chaos.

@@ -67,6 +67,8 @@ pub(crate) enum VramManagerMessage {
     Recovered(Result<(), DeviceError>),
     /// The state.
     Observe(RpcReplyPort<VramView>),
+    /// Be busy for so long, as with a handler that is slow. For tests and chaos.
+    Dawdle(Duration),
 }
 
 /// The state of a VRAM tier beside its books.
@@ -122,8 +124,9 @@ impl VramManager {
         );
         match device.lost() {
             None => house.ledger.set_service(tier, None),
-            // Until it is back, loads are refused instead of waiting.
-            Some(reason) => house.ledger.set_service(tier, Some(reason)),
+            // Until it is back, loads are refused instead of waiting. It may have been lost while nobody was here to see it:
+            // what was in it is gone with that, however soon it is back.
+            Some(reason) => lost(&house, tier, &reason),
         }
         admission.trim();
         let wake = wake_on(&house, tier, myself.clone(), || VramManagerMessage::Woken);
@@ -152,7 +155,7 @@ impl VramManager {
         match measured {
             Ok(figures) => state.measured(figures),
             Err(DeviceError::Lost { reason, .. }) => {
-                state.lost(&reason);
+                lost(&state.house, state.tier, &reason);
                 // The supervisor starts it again, and it tries to bring the device back.
                 myself.stop(Some(format!("its GPU is lost: {reason}")));
             }
@@ -247,6 +250,11 @@ impl VramManager {
         }
     }
 
+    #[ractor::message(VramManagerMessage::Dawdle(time))]
+    async fn dawdle(&self, time: Duration, _state: &mut State) {
+        tokio::time::sleep(time).await;
+    }
+
     #[ractor::message(VramManagerMessage::Observe(reply))]
     fn observe(&self, reply: RpcReplyPort<VramView>, state: &mut State) {
         let _ = reply.send(VramView {
@@ -299,19 +307,26 @@ impl State {
         // What was lowered may have risen again.
         self.admission.retry();
     }
+}
 
-    /// Takes the tier out of service, with everything that was in it.
-    fn lost(&self, reason: &Arc<str>) {
-        let ledger = &self.house.ledger;
-        ledger.set_service(self.tier, Some(reason.clone()));
-        let leases = ledger.revoke_tier(self.tier, reason);
-        tracing::error!(tier = %self.tier, %reason, leases = leases.len(), "a GPU is out of service");
-        let _ = self.house.gpu_events.send(GpuEvent::Lost {
-            tier: self.tier,
-            reason: reason.clone(),
-            leases,
-        });
+/// Takes a tier out of service, with everything that was in it. Once for each loss: a manager that is started again while the
+/// GPU is lost has nothing more to tell.
+fn lost(house: &House, tier: Tier, reason: &Arc<str>) {
+    let ledger = &house.ledger;
+    let known = ledger
+        .view(tier)
+        .is_some_and(|view| view.out_of_service.is_some());
+    ledger.set_service(tier, Some(reason.clone()));
+    let leases = ledger.revoke_tier(tier, reason);
+    if known && leases.is_empty() {
+        return;
     }
+    tracing::error!(%tier, %reason, leases = leases.len(), "a GPU is out of service");
+    let _ = house.gpu_events.send(GpuEvent::Lost {
+        tier,
+        reason: reason.clone(),
+        leases,
+    });
 }
 
 /// Brings the device back where it is lost, and then asks it at intervals how it is. Ends with the manager.

@@ -12,6 +12,8 @@
 //!
 //! Nothing here spawns an actor or knows one. `policy`, `plan` and `predict` read no clock and touch no file.
 
+#[doc(hidden)]
+pub mod breaks;
 pub mod catalog;
 pub mod config;
 pub mod decision;

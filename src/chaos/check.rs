@@ -1,13 +1,15 @@
 //! What must always hold.
 
-use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::Arc;
 
+use hotset_core::breaks::Break;
 use hotset_core::memory::TierView;
 use serde::Serialize;
+use tokio::sync::broadcast::error::TryRecvError;
 
-use super::world::{State, World};
-use crate::{Act, Bytes, ComponentId, Tier};
+use super::world::{RAM, State, VRAM, World};
+use crate::{Act, Bytes, Component, ComponentId, Tier};
 
 /// Something that always holds. docs/reliability.md has a sentence for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -38,11 +40,13 @@ pub enum Invariant {
     DecisionsRecorded,
     /// Status has the figures of the ledger.
     StatusIsLedger,
+    /// When all is quiet, the index on disk has what the catalogue has.
+    IndexIsCatalogue,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::WithinBudget,
         Self::LedgerIsDevice,
         Self::LeasedStays,
@@ -55,6 +59,7 @@ impl Invariant {
         Self::Fairness,
         Self::DecisionsRecorded,
         Self::StatusIsLedger,
+        Self::IndexIsCatalogue,
     ];
 
     /// Its name in reports.
@@ -73,7 +78,27 @@ impl Invariant {
             Self::Fairness => "fairness",
             Self::DecisionsRecorded => "decisions-recorded",
             Self::StatusIsLedger => "status-is-ledger",
+            Self::IndexIsCatalogue => "index-is-catalogue",
         }
+    }
+
+    /// The part of the system that is broken to see that this one notices; `None`: a double is.
+    pub(super) const fn broken_by(self) -> Option<Break> {
+        Some(match self {
+            Self::WithinBudget => Break::OverCommit,
+            Self::LedgerIsDevice => Break::FreedTooEarly,
+            Self::LeasedStays => Break::LeasesIgnored,
+            Self::EveryRequestEnds => Break::LateAnswer,
+            Self::AllOrNothing => Break::LostLease,
+            Self::SingleFlight => Break::TwoFlights,
+            Self::NoOrphans => Break::LostRelease,
+            Self::Progress => Break::NoRestart,
+            Self::Fairness => Break::LastComesFirst,
+            Self::DecisionsRecorded => Break::LostDecision,
+            Self::StatusIsLedger => Break::WrongStatus,
+            // The disk's bytes are wrong, and the index stays full.
+            Self::LeasedBytes | Self::IndexIsCatalogue => return None,
+        })
     }
 }
 
@@ -94,25 +119,19 @@ pub struct Violation {
     pub message: String,
 }
 
-type Resident = BTreeSet<(Tier, ComponentId)>;
-
 /// The books as they were at the last event.
 #[derive(Default)]
 pub(super) struct Before {
     tiers: Vec<(Tier, Bytes, Bytes)>,
-    resident: Resident,
-    decision: u64,
+    resident: Vec<(Tier, Arc<Component>)>,
+    /// The number of the last decision that was heard of.
+    pub(super) decision: u64,
 }
 
 /// Checks what can be seen at one instant.
 pub(super) fn check(world: &World, state: &mut State) -> Vec<(Invariant, String)> {
     let mut found = Vec::new();
-    let mut views = world.hotset.ledger().views();
-    if world.is_broken(Invariant::WithinBudget) {
-        for view in &mut views {
-            view.committed = view.budget + Bytes(state.events);
-        }
-    }
+    let views = world.hotset.ledger().views();
     for view in &views {
         let before = state
             .before
@@ -131,8 +150,10 @@ pub(super) fn check(world: &World, state: &mut State) -> Vec<(Invariant, String)
                 ),
             ));
         }
-        if let Tier::Vram(gpu) = view.tier
-            && let Some(device) = world.gpus.get(gpu.0 as usize)
+        note_effects(view, state);
+        let Tier::Vram(gpu) = view.tier else { continue };
+        let gpu = gpu.0 as usize;
+        if let Some(device) = world.gpus.get(gpu)
             && device.allocated() > view.committed
         {
             found.push((
@@ -178,60 +199,97 @@ pub(super) fn check(world: &World, state: &mut State) -> Vec<(Invariant, String)
             format!("{name} is read {times} times at once"),
         ));
     }
-    found.extend(decisions(world, state, &views));
+    decisions(state, views, &mut found);
     found
 }
 
-/// What is gone has a decision; and all decisions become part of the trace.
-fn decisions(world: &World, state: &mut State, views: &[TierView]) -> Vec<(Invariant, String)> {
-    let last = state.before.decision;
-    let mut new = world.hotset.decisions(16);
-    if new.last().is_some_and(|oldest| oldest.number > last + 1) {
-        new = world.hotset.decisions(usize::MAX);
-    }
-    new.retain(|decision| decision.number > last);
-    new.reverse();
-    let mut evicted = Resident::new();
-    for decision in &new {
-        match &decision.act {
-            Act::Evict {
-                component, tier, ..
-            } => {
-                evicted.insert((*tier, component.clone()));
-                state.trace(decision.act.sentence());
+/// What of the faults shows in the books.
+fn note_effects(view: &TierView, state: &mut State) {
+    match view.tier {
+        Tier::Ram if view.budget < RAM => state.note("shrink-limit"),
+        Tier::Vram(gpu) => {
+            let full = VRAM.get(gpu.0 as usize).copied().unwrap_or_default();
+            if view.budget < full {
+                state.note("foreign");
             }
+            if view.out_of_service.is_some() {
+                state.vanished.retain(|lost, noticed| {
+                    *noticed |= *lost == gpu;
+                    true
+                });
+            } else {
+                // Noticed, and back in service: from now on what goes has a decision again.
+                state
+                    .vanished
+                    .retain(|lost, noticed| *lost != gpu || !*noticed);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// What is gone has a decision; and all decisions become part of the trace.
+fn decisions(state: &mut State, views: Vec<TierView>, found: &mut Vec<(Invariant, String)>) {
+    let mut evicted: Vec<(Tier, ComponentId)> = Vec::new();
+    let mut missed = false;
+    loop {
+        let decision = match state.decisions.try_recv() {
+            Ok(decision) => decision,
+            Err(TryRecvError::Lagged(_)) => {
+                missed = true;
+                continue;
+            }
+            Err(_) => break,
+        };
+        state.before.decision = decision.number;
+        match decision.act {
             // Its reason has paths and inodes.
             Act::Refuse {
                 session, request, ..
             } => state.trace(format!("refused {session}/{request}")),
-            act => state.trace(act.sentence()),
+            act => {
+                state.trace(act.sentence());
+                if let Act::Evict {
+                    component, tier, ..
+                } = act
+                {
+                    evicted.push((tier, component));
+                }
+            }
         }
     }
-    let resident: Resident = views
-        .iter()
-        .flat_map(|view| view.residencies.iter().map(move |r| (view.tier, r)))
-        .filter(|(_, r)| !r.loading)
-        .map(|(tier, r)| (tier, r.component.id.clone()))
-        .collect();
-    let mut found = Vec::new();
-    for gone in state.before.resident.difference(&resident) {
-        if matches!(gone.0, Tier::Vram(_)) && state.gpu_was_lost {
+    let mut tiers = std::mem::take(&mut state.before.tiers);
+    tiers.clear();
+    let mut resident = Vec::with_capacity(state.before.resident.len());
+    for view in views {
+        let tier = view.tier;
+        tiers.push((tier, view.budget, view.committed));
+        let there = view.residencies.into_iter().filter(|r| !r.loading);
+        resident.extend(there.map(|r| (tier, r.component)));
+    }
+    let is_in = |list: &[(Tier, Arc<Component>)], tier, component: &Arc<Component>| {
+        let same =
+            |other: &Arc<Component>| Arc::ptr_eq(other, component) || other.id == component.id;
+        list.iter().any(|(t, other)| *t == tier && same(other))
+    };
+    for (tier, component) in &state.before.resident {
+        if missed || is_in(&resident, *tier, component) {
             continue;
         }
-        if !evicted.contains(gone) {
+        if matches!(tier, Tier::Vram(gpu) if state.vanished.contains_key(gpu)) {
+            continue;
+        }
+        if !evicted
+            .iter()
+            .any(|(t, id)| t == tier && *id == component.id)
+        {
+            let id = &component.id;
             found.push((
                 Invariant::DecisionsRecorded,
-                format!("{} is gone from {} without a decision", gone.1, gone.0),
+                format!("{id} is gone from {tier} without a decision"),
             ));
         }
     }
-    state.before = Before {
-        tiers: views
-            .iter()
-            .map(|v| (v.tier, v.budget, v.committed))
-            .collect(),
-        resident,
-        decision: new.last().map_or(last, |decision| decision.number),
-    };
-    found
+    state.before.tiers = tiers;
+    state.before.resident = resident;
 }

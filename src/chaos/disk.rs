@@ -17,16 +17,20 @@ use crate::{Bytes, Component};
 
 #[derive(Debug, Default)]
 pub(super) struct Faults {
+    /// The next reads that fail, and by which error of the system.
     pub(super) errors: u32,
+    pub(super) error: i32,
     pub(super) short: u32,
     pub(super) panics: u32,
     pub(super) stalled_until: Option<Instant>,
     /// A disk that lies: its bytes are wrong, and it says that they are right.
     pub(super) lies: bool,
-    /// Each component is opened as if it were opened twice.
-    pub(super) doubles: bool,
+    /// What was done to files that are not whole since, by their names.
+    pub(super) damage: BTreeMap<String, &'static str>,
+    /// How often reads met with each kind of fault.
+    pub(super) met: BTreeMap<&'static str, u64>,
     /// Reads under way, with their urgency.
-    reading: BTreeMap<u64, (String, Urgency)>,
+    reading: BTreeMap<u64, (Arc<str>, Urgency)>,
     next: u64,
 }
 
@@ -36,10 +40,22 @@ impl Faults {
         let mut counts = BTreeMap::new();
         for (name, urgency) in self.reading.values() {
             if !urgency.is_called_off() {
-                *counts.entry(name.clone()).or_insert(0) += 1 + usize::from(self.doubles);
+                *counts.entry(name.as_ref()).or_insert(0) += 1;
             }
         }
-        counts.into_iter().max_by_key(|(_, count)| *count)
+        let most: Option<(&str, usize)> = counts.into_iter().max_by_key(|(_, count)| *count);
+        most.map(|(name, count)| (name.to_owned(), count))
+    }
+
+    fn note(&mut self, kind: &'static str) {
+        *self.met.entry(kind).or_default() += 1;
+    }
+
+    /// A file was not as it was scanned.
+    fn note_damage(&mut self, component: &Component) {
+        if let Some(kind) = self.damage.get(component.id.model.as_str()).copied() {
+            self.note(kind);
+        }
     }
 
     pub(super) fn reading(&self) -> usize {
@@ -80,7 +96,7 @@ impl Reader for Disk {
     ) -> BoxFuture<'static, Result<Box<dyn OpenComponent>, ReadError>> {
         let disk = self.clone();
         async move {
-            let name = format!("{} {:?}", component.id, component.content_id);
+            let name = format!("{} {:?}", component.id, component.content_id).into();
             let number = {
                 let mut faults = disk.faults();
                 faults.next += 1;
@@ -90,7 +106,8 @@ impl Reader for Disk {
             };
             let reading = Reading { disk, number };
             reading.disk.clone().pass(Bytes::kib(4)).await;
-            let plan = ImagePlan::open(&component)?;
+            let plan = ImagePlan::open(&component)
+                .inspect_err(|_| reading.disk.faults().note_damage(&component))?;
             Ok(Box::new(Open {
                 component,
                 plan,
@@ -107,8 +124,10 @@ impl Disk {
     /// The time that this takes, stalls included.
     async fn pass(self, bytes: Bytes) {
         tokio::time::sleep(SEEK + PER_KIB * (bytes.get() >> 10) as u32).await;
-        let stalled = self.faults().stalled_until;
+        let now = Instant::now();
+        let stalled = self.faults().stalled_until.filter(|until| *until > now);
         if let Some(until) = stalled {
+            self.faults().note("stall-disk");
             tokio::time::sleep_until(until).await;
         }
     }
@@ -145,19 +164,29 @@ impl Open {
             let mut faults = self.reading.disk.faults();
             if faults.panics > 0 {
                 faults.panics -= 1;
+                faults.note("read-panics");
                 drop(faults);
                 std::panic::resume_unwind(Box::new("a read of the simulation panics"));
             }
             if faults.errors > 0 {
                 faults.errors -= 1;
+                let error = faults.error;
+                faults.note(if error == libc::ENOSPC {
+                    "no-space"
+                } else {
+                    "read-errors"
+                });
                 return Err(ReadError::Io {
                     path: source.path.to_path_buf(),
                     offset: at,
-                    source: io::Error::from_raw_os_error(libc::EIO),
+                    source: io::Error::from_raw_os_error(error),
                 });
             }
             let short = faults.short > 0;
             faults.short = faults.short.saturating_sub(1);
+            if short {
+                faults.note("short-reads");
+            }
             (if short { 512 } else { most }, faults.lies)
         };
         let next = self.plan.next_offset(self.extent);
@@ -172,6 +201,7 @@ impl Open {
                 source: error,
             })?;
             if read == 0 {
+                self.reading.disk.faults().note_damage(&self.component);
                 return Err(ReadError::Truncated {
                     path: source.path.to_path_buf(),
                     offset: at,
@@ -192,7 +222,8 @@ impl Open {
         }
         if self.extent == self.plan.extents.len() {
             // The files are still those that were scanned.
-            ImagePlan::open(&self.component)?;
+            ImagePlan::open(&self.component)
+                .inspect_err(|_| self.reading.disk.faults().note_damage(&self.component))?;
         }
         into.advance(moved);
         Ok(())

@@ -43,8 +43,14 @@ pub(crate) struct ChaosArgs {
     #[arg(long, value_name = "MINUTES", default_value = "1")]
     minutes: f64,
     /// Faults each second of simulated time
-    #[arg(long, value_name = "FAULTS", default_value = "4")]
+    #[arg(long, value_name = "FAULTS", default_value_t = hotset::chaos::Scenario::RATE)]
     rate: u64,
+    /// Simulation: recorded requests as load, as `hotset replay` reads them
+    #[arg(long, value_name = "FILE", requires = "components", conflicts_with_all = ["profile", "processes", "soak"])]
+    requests: Option<PathBuf>,
+    /// Their components
+    #[arg(long, value_name = "FILE", requires = "requests")]
+    components: Option<PathBuf>,
     /// Workers at the same time
     #[arg(long, default_value = "6")]
     workers: usize,
@@ -61,21 +67,23 @@ pub(crate) struct ChaosArgs {
 
 /// `hotset chaos`
 pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliError> {
-    let one = args.trace || args.profile.is_some();
+    let one = args.trace || args.profile.is_some() || args.requests.is_some();
     let seeds = args.seeds.clone();
     let seeds = seeds.or_else(|| one.then(|| args.seed..args.seed.saturating_add(1)));
     if let Some(seeds) = seeds {
         let profiles = args
             .profile
             .map_or_else(|| hotset::chaos::Profile::ALL.to_vec(), |p| vec![p]);
-        return super::simulate::simulate(
-            &seeds,
-            &profiles,
-            args.minutes,
-            args.rate,
-            args.trace,
-            global,
-        );
+        let requests = args.requests.as_deref().zip(args.components.as_deref());
+        let simulation = super::simulate::Simulation {
+            seeds,
+            profiles,
+            requests,
+            minutes: args.minutes,
+            rate: args.rate,
+            trace: args.trace,
+        };
+        return super::simulate::simulate(&simulation, global);
     }
     let report = match (args.processes, args.soak) {
         (_, Some(time)) => {

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use hotset::chaos::{Outcome, PlannedFault, Profile, Scenario, run, shrink};
+use hotset::chaos::{Outcome, PlannedFault, Profile, Scenario, Workload, run, shrink};
+use hotset::core::replay::Trace;
 use serde::Serialize;
 
 use super::{CliError, Global, output};
@@ -30,6 +32,23 @@ pub(super) fn profile(text: &str) -> Result<Profile, String> {
     found.ok_or_else(|| format!("one of {}", Profile::ALL.map(Profile::name).join(", ")))
 }
 
+/// What is to be simulated.
+pub(super) struct Simulation<'a> {
+    pub(super) seeds: Range<u64>,
+    pub(super) profiles: Vec<Profile>,
+    /// Recorded requests in the place of those that hotset comes with, and their components.
+    pub(super) requests: Option<(&'a Path, &'a Path)>,
+    pub(super) minutes: f64,
+    pub(super) rate: u64,
+    pub(super) trace: bool,
+}
+
+/// One load under which the seeds are run.
+struct Load {
+    name: &'static str,
+    scenario: Scenario,
+}
+
 #[derive(Serialize)]
 struct Told {
     profile: &'static str,
@@ -45,101 +64,138 @@ struct Told {
 struct Report {
     seeds: u64,
     faults_injected: u64,
+    /// The same by kind.
     faults: BTreeMap<&'static str, u64>,
+    /// How often a fault of each kind showed.
+    effects: BTreeMap<&'static str, u64>,
     requests: u64,
     granted: u64,
+    prefetches: u64,
     events: u64,
+    /// Hours of service that were simulated.
+    hours: f64,
+    /// Seconds that it took.
+    took_s: f64,
     violations: Vec<Told>,
 }
 
 /// Seeds that are told with their log; one cause breaks many.
 const TOLD: usize = 5;
 
-/// Runs the seeds under each profile, on all cores.
-pub(super) fn simulate(
-    seeds: &Range<u64>,
-    profiles: &[Profile],
-    minutes: f64,
-    rate: u64,
-    trace: bool,
-    global: &Global,
-) -> Result<(), CliError> {
-    let config = super::config(global)?;
-    let report = Mutex::new(Report::default());
-    let failed = Mutex::new(None);
-    for profile in profiles {
-        let scenario = Scenario {
-            config: config.clone(),
-            time: Duration::from_secs_f64(minutes.max(0.0) * 60.0),
-            rate,
-            log: if trace { usize::MAX } else { 200 },
-            ..Scenario::of(*profile)
+/// How often it is told how far it has come.
+const TELL: Duration = Duration::from_secs(30);
+
+fn loads(simulation: &Simulation<'_>, config: &hotset::Config) -> Result<Vec<Load>, CliError> {
+    let scenario = |workload| Scenario {
+        workload,
+        config: config.clone(),
+        time: Duration::from_secs_f64(simulation.minutes.max(0.0) * 60.0),
+        rate: simulation.rate,
+        log: if simulation.trace { usize::MAX } else { 200 },
+        ..Scenario::of(Profile::Hot)
+    };
+    if let Some((requests, components)) = simulation.requests {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).map_err(|source| CliError::File {
+                path: path.to_owned(),
+                source,
+            })
         };
-        let next = AtomicU64::new(seeds.start);
-        let work = || {
-            loop {
-                let seed = next.fetch_add(1, Ordering::Relaxed);
-                if seed >= seeds.end {
-                    return;
-                }
-                match run(&scenario, seed) {
-                    Ok(outcome) => add(&report, &scenario, *profile, outcome, trace),
-                    Err(error) => {
-                        *lock(&failed) = Some(error);
-                        return;
-                    }
-                }
-            }
-        };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+        let trace = Trace::read(&read(requests)?, Some(&read(components)?))
+            .map_err(|error| CliError::Usage(error.to_string()))?;
+        return Ok(vec![Load {
+            name: Profile::Recorded.name(),
+            scenario: scenario(Workload::Recorded(Arc::new(trace))),
+        }]);
     }
+    let of = |profile: &Profile| Load {
+        name: profile.name(),
+        scenario: scenario(profile.workload()),
+    };
+    Ok(simulation.profiles.iter().map(of).collect())
+}
+
+/// Runs the seeds under each load, on all cores.
+pub(super) fn simulate(simulation: &Simulation<'_>, global: &Global) -> Result<(), CliError> {
+    let loads = loads(simulation, &super::config(global)?)?;
+    let (report, failed) = (Mutex::new(Report::default()), Mutex::new(None));
+    let (next, began) = (AtomicU64::new(0), Instant::now());
+    let seeds = simulation.seeds.end.saturating_sub(simulation.seeds.start);
+    let jobs = seeds * loads.len() as u64;
+    let told = AtomicU64::new(0);
+    let work = || {
+        loop {
+            // One seed under each load in turn, so that a run that is stopped has seen all of them.
+            let job = next.fetch_add(1, Ordering::Relaxed);
+            let Some(load) = loads.get((job % loads.len().max(1) as u64) as usize) else {
+                return;
+            };
+            if job >= jobs || lock(&failed).is_some() {
+                return;
+            }
+            let seed = simulation.seeds.start + job / loads.len() as u64;
+            match run(&load.scenario, seed) {
+                Ok(outcome) => add(&report, load, outcome, simulation.trace),
+                Err(error) => *lock(&failed) = Some(error),
+            }
+            let due = began.elapsed().as_secs() / TELL.as_secs();
+            if told.fetch_max(due, Ordering::Relaxed) < due {
+                let report = lock(&report);
+                eprintln!(
+                    "{} of {jobs} seeds, {} faults, {} violations",
+                    report.seeds,
+                    report.faults_injected,
+                    report.violations.len()
+                );
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
     if let Some(error) = lock(&failed).take() {
         return Err(CliError::Usage(error.to_string()));
     }
-    let report = std::mem::take(&mut *lock(&report));
-    if global.json {
-        output::json(&report)?;
-    } else {
-        for told in &report.violations {
-            for line in &told.log {
-                output::line(line)?;
-            }
-            output::line(format!("faults that are needed: {:?}", told.faults))?;
-            output::line(format!(
-                "{}, seed {}: {}: {}; again: hotset chaos --profile {} --seed {} --trace",
-                told.profile, told.seed, told.invariant, told.message, told.profile, told.seed
-            ))?;
-        }
-        output::line(format!(
-            "{} seeds, {} faults, {} requests ({} granted), {} events, {} violations",
-            report.seeds,
-            report.faults_injected,
-            report.requests,
-            report.granted,
-            report.events,
-            report.violations.len()
-        ))?;
-    }
+    let mut report = std::mem::take(&mut *lock(&report));
+    report.took_s = began.elapsed().as_secs_f64();
+    tell(&report, global)?;
     match report.violations.len() as u64 {
         0 => Ok(()),
         violated => Err(CliError::Violations { violated }),
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+fn tell(report: &Report, global: &Global) -> Result<(), CliError> {
+    if global.json {
+        return output::json(report);
+    }
+    for told in &report.violations {
+        for line in &told.log {
+            output::line(line)?;
+        }
+        output::line(format!("faults that are needed: {:?}", told.faults))?;
+        output::line(format!(
+            "{}, seed {}: {}: {}; again: hotset chaos --profile {} --seed {} --trace",
+            told.profile, told.seed, told.invariant, told.message, told.profile, told.seed
+        ))?;
+    }
+    output::line(format!(
+        "{} seeds, {:.1} h of service in {:.1} s, {} faults, {} requests ({} granted), {} events, {} violations",
+        report.seeds,
+        report.hours,
+        report.took_s,
+        report.faults_injected,
+        report.requests,
+        report.granted,
+        report.events,
+        report.violations.len()
+    ))
 }
 
-fn add(
-    report: &Mutex<Report>,
-    scenario: &Scenario,
-    profile: Profile,
-    outcome: Outcome,
-    trace: bool,
-) {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn add(report: &Mutex<Report>, load: &Load, outcome: Outcome, trace: bool) {
     if trace {
         for line in &outcome.log {
             eprintln!("{line}");
@@ -152,9 +208,14 @@ fn add(
         for planned in &outcome.faults {
             *report.faults.entry(planned.fault.kind()).or_default() += 1;
         }
+        for (kind, count) in &outcome.effects {
+            *report.effects.entry(kind).or_default() += count;
+        }
         report.requests += outcome.requests;
         report.granted += outcome.granted;
+        report.prefetches += outcome.prefetches;
         report.events += outcome.events;
+        report.hours += outcome.time.as_secs_f64() / 3600.0;
         report.violations.len()
     };
     if outcome.violations.is_empty() {
@@ -162,13 +223,13 @@ fn add(
     }
     let first = outcome.clone();
     let small = if told < TOLD {
-        shrink(scenario, outcome).unwrap_or(first)
+        shrink(&load.scenario, outcome).unwrap_or(first)
     } else {
         first
     };
     if let Some(violation) = small.violations.first().cloned() {
         lock(report).violations.push(Told {
-            profile: profile.name(),
+            profile: load.name,
             seed: small.seed,
             invariant: violation.invariant.name(),
             message: violation.message,

@@ -4,8 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use hotset::core::device::sim::SimDevice;
 use hotset::core::policy::{Candidate, EvictionPolicy, Victim, lru::Lru};
-use hotset::{ActorName, Bytes, ComponentSet, GpuIndex, Health, Hotset, LoadError, ServiceState};
+use hotset::{
+    ActorName, Bytes, ComponentSet, Device, GpuIndex, Health, Hotset, LoadError, ServiceState,
+    Target,
+};
 
 use crate::library::{Library, Rig, assert_tensors, outcome, soon, until};
 
@@ -278,4 +282,31 @@ async fn sessions_and_loads_are_bounded_and_say_when_to_come_again() {
     assert!(refused.to_string().starts_with("busy"), "{refused}");
     rig.reader.open_wide();
     outcome(running).await.unwrap();
+}
+
+/// A GPU that breaks and is back before its manager, which was killed, could see it: what was in it is gone all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loss_that_the_manager_did_not_see_revokes_the_leases() {
+    let library = Library::new();
+    library.single("a", 1, 100);
+    let config = library.config_with_gpu(Bytes::mib(8), Bytes::mib(8));
+    let device = SimDevice::new(GpuIndex(0), config.gpu[0].sim.clone());
+    let hotset = Hotset::builder()
+        .config(config)
+        .devices(vec![device.clone()])
+        .start()
+        .await
+        .unwrap();
+    let session = hotset.session("test").await.unwrap();
+    let set = ComponentSet::new(["a"]).on(Target::Gpu(GpuIndex(0)));
+    let held = outcome(session.load(set.clone())).await.unwrap();
+    assert!(hotset.kill(ActorName::VramManager(GpuIndex(0))));
+    device.break_context(Some("error 700".into()));
+    until("its context to be made anew", async || {
+        device.lost().is_none()
+    })
+    .await;
+    assert!(held[0].revoked().is_some(), "its memory is gone");
+    let again = outcome(session.load(set)).await.unwrap();
+    assert!(again[0].revoked().is_none());
 }

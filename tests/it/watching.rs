@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use hotset::core::catalog::Presence;
-use hotset::{ActorName, Bytes, Change, ComponentSet};
+use hotset::core::catalog::store::Store;
+use hotset::{ActorName, Bytes, Change, ComponentSet, Hotset};
 
-use crate::library::{Library, Rig, assert_tensors, outcome, until};
+use crate::library::{Library, Rig, assert_tensors, outcome, soon, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn new_changed_moved_and_deleted_files_are_seen() {
@@ -197,4 +198,51 @@ async fn a_file_that_is_being_written_is_listed_once_it_is_whole() {
     let catalogue = rig.hotset.catalogue();
     let found = catalogue.find("growing").unwrap();
     assert_eq!((found.presence, &found.error), (Presence::Present, &None));
+}
+
+/// The index is kept by a Discovery that was started again as by the first, and made anew where it was spoilt meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_index_is_kept_after_a_restart_and_when_it_was_spoilt() {
+    let library = Library::new();
+    library.single("a", 1, 100);
+    let dir = tempfile::tempdir().unwrap();
+    let index = dir.path().join("catalogue.db");
+    let mut config = library.config(Bytes::mib(8));
+    config.catalog.database = Some(index.clone());
+    let hotset = Hotset::builder().config(config).start().await.unwrap();
+    let kept = || Store::open(&index).unwrap().load().unwrap().len();
+    assert_eq!(kept(), 1);
+
+    assert!(hotset.kill(ActorName::Discovery));
+    library.single("b", 2, 100);
+    soon("a scan", hotset.scan()).await.unwrap();
+    assert_eq!(kept(), 2, "by a Discovery that was started again");
+
+    std::fs::write(&index, [0xee; 8192]).unwrap();
+    let _ = std::fs::write(index.with_extension("db-wal"), [0xee; 8192]);
+    assert!(hotset.kill(ActorName::Discovery));
+    library.single("c", 3, 100);
+    soon("a scan", hotset.scan()).await.unwrap();
+    assert_eq!(kept(), 3, "a new one in the place of a corrupt one");
+}
+
+/// Who knows of changes tells of them, and need not know of which.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_that_nobody_watches_can_be_told() {
+    let library = Library::new();
+    library.single("a", 1, 100);
+    let hotset = Hotset::builder()
+        .config(library.config(Bytes::mib(8)))
+        .start()
+        .await
+        .unwrap();
+    for (name, told) in [("b", true), ("c", false)] {
+        library.single(name, 2, 100);
+        let path = library.path(&format!("{name}.safetensors"));
+        assert!(hotset.files_changed(told.then(|| vec![path])));
+        until("it to be seen", async || {
+            hotset.catalogue().find(name).is_ok()
+        })
+        .await;
+    }
 }

@@ -23,23 +23,47 @@ impl Keep {
 
     /// The catalogue as it was saved last.
     pub(super) fn load(&self) -> Option<Catalogue> {
-        let path = self.path.as_ref()?;
         let mut slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        let opened = Store::open(path).and_then(|mut store| {
-            let catalogue = store.load()?;
-            *slot = Some(store);
-            Ok(catalogue)
-        });
-        opened
-            .inspect_err(|error| tracing::warn!(%error, "the catalogue is not kept"))
-            .ok()
+        self.open(&mut slot)
     }
 
+    /// Opens the database, and a new one in the place of one that is corrupt.
+    fn open(&self, slot: &mut Option<Store>) -> Option<Catalogue> {
+        let path = self.path.as_ref()?;
+        match Store::open_loaded(path) {
+            Ok((store, catalogue)) => {
+                *slot = Some(store);
+                Some(catalogue)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the catalogue is not kept");
+                None
+            }
+        }
+    }
+
+    /// Saves the catalogue. A Discovery that was started again has not opened the database yet; and where it is corrupt,
+    /// another takes its place.
     pub(super) fn save(&self, catalogue: &Catalogue) {
         let mut slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = slot.as_mut()
-            && let Err(error) = store.save(catalogue)
+        if slot.is_none() && self.open(&mut slot).is_none() {
+            return;
+        }
+        let (Some(path), Some(store)) = (&self.path, slot.as_mut()) else {
+            return;
+        };
+        let mut saved = store.save(catalogue);
+        if let Err(error) = &saved
+            && error.is_corrupt()
         {
+            *slot = None;
+            saved = Store::anew(path, error).and_then(|mut store| {
+                store.save(catalogue)?;
+                *slot = Some(store);
+                Ok(())
+            });
+        }
+        if let Err(error) = saved {
             tracing::warn!(%error, "the catalogue could not be saved; it will be at the next change");
         }
     }

@@ -20,6 +20,12 @@ pub(super) enum Changes {
     Lost,
 }
 
+impl Default for Changes {
+    fn default() -> Self {
+        Self::Paths(HashSet::new())
+    }
+}
+
 /// The watcher of all roots; stops when dropped.
 pub(super) struct Watch {
     _watcher: Option<RecommendedWatcher>,
@@ -31,7 +37,7 @@ pub(super) struct Watch {
 impl Watch {
     /// Watches the roots. One that cannot be watched, or whose file system reports nothing, is polled instead.
     pub(super) fn start(config: &CatalogConfig, discovery: &ActorRef<DiscoveryMessage>) -> Self {
-        let changes = Arc::new(Mutex::new(Changes::Paths(HashSet::new())));
+        let changes = Arc::new(Mutex::new(Changes::default()));
         let (gathered, discovery) = (changes.clone(), discovery.clone());
         let gather = move |event: notify::Result<Event>| {
             // One message for however many events come before it is taken.
@@ -88,7 +94,7 @@ impl Watch {
     /// What has changed since the last time.
     pub(super) fn take(&self) -> Changes {
         let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *changes, Changes::Paths(HashSet::new()))
+        std::mem::take(&mut *changes)
     }
 }
 

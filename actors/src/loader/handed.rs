@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use hotset_core::ContentId;
+use hotset_core::breaks::{self, Break};
 use hotset_core::memory::Lease;
 use hotset_core::plan::Plan;
 
@@ -45,6 +46,9 @@ impl Handed {
     pub(super) async fn rest(&mut self, plan: &Plan, outlet: &Outlet) {
         for step in &plan.steps {
             if let Some(lease) = self.ready.remove(&step.component.content_id) {
+                if breaks::is(Break::LostLease) && self.ready.is_empty() {
+                    return;
+                }
                 self.sent.insert(step.component.content_id);
                 outlet.send(LoadEvent::Leased(lease)).await;
             }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use hotset_core::breaks::{self, Break};
 use hotset_core::decision::Act;
 use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
@@ -97,7 +98,10 @@ impl Job {
         add(&counters.loads_requested, 1);
         // Longer than any system runs, where it is too long for a clock.
         let due = self.started.checked_add(self.deadline());
-        let due = due.unwrap_or_else(|| self.started + FOR_EVER);
+        let mut due = due.unwrap_or_else(|| self.started + FOR_EVER);
+        if breaks::is(Break::LateAnswer) {
+            due += Duration::from_secs(1);
+        }
         let mut board = Board::new(self.started);
         let outcome = tokio::select! {
             biased;

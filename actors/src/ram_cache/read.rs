@@ -98,6 +98,23 @@ async fn read(
     Ok((writer.seal()?, table))
 }
 
+/// See [`Break::TwoFlights`](hotset_core::breaks::Break::TwoFlights).
+pub(super) async fn twice(house: Arc<House>, component: Arc<Component>) {
+    let Ok(mut open) = house.reader.open(component.clone()).await else {
+        return;
+    };
+    let bytes = open.image_bytes();
+    let Ok(mut writer) = slab(&house, &component, bytes, None).await else {
+        return;
+    };
+    while writer.filled() < bytes {
+        match open.read(writer, house.config.load.piece).await {
+            Ok(read) => (open, writer) = read,
+            Err(_) => return,
+        }
+    }
+}
+
 /// A place among those who read; prefetches have their own until somebody waits for them.
 async fn place<'a>(
     house: &'a House,

@@ -60,6 +60,14 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether the file is no whole database, so that another has to take its place.
+    #[must_use]
+    pub fn is_corrupt(&self) -> bool {
+        matches!(self, Self::Sqlite { source, .. } if is_corrupt(source))
+    }
+}
+
 /// An open store.
 #[derive(Debug)]
 pub struct Store {
@@ -84,18 +92,40 @@ impl Store {
             })?;
         }
         match Self::open_once(path) {
-            Err(StoreError::Sqlite { source, .. }) if is_corrupt(&source) => {
-                let aside = set_aside(path).map_err(|source| StoreError::Io {
-                    path: path.to_path_buf(),
-                    source,
-                })?;
-                tracing::warn!(error = %source, aside = %aside.display(), "the catalogue's database was corrupt and set aside");
-                let mut store = Self::open_once(path)?;
-                store.set_aside = Some(aside);
-                Ok(store)
-            }
+            Err(error) if error.is_corrupt() => Self::anew(path, &error),
             opened => opened,
         }
+    }
+
+    /// Opens the store as [`open`](Self::open) does, and gives the catalogue as it was last saved. What is corrupt beyond what
+    /// opening looks at shows here, and is set aside as well.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`load`](Self::load).
+    pub fn open_loaded(path: &Path) -> Result<(Self, Catalogue), StoreError> {
+        let mut store = Self::open(path)?;
+        match store.load() {
+            Err(error) if error.is_corrupt() => {
+                drop(store);
+                Ok((Self::anew(path, &error)?, Catalogue::new(1, Vec::new())))
+            }
+            loaded => Ok((store, loaded?)),
+        }
+    }
+
+    /// Moves a corrupt database to `<name>.corrupt`, and makes a new one in its place.
+    ///
+    /// # Errors
+    /// That it cannot be moved, or a new one not be made.
+    pub fn anew(path: &Path, why: &StoreError) -> Result<Self, StoreError> {
+        let aside = set_aside(path).map_err(|source| StoreError::Io {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        tracing::warn!(error = %why, aside = %aside.display(), "the catalogue's database was corrupt and set aside");
+        let mut store = Self::open_once(path)?;
+        store.set_aside = Some(aside);
+        Ok(store)
     }
 
     fn open_once(path: &Path) -> Result<Self, StoreError> {
@@ -354,6 +384,33 @@ mod tests {
         let mut store = Store::open(&path).unwrap();
         assert!(store.set_aside().unwrap().exists());
         assert!(store.load().unwrap().is_empty());
+    }
+
+    /// Opening looks at the first page only.
+    #[test]
+    fn what_is_corrupt_inside_is_set_aside_when_it_is_loaded() {
+        let root = tempfile::tempdir().unwrap();
+        for n in 0..200 {
+            let file = safetensors(&[("model.diffusion_model.x", &[4])], &[("a", "b")]);
+            put(root.path(), &format!("model-{n}.safetensors"), &file);
+        }
+        let (catalogue, _) = scanned(root.path(), None);
+        let state = tempfile::tempdir().unwrap();
+        let path = state.path().join("catalogue.sqlite");
+        Store::open(&path).unwrap().save(&catalogue).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.len() > 3 * 4096, "{}", bytes.len());
+        bytes[4096..].fill(0xee);
+        std::fs::write(&path, bytes).unwrap();
+        assert!(Store::open(&path).unwrap().load().is_err());
+
+        let (mut store, loaded) = Store::open_loaded(&path).unwrap();
+        assert!(loaded.is_empty());
+        assert!(store.set_aside().unwrap().exists());
+        store.save(&catalogue).unwrap();
+        drop(store);
+        let (_, loaded) = Store::open_loaded(&path).unwrap();
+        assert_eq!(loaded.len(), 200);
     }
 
     #[test]

@@ -39,6 +39,22 @@ struct State {
     refused_allocations: u32,
     /// The next uploads that the driver refuses.
     refused_uploads: u32,
+    /// The context is broken: every call fails until another one is made.
+    sticky: Option<Arc<str>>,
+    met: Met,
+}
+
+/// How often a call met with what it was told to fail by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Met {
+    /// An allocation that was refused although there was memory.
+    pub refused_allocations: u64,
+    /// An upload that was refused.
+    pub refused_uploads: u64,
+    /// A call in a broken context.
+    pub sticky: u64,
+    /// A call to a device that is lost.
+    pub lost: u64,
 }
 
 #[derive(Debug)]
@@ -67,6 +83,8 @@ impl SimDevice {
                 uploaded: Bytes::ZERO,
                 refused_allocations: 0,
                 refused_uploads: 0,
+                sticky: None,
+                met: Met::default(),
             }),
         })
     }
@@ -79,6 +97,18 @@ impl SimDevice {
     /// The device stops answering, or answers again.
     pub fn set_lost(&self, reason: Option<Arc<str>>) {
         self.lock().lost = reason;
+    }
+
+    /// An error that sticks to the context, as CUDA's do: every call gives it until the context is made anew by
+    /// [`Device::recover`], and then what was allocated before is gone.
+    pub fn break_context(&self, reason: Option<Arc<str>>) {
+        self.lock().sticky = reason;
+    }
+
+    /// How often calls met with what was made to go wrong.
+    #[must_use]
+    pub fn met(&self) -> Met {
+        self.lock().met
     }
 
     /// The next `count` allocations fail, whatever is free.
@@ -114,19 +144,28 @@ impl SimDevice {
             .saturating_sub(state.foreign)
     }
 
-    fn alive(&self, state: &State) -> Result<(), DeviceError> {
-        state.lost.as_ref().map_or(Ok(()), |reason| {
-            Err(DeviceError::Lost {
-                gpu: self.gpu,
-                reason: reason.clone(),
-            })
+    fn alive(&self, state: &mut State) -> Result<(), DeviceError> {
+        let reason = match (&state.lost, &state.sticky) {
+            (Some(reason), _) => {
+                state.met.lost += 1;
+                reason.clone()
+            }
+            (None, Some(reason)) => {
+                state.met.sticky += 1;
+                reason.clone()
+            }
+            (None, None) => return Ok(()),
+        };
+        Err(DeviceError::Lost {
+            gpu: self.gpu,
+            reason,
         })
     }
 
     /// When an upload of this many bytes, queued now, is done.
     fn book_link(&self, bytes: Bytes) -> Result<Instant, DeviceError> {
         let mut state = self.lock();
-        self.alive(&state)?;
+        self.alive(&mut state)?;
         let rate = self.config.bandwidth.get().max(1) as f64;
         let duration = self.config.latency + Duration::from_secs_f64(bytes.as_f64() / rate);
         let now = Instant::now();
@@ -151,8 +190,8 @@ impl Device for SimDevice {
 
     fn figures(&self) -> BoxFuture<'_, Result<Figures, DeviceError>> {
         async move {
-            let state = self.lock();
-            self.alive(&state)?;
+            let mut state = self.lock();
+            self.alive(&mut state)?;
             Ok(Figures {
                 source: FigureSource::Sim,
                 total: self.config.memory,
@@ -182,10 +221,11 @@ impl Device for SimDevice {
             let bytes = self.describe().granules.footprint(bytes);
             let address = {
                 let mut state = self.lock();
-                self.alive(&state)?;
+                self.alive(&mut state)?;
                 let free = self.free_in(&state);
                 let refused = state.refused_allocations > 0;
                 state.refused_allocations = state.refused_allocations.saturating_sub(1);
+                state.met.refused_allocations += u64::from(refused && bytes <= free);
                 if refused || bytes > free {
                     return Err(DeviceError::OutOfMemory {
                         gpu: self.gpu,
@@ -219,9 +259,10 @@ impl Device for SimDevice {
             to.check(offset, from.bytes().get())?;
             tokio::time::sleep_until(self.book_link(from.bytes())?).await;
             let mut state = self.lock();
-            self.alive(&state)?;
+            self.alive(&mut state)?;
             if state.refused_uploads > 0 {
                 state.refused_uploads -= 1;
+                state.met.refused_uploads += 1;
                 return Err(DeviceError::Driver {
                     gpu: self.gpu,
                     call: "upload",
@@ -251,8 +292,8 @@ impl Device for SimDevice {
         async move {
             from.check(offset, bytes)?;
             tokio::time::sleep_until(self.book_link(Bytes(bytes))?).await;
-            let state = self.lock();
-            self.alive(&state)?;
+            let mut state = self.lock();
+            self.alive(&mut state)?;
             let contents = state
                 .allocations
                 .get(&from.address())
@@ -264,11 +305,24 @@ impl Device for SimDevice {
     }
 
     fn lost(&self) -> Option<Arc<str>> {
-        self.lock().lost.clone()
+        let state = self.lock();
+        state.lost.clone().or_else(|| state.sticky.clone())
     }
 
     fn recover(&self) -> BoxFuture<'_, Result<(), DeviceError>> {
-        async move { self.alive(&self.lock()) }.boxed()
+        async move {
+            let (mut state, mut gone) = (self.lock(), HashMap::new());
+            if state.lost.is_none() && state.sticky.take().is_some() {
+                // With its context went all that was allocated in it.
+                gone = std::mem::take(&mut state.allocations);
+                state.used = Bytes::ZERO;
+            }
+            let alive = self.alive(&mut state);
+            drop(state);
+            drop(gone);
+            alive
+        }
+        .boxed()
     }
 
     fn release(&self, id: u64, kept: Kept) {
@@ -346,7 +400,15 @@ mod tests {
         let refused = device.upload(&to, 0, source.clone()).await;
         assert!(matches!(refused, Err(DeviceError::Driver { .. })));
         device.upload(&to, 0, source).await.unwrap();
+        device.break_context(Some("error 700".into()));
+        let broken = device.clone().allocate(Bytes::mib(1)).await;
+        assert!(matches!(broken, Err(DeviceError::Lost { .. })));
+        device.recover().await.unwrap();
+        assert_eq!((device.allocated(), device.lost()), (Bytes::ZERO, None));
+        drop(to);
+        assert_eq!(device.allocated(), Bytes::ZERO);
         device.set_lost(Some("Xid 79".into()));
+        assert!(device.recover().await.is_err());
         assert!(matches!(
             device.clone().allocate(Bytes::mib(1)).await,
             Err(DeviceError::Lost { .. })

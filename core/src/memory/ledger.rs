@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use super::flight::{Flight, FlightTicket};
 use super::lease::Lease;
 use super::slab::Slab;
+use crate::breaks::{self, Break};
 use crate::catalog::Component;
 use crate::device::Allocation;
 use crate::ids::{ContentId, LeaseId, SessionId, Tier};
@@ -45,7 +46,10 @@ pub struct Held {
 }
 
 impl Held {
-    pub(super) fn new(memory: Memory, charge: Charge) -> Self {
+    pub(super) fn new(memory: Memory, mut charge: Charge) -> Self {
+        if breaks::is(Break::FreedTooEarly) && matches!(memory, Memory::Device(_)) {
+            drop(charge.split());
+        }
         let charge = Arc::new(charge);
         // A device frees later than it is told to; the bytes come back when it has.
         if let Memory::Device(allocation) = &memory {
@@ -76,6 +80,18 @@ impl Charge {
     #[must_use]
     pub const fn bytes(&self) -> Bytes {
         self.bytes
+    }
+}
+
+impl Charge {
+    /// All its bytes as another charge, so that nothing is left here.
+    fn split(&mut self) -> Self {
+        Self {
+            ledger: self.ledger.clone(),
+            tier: self.tier,
+            bytes: std::mem::take(&mut self.bytes),
+            evicting: AtomicBool::new(false),
+        }
     }
 }
 
@@ -475,6 +491,9 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        if breaks::is(Break::LostRelease) {
+            return;
+        }
         let gone = {
             let mut books = self.ledger.lock();
             let Some(tier) = books.tiers.get_mut(&self.key.tier) else {
@@ -697,7 +716,7 @@ impl Ledger {
                 budget: open.budget,
             });
         }
-        if need.new > open.free() {
+        if need.new > open.free() && !breaks::is(Break::OverCommit) {
             return Ok(Reserved::Short(Shortfall {
                 needed: need.new,
                 free: open.free(),
@@ -1052,7 +1071,7 @@ impl Ledger {
         let State::Resident { held, .. } = &entry.state else {
             return None;
         };
-        if entry.pins > 0 {
+        if !entry.is_evictable() {
             return None;
         }
         held.charge.evicting.store(true, Ordering::Relaxed);
@@ -1266,8 +1285,9 @@ impl Ledger {
 }
 
 impl Entry {
-    const fn is_evictable(&self) -> bool {
-        self.pins == 0 && matches!(self.state, State::Resident { .. })
+    fn is_evictable(&self) -> bool {
+        (self.pins == 0 || breaks::is(Break::LeasesIgnored))
+            && matches!(self.state, State::Resident { .. })
     }
 
     fn view(&self) -> ResidencyView {
