@@ -2,11 +2,11 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::arena::Home;
 use super::mapping::{MappedRange, Mapping, MappingObserver, Pages};
 use super::writer::SlabWriter;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::units::Bytes;
 
 /// Why host memory could not be had or shared.
