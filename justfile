@@ -31,3 +31,15 @@ docs:
 # Licences, advisories, doubled dependencies (needs cargo-deny)
 deny:
     cargo deny check
+
+# Shuttle explores interleavings of the locks that several threads share (ledger, arena, turns on a link)
+models:
+    scripts/models
+
+# Every fuzz target for so many seconds (needs a nightly toolchain and cargo-fuzz)
+fuzz SECONDS="60":
+    fuzz/run.sh {{SECONDS}}
+
+# Tests of the unsafe modules under Miri, AddressSanitizer or valgrind, whichever is there
+sanitize:
+    scripts/sanitize

@@ -202,7 +202,9 @@ impl Discovery {
         state
             .unfinished
             .extend(report.problems.iter().filter_map(|problem| match problem {
-                ScanProblem::Incomplete { path, .. } => Some(path.clone()),
+                ScanProblem::Incomplete { path, .. } | ScanProblem::Interrupted { path, .. } => {
+                    Some(path.clone())
+                }
                 _ => None,
             }));
         take_changes(state);

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use hotset_core::catalog::Component;
 use hotset_core::plan::{ComponentSet, Plan, Step, Target, There};
+use hotset_core::sync::Mutex;
 
 use crate::uses::UsedSet;
 

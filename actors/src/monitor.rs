@@ -1,7 +1,8 @@
 //! Monitor: measures what others on the machine do to host memory, and tells the tiers.
 //!
-//! It measures at intervals, and at once when the kernel says that tasks wait for memory. Under pressure prefetches end,
-//! what nobody holds is evicted half by half, and memory that was kept warm goes back to the system.
+//! It measures at intervals, more often under pressure, and at once when the kernel says that tasks wait for memory or that a
+//! limit of the control group has changed or was met. Under pressure prefetches end, what nobody holds is evicted half by half,
+//! and memory that was kept warm goes back to the system.
 //!
 //! The decision log and the counters are kept in the house, so that they outlive this actor.
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use hotset_core::Tier;
 use hotset_core::decision::EvictCause;
-use hotset_core::machine::{Machine, PressureTrigger};
+use hotset_core::machine::{LimitWatch, Machine, PressureTrigger};
 use hotset_core::policy::pressure::{HostMemory, Judgement, judge};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
@@ -68,6 +69,8 @@ pub(crate) struct State {
 
 /// What may stay of the RAM budget under pressure: half of what is there goes, then half of the rest, until it ends.
 const KEEP_UNDER_PRESSURE: f64 = 0.5;
+/// How many times as often is measured while there is pressure: what went last time is gone soon, and may not have been enough.
+const OFTENER: u32 = 10;
 
 #[ractor::actor(message = MonitorMessage, state = State, arguments = Arc<House>)]
 impl Monitor {
@@ -144,14 +147,18 @@ impl Monitor {
 /// Reads the kernel's figures on a blocking thread, since `/proc` can be slow on a machine in trouble.
 fn measure_every(house: &Arc<House>, monitor: ActorRef<MonitorMessage>) -> AbortOnDropHandle<()> {
     let (house, machine) = (house.clone(), house.machine.clone());
-    let mut ticks = tokio::time::interval(house.config.monitor.interval);
+    let interval = house.config.monitor.interval;
+    let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     AbortOnDropHandle::new(tokio::spawn(async move {
         let alarms = Alarms::listen(&machine);
         loop {
+            let pressed = *house.pressure.borrow() == Pressure::High;
             let alarm = tokio::select! {
                 biased;
-                () = alarms.went() => true,
+                () = alarms.stalled.notified() => true,
+                () = alarms.limits.notified() => false,
+                () = tokio::time::sleep(interval / OFTENER), if pressed => false,
                 _ = ticks.tick() => false,
             };
             let machine = machine.clone();
@@ -169,51 +176,71 @@ fn measure_every(house: &Arc<House>, monitor: ActorRef<MonitorMessage>) -> Abort
     }))
 }
 
-/// The kernel's alarm for stalls on memory, on a thread of its own.
+/// The kernel's alarms, each on a thread of its own. They never ring where the kernel has none.
 struct Alarms {
-    rung: Arc<Notify>,
-    /// The thread ends some time after this is gone.
+    /// Tasks wait for memory.
+    stalled: Arc<Notify>,
+    /// A limit of the control group has changed, or was met.
+    limits: Arc<Notify>,
+    /// The threads end some time after this is gone.
     alive: Arc<()>,
 }
 
 impl Alarms {
-    /// How often the thread looks whether it is still wanted.
+    /// How often a thread looks whether it is still wanted.
     const LOOK: Duration = Duration::from_secs(2);
+    /// Pause after word of limits: a group that reads files meets its own all the time, and a look costs several files.
+    const PAUSE: Duration = Duration::from_millis(10);
 
-    /// Listens to the machine's file; never rings where the kernel cannot.
+    /// Listens to what the machine has.
     fn listen(machine: &Machine) -> Self {
         let alarms = Self {
-            rung: Arc::new(Notify::new()),
+            stalled: Arc::new(Notify::new()),
+            limits: Arc::new(Notify::new()),
             alive: Arc::new(()),
         };
         if machine.is_simulated() {
             return alarms;
         }
-        let trigger = match PressureTrigger::watch(machine.pressure_file()) {
-            Ok(trigger) => trigger,
-            Err(error) => {
-                tracing::debug!("{error}");
-                return alarms;
+        match PressureTrigger::watch(machine.pressure_file()) {
+            Ok(trigger) => {
+                let wait = move || trigger.wait(Self::LOOK);
+                alarms.rings("hotset-psi", alarms.stalled.clone(), wait);
             }
-        };
-        let (rung, alive) = (alarms.rung.clone(), Arc::downgrade(&alarms.alive));
-        let listen = move || {
-            while alive.strong_count() > 0 {
-                if trigger.wait(Self::LOOK) {
-                    rung.notify_one();
-                }
+            Err(error) => tracing::debug!("{error}"),
+        }
+        match machine.cgroup().map(LimitWatch::watch) {
+            Some(Ok(watch)) => {
+                let wait = move || {
+                    let told = watch.wait(Self::LOOK);
+                    if told {
+                        std::thread::sleep(Self::PAUSE);
+                    }
+                    told
+                };
+                alarms.rings("hotset-limits", alarms.limits.clone(), wait);
             }
-        };
-        if let Err(error) = std::thread::Builder::new()
-            .name("hotset-psi".into())
-            .spawn(listen)
-        {
-            tracing::warn!(%error, "no thread for the kernel's alarms; pressure is measured at intervals");
+            Some(Err(error)) => {
+                tracing::debug!(%error, "limits of the control group are read at intervals");
+            }
+            None => {}
         }
         alarms
     }
 
-    async fn went(&self) {
-        self.rung.notified().await;
+    /// Rings each time that `wait` says so.
+    fn rings(&self, name: &str, bell: Arc<Notify>, wait: impl Fn() -> bool + Send + 'static) {
+        let alive = Arc::downgrade(&self.alive);
+        let listen = move || {
+            while alive.strong_count() > 0 {
+                if wait() {
+                    bell.notify_one();
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name(name.into());
+        if let Err(error) = thread.spawn(listen) {
+            tracing::warn!(%error, name, "no thread for the kernel's alarms; memory is measured at intervals");
+        }
     }
 }

@@ -1,12 +1,13 @@
 //! What sessions may have: each for itself, and all of one label together.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hotset_core::catalog::Component;
 use hotset_core::config::{Config, QuotaConfig};
 use hotset_core::memory::Ledger;
+use hotset_core::sync::{Mutex, MutexGuard};
 use hotset_core::{Bytes, SessionId, Tier};
 
 use crate::loading::LoadError;

@@ -3,11 +3,12 @@
 //! A policy has to know before it decides, and not earlier: a message for each request would wake an actor for nothing, many
 //! thousand times a second. So uses lie here in their order, and whoever decides takes them first.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hotset_core::SessionId;
 use hotset_core::catalog::Component;
+use hotset_core::sync::Mutex;
 
 /// So many may lie here before the one who takes them is woken for them alone.
 const MANY: usize = 1024;

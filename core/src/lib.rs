@@ -27,6 +27,8 @@ pub mod policy;
 pub mod predict;
 mod random;
 pub mod replay;
+#[doc(hidden)]
+pub mod sync;
 pub mod tensor;
 pub mod units;
 pub mod usage;

@@ -4,6 +4,7 @@
 //! groups count as well, from the process's own up to the root. Reads files of `/proc` and `/sys`, and nothing else.
 
 mod cgroup;
+mod limits;
 mod numa;
 mod psi;
 
@@ -11,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use cgroup::Cgroup;
+pub use limits::LimitWatch;
 pub use numa::NumaNode;
 pub use psi::{PressureTrigger, TriggerError};
 

@@ -1,10 +1,16 @@
 //! `hotset chaos --processes` and `hotset chaos --soak`: a real server, real workers on real sockets and files, and whatever can
 //! happen to them.
 
+mod checks;
+mod crowd;
 mod digest;
+mod doubles;
 mod faults;
 mod group;
+mod holdings;
+mod inject;
 mod library;
+mod own;
 mod report;
 mod run;
 mod server;
@@ -60,6 +66,20 @@ pub(crate) struct ChaosArgs {
     /// Use the GPUs that are found, instead of a simulated one
     #[arg(long)]
     gpus: bool,
+    /// First, servers are killed under the load of so many sessions, and it is measured how soon all work again
+    #[arg(
+        long,
+        value_name = "SESSIONS",
+        default_value = "0",
+        conflicts_with = "soak"
+    )]
+    sessions: usize,
+    /// Work in this folder, and leave it with the server's log
+    #[arg(long, value_name = "FOLDER", conflicts_with = "soak")]
+    keep: Option<PathBuf>,
+    /// GPUs that are doubles, as hotset's own tests have built them in this folder (target/release), and what happens to GPUs
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["soak", "gpus"])]
+    doubles: Option<PathBuf>,
     /// Python with the hotset package, for workers of its kind
     #[arg(long, value_name = "PYTHON")]
     python: Option<PathBuf>,
@@ -124,10 +144,19 @@ fn print(report: &Report) -> Result<(), CliError> {
         &["time", "count", "p50 ms", "p99 ms", "max ms"],
         &["count", "p50 ms", "p99 ms", "max ms"],
     );
+    let crowd = report.crowd.as_ref();
     for (name, times) in [
         ("a dead worker's leases are back", &report.leases_returned),
         ("a dead server's successor leases", &report.server_restarted),
         ("a worker has a server again", &report.clients_reconnected),
+        (
+            "the successor leases, under a crowd",
+            &crowd.and_then(|crowd| crowd.serving.clone()),
+        ),
+        (
+            "all of the crowd are back",
+            &crowd.and_then(|crowd| crowd.all_reconnected.clone()),
+        ),
     ] {
         if let Some(times) = times {
             table.add_row([
@@ -140,31 +169,31 @@ fn print(report: &Report) -> Result<(), CliError> {
         }
     }
     output::line(table.to_string())?;
-    let mut table = output::table(
-        &[
-            "server's life",
-            "descriptors",
-            "threads",
-            "own memory",
-            "VRAM",
-        ],
-        &[
-            "server's life",
-            "descriptors",
-            "threads",
-            "own memory",
-            "VRAM",
-        ],
-    );
+    let columns = [
+        "server's life",
+        "descriptors",
+        "threads",
+        "own memory",
+        "VRAM",
+        "kept memories",
+        "returned after",
+    ];
+    let mut table = output::table(&columns, &columns);
     for life in &report.lives {
         let (start, end) = (&life.start, &life.end);
         let bytes = |a: u64, b: u64| format!("{} → {}", hotset::Bytes(a), hotset::Bytes(b));
         table.add_row([
             format!("{:.0} s", life.seconds),
-            format!("{} → {}", start.descriptors, end.descriptors),
-            format!("{} → {}", start.threads, end.threads),
+            format!(
+                "{} → {}",
+                start.other_descriptors(),
+                end.other_descriptors()
+            ),
+            format!("{} → {}", start.all_threads(), end.all_threads()),
             bytes(start.anonymous_bytes, end.anonymous_bytes),
             bytes(start.vram_bytes, end.vram_bytes),
+            format!("{} → {}", start.kept_memories, end.kept_memories),
+            format!("{:.1} s", life.returned_after_s),
         ]);
     }
     output::line(table.to_string())?;

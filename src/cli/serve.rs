@@ -5,6 +5,7 @@ use std::sync::Arc;
 use hotset::bridge::Bridge;
 use hotset::http::Http;
 use hotset::{Config, Hotset};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::line;
@@ -15,8 +16,21 @@ pub(crate) async fn start(config: Config) -> Result<Hotset, CliError> {
     Ok(Hotset::builder().config(config).start().await?)
 }
 
+/// As many descriptors as this process may have at all: each client is one, and each memory that is leased is another.
+fn allow_descriptors() {
+    let limits = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limits.maximum,
+        maximum: limits.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, all) {
+        tracing::debug!(%error, "the limit on descriptors stays as it is");
+    }
+}
+
 /// `hotset serve`
 pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
+    allow_descriptors();
     let mut config = config(global)?;
     if config.catalog.database.is_none() {
         config.catalog.database = super::kept::database(&config.catalog.roots);

@@ -139,17 +139,22 @@ impl RemoteLease {
             .collect())
     }
 
+    /// All tensors in a copy of [`export`](Self::export)ed memory, such as
+    /// [`Imported::read`](hotset_core::device::cuda::Imported::read) makes.
+    ///
+    /// # Errors
+    /// [`ClientError::Protocol`], where the copy is too short too.
+    pub fn tensors_in<'a>(&'a self, copy: &'a [u8]) -> Result<Vec<RemoteTensor<'a>>, ClientError> {
+        let rows = self.table.rows()?.iter();
+        rows.map(|row| view(copy, row)).collect()
+    }
+
     /// All tensors, by name.
     ///
     /// # Errors
     /// [`ClientError::Map`], [`ClientError::Protocol`].
     pub fn tensors(&self) -> Result<Vec<RemoteTensor<'_>>, ClientError> {
-        let memory = self.mapping()?.as_slice();
-        self.table
-            .rows()?
-            .iter()
-            .map(|row| view(memory, row))
-            .collect()
+        self.tensors_in(self.mapping()?.as_slice())
     }
 
     /// The tensor of this name, where there is one.

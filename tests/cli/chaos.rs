@@ -1,8 +1,11 @@
 //! The harness of real processes, and what it found.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use hotset::client::{Client, LoadOptions};
+use hotset::core::machine::Cgroup;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::server::{Server, until};
@@ -19,6 +22,302 @@ fn nothing_is_lost_in_a_short_run() {
     assert!(report["leases"].as_u64().unwrap() > 50, "{report}");
     // A life that was measured from its beginning to its end.
     assert!(!report["lives"].as_array().unwrap().is_empty(), "{report}");
+}
+
+#[test]
+fn sessions_are_back_after_each_kill_of_their_server() {
+    let home = Home::new();
+    let output = home.run(&[
+        "chaos",
+        "--processes",
+        "--minutes",
+        "0.05",
+        "--sessions",
+        "25",
+        "--workers",
+        "2",
+        "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", told(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let crowd = &report["crowd"];
+    assert_eq!(
+        (&crowd["sessions"], &crowd["kills"]),
+        (&25.into(), &20.into())
+    );
+    for times in ["serving", "all_reconnected"] {
+        assert_eq!(crowd[times]["count"], 20, "{report}");
+    }
+    assert!(crowd["requests"].as_u64().unwrap() > 100, "{report}");
+}
+
+/// The memfds that a process has open.
+fn memories(pid: u32) -> usize {
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let memfds = open.filter_map(|entry| {
+        let path = entry.unwrap().path();
+        let target = std::fs::read_link(&path).ok()?;
+        let is = target.to_string_lossy().starts_with("/memfd:");
+        is.then(|| std::fs::metadata(&path).ok().map(|file| file.ino()))?
+    });
+    memfds.collect::<BTreeSet<u64>>().len()
+}
+
+/// Sockets, locks of the index, and memory that clients of the dead still map.
+#[test]
+fn a_killed_server_leaves_nothing_that_its_successor_trips_over() {
+    let home = Home::new();
+    let library = home.library();
+    let database = home.path().join("catalogue.db");
+    let setting = format!("catalog.database={}", database.display());
+    let arguments = ["--set", &setting];
+    let settled = || {
+        until("the first scan", || {
+            home.json(&["status", "--json"])["catalogue"]["scanning"] == false
+        });
+    };
+    let server = Server::start(&home, &library, &arguments);
+    settled();
+    let socket = server.socket().to_owned();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let set = LoadOptions::new(["sdxl-demo"]).on("ram");
+        let bytes = |leases: &[hotset::client::RemoteLease]| -> Vec<Vec<u8>> {
+            let tensors = leases.iter().flat_map(|lease| lease.tensors().unwrap());
+            tensors.map(|tensor| tensor.bytes.to_vec()).collect()
+        };
+        let client = Client::connect_to(&socket, "worker").await.unwrap();
+        let held = client.load(&set).await.unwrap();
+        let before = bytes(&held);
+        server.kill();
+        client.closed().await;
+        assert!(socket.exists(), "nobody has cleaned up");
+        assert_eq!(bytes(&held), before, "what is mapped outlives the server");
+
+        let successor = Server::start(&home, &library, &arguments);
+        settled();
+        let status = home.json(&["status", "--json"]);
+        assert_eq!(
+            status["catalogue"]["last_scan"]["inspected"], 0,
+            "the index is neither locked nor broken: {status}"
+        );
+        let client = Client::connect_to(&socket, "worker").await.unwrap();
+        let again = client.load(&set).await.unwrap();
+        assert_eq!(bytes(&again), before);
+        assert_eq!(bytes(&held), before, "nor does its successor touch it");
+        drop((held, again, client));
+        until("all leases to end", || {
+            let status = home.json(&["status", "--json"]);
+            status["tiers"][0]["leased"] == 0 && status["arena"]["lingering"] == 0
+        });
+        let status = home.json(&["status", "--json"]);
+        assert_eq!(
+            status["arena"]["mappings"],
+            memories(successor.id()),
+            "the books have each memory that is open, and no other: {status}"
+        );
+    });
+}
+
+/// What cannot be looked at for want of a descriptor is neither gone nor broken, then or after.
+#[test]
+fn a_server_without_descriptors_forgets_no_model() {
+    let home = Home::new();
+    let library = home.path().join("library");
+    std::fs::create_dir(&library).unwrap();
+    for i in 0..4 {
+        model(&library.join(format!("m{i}.safetensors")), 1);
+    }
+    let server = Server::start(&home, &library, &["--set", "catalog.settle=10ms"]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let client = Client::connect_to(server.socket(), "worker").await.unwrap();
+        let listed = async || {
+            let page = client.list(hotset::bridge::wire::List {
+                limit: 200,
+                ..Default::default()
+            });
+            let models = page.await.unwrap().models;
+            let whole = models.iter().filter(|model| model["error"].is_null());
+            (models.len(), whole.count())
+        };
+        assert_eq!(listed().await, (4, 4));
+        let pid = Pid::from_raw(server.id().try_into().unwrap());
+        let limit = |most| {
+            let limits = Rlimit {
+                current: most,
+                maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
+            };
+            prlimit(pid, Resource::Nofile, limits).unwrap().current
+        };
+        let before = limit(Some(3));
+        let log = home.path().join("serve.log");
+        let mut i = 0;
+        until("a look that fails", || {
+            // Changes call for one.
+            i += 1;
+            model(&library.join("m0.safetensors"), 1 + i % 2);
+            let log = std::fs::read_to_string(&log).unwrap();
+            log.contains("could not be looked at")
+        });
+        assert_eq!(listed().await.0, 4, "known models are gone");
+        limit(before);
+        let began = std::time::Instant::now();
+        while listed().await != (4, 4) {
+            assert!(began.elapsed().as_secs() < 60, "{:?}", listed().await);
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        let set = LoadOptions::new(["m0", "m3"]).on("ram");
+        assert_eq!(client.load(&set).await.unwrap().len(), 2);
+    });
+}
+
+/// Memory that nobody uses is not worth a load that fails for want of a descriptor.
+#[test]
+fn warm_memory_gives_its_descriptors_up() {
+    let home = Home::new();
+    let library = home.library();
+    let server = Server::start(&home, &library, &[]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let client = Client::connect_to(server.socket(), "worker").await.unwrap();
+        let set = LoadOptions::new(["sdxl-demo"])
+            .on("ram")
+            .keep_alive(hotset::KeepAlive::For(std::time::Duration::ZERO));
+        drop(client.load(&set).await.unwrap());
+        until("its memory to be warm", || {
+            let arena = &home.json(&["status", "--json"])["arena"];
+            arena["mappings"].as_u64().unwrap() >= 4 && arena["live"] == 0
+        });
+        let pid = Pid::from_raw(server.id().try_into().unwrap());
+        let open = std::fs::read_dir(format!("/proc/{}/fd", server.id()))
+            .unwrap()
+            .count();
+        let few = Rlimit {
+            current: Some(open as u64),
+            maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
+        };
+        prlimit(pid, Resource::Nofile, few).unwrap();
+        // Of a size for which there is no warm memory.
+        let leases = client
+            .load(
+                &LoadOptions::new(["loras/ink-sketch"])
+                    .on("ram")
+                    .without_dependencies(),
+            )
+            .await
+            .unwrap();
+        assert!(!leases[0].tensors().unwrap().is_empty());
+    });
+}
+
+/// A control group for a server; removed when it is dropped.
+struct Group(std::path::PathBuf);
+
+impl Group {
+    fn make() -> Result<Self, String> {
+        let own = Cgroup::of_this_process().ok_or("no control group with a memory controller")?;
+        let parent = own.folder().ok_or("no folder of the control group")?;
+        let folder = parent.join(format!("hotset-shrink-{}", std::process::id()));
+        std::fs::create_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        let group = Self(folder);
+        let (file, _) = group.files();
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&file)
+            .map_err(|error| format!("{}: {error}", file.display()))?;
+        Ok(group)
+    }
+
+    fn files(&self) -> (std::path::PathBuf, std::path::PathBuf) {
+        let [limit, used] = match self.0.join("memory.max").exists() {
+            true => ["memory.max", "memory.current"],
+            false => ["memory.limit_in_bytes", "memory.usage_in_bytes"],
+        };
+        (self.0.join(limit), self.0.join(used))
+    }
+
+    fn used(&self) -> u64 {
+        std::fs::read_to_string(self.files().1)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    }
+
+    fn limit(&self, bytes: u64) {
+        std::fs::write(self.files().0, bytes.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+fn model(path: &Path, mib: usize) {
+    let bytes = vec![7_u8; mib << 20];
+    let tensor =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], &bytes);
+    let file = safetensors::serialize([("t", tensor.unwrap())], None).unwrap();
+    std::fs::write(path, file).unwrap();
+}
+
+/// As `docs/memory.md` says that it is to be done.
+#[test]
+fn a_limit_that_falls_in_steps_kills_nobody() {
+    let home = Home::new();
+    let library = home.path().join("library");
+    std::fs::create_dir(&library).unwrap();
+    for i in 0..8 {
+        model(&library.join(format!("m{i}.safetensors")), 8);
+    }
+    let group = match Group::make() {
+        Ok(group) => group,
+        Err(why) => {
+            eprintln!("SKIPPED: no control group can be made here: {why}");
+            return;
+        }
+    };
+    // It would look again in an hour: the kernel's word alone has to do.
+    let settings = ["--set", "ram.budget=64MiB", "--set", "monitor.interval=1h"];
+    let server = Server::start_in(&home, &library, &settings, Some(&group.0));
+    let committed = || {
+        home.json(&["status", "--json"])["tiers"]
+            .as_array()
+            .unwrap()
+            .last()
+            .unwrap()["committed"]
+            .as_u64()
+            .unwrap()
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let client = Client::connect_to(server.socket(), "worker").await.unwrap();
+        for i in 0..6 {
+            drop(
+                client
+                    .load(&LoadOptions::new([format!("m{i}")]).on("ram"))
+                    .await
+                    .unwrap(),
+            );
+        }
+        let before = committed();
+        assert!(before >= 48 << 20, "{before}");
+        let held = client
+            .load(&LoadOptions::new(["m0"]).on("ram"))
+            .await
+            .unwrap();
+        // From more than all that is there, lower by less at each step than what has to stay free.
+        for room in [72, 60, 48, 36, 24, 16, 16, 16] {
+            group.limit(group.used() + (room << 20));
+            std::thread::sleep(std::time::Duration::from_millis(300));
+        }
+        until("what nobody holds to go", || committed() < before / 2);
+        client.ping().await.unwrap();
+        assert!(!held[0].tensors().unwrap().is_empty());
+    });
 }
 
 /// A server that runs out of descriptors half-way through a set must not keep the first half, nor give its memory numbers that

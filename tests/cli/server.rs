@@ -27,15 +27,36 @@ pub(crate) struct Server {
 impl Server {
     /// Serves a folder, at the default place of this home, with further arguments.
     pub(crate) fn start(home: &Home, library: &Path, arguments: &[&str]) -> Self {
+        Self::start_in(home, library, arguments, None)
+    }
+
+    /// The same in a control group.
+    pub(crate) fn start_in(
+        home: &Home,
+        library: &Path,
+        arguments: &[&str],
+        group: Option<&Path>,
+    ) -> Self {
         let mut all = vec!["--models", library.to_str().unwrap(), "serve"];
         all.extend(arguments);
         let log = std::fs::File::create(home.path().join("serve.log")).unwrap();
-        let child = home
-            .command(&all)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let mut command = home.command(&all);
+        if let Some(group) = group {
+            // The shell moves itself into the group and becomes the server.
+            let server = command;
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
+                .arg(group)
+                .arg(server.get_program())
+                .args(server.get_args())
+                .current_dir(home.path())
+                .env_clear()
+                .env("HOME", home.path())
+                .env("PATH", std::env::var_os("PATH").unwrap_or_default());
+            command = shell;
+        }
+        let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let server = Self {
             child: Some(child),
             socket: home.path().join(".local/state/hotset/hotset.sock"),

@@ -302,3 +302,34 @@ fn nvml_that_hangs_counts_as_absent_until_it_answers() {
         });
     });
 }
+
+/// Real processes, which lease from GPUs that are lost, refuse and hang under them.
+#[test]
+fn nothing_is_lost_while_gpus_are() {
+    let binary = std::env::current_exe().unwrap();
+    // Where cargo has put the doubles and what steers them: `target/debug` and its folders.
+    let built = binary.parent().and_then(std::path::Path::parent).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_hotset"))
+        .args(["chaos", "--processes", "--minutes", "0.4", "--json"])
+        .arg("--doubles")
+        .arg(built)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success(), "{said}\n{report:#}");
+    assert!(report["skipped"]["lose-gpu"].is_null(), "{report:#}");
+    let faults = report["faults"].as_object().unwrap();
+    let of_gpus = [
+        "lose-gpu",
+        "sticky-gpu-error",
+        "gpu-out-of-memory",
+        "foreign-gpu-use",
+        "gpu-hangs",
+        "xid",
+    ];
+    assert!(
+        of_gpus.iter().any(|name| faults.contains_key(*name)),
+        "{report:#}"
+    );
+}

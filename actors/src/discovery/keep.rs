@@ -85,3 +85,30 @@ impl Keep {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hotset_core::catalog::{ScanOptions, scan};
+
+    use super::*;
+
+    #[test]
+    fn a_database_that_could_not_be_opened_at_first_is_kept_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = folder.path().join("models");
+        std::fs::create_dir(&models).unwrap();
+        std::fs::write(models.join("broken.safetensors"), b"\0").unwrap();
+        let catalogue = scan(&ScanOptions::new(vec![models]), None, &|_| {}).catalogue;
+        assert_eq!(catalogue.len(), 1);
+        // No folder can be made where a file is.
+        let state = folder.path().join("state");
+        std::fs::write(&state, "").unwrap();
+        let path = Some(state.join("catalogue.db"));
+        let keep = Keep::new(path.clone());
+        assert!(keep.load().is_none());
+        keep.save(&catalogue);
+        std::fs::remove_file(&state).unwrap();
+        keep.save(&catalogue);
+        assert_eq!(Keep::new(path).load().unwrap().len(), 1);
+    }
+}

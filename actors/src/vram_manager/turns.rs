@@ -2,9 +2,10 @@
 //! soon as if it were alone, and the others after it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use hotset_core::io::Urgency;
+use hotset_core::sync::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 /// Batches that the link has at the same time. It carries one of them; the others keep it busy while the news of its end
@@ -117,6 +118,9 @@ impl Ticket {
         }
     }
 }
+
+#[cfg(all(test, feature = "models"))]
+mod models;
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::walk::passes;
+
 /// The longest configuration that is read. Real ones have kilobytes.
 pub(super) const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
@@ -31,6 +33,13 @@ pub(super) enum ConfigError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl ConfigError {
+    /// Whether it says nothing of the file.
+    pub(super) fn passes(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if passes(source))
+    }
 }
 
 /// Reads a JSON file of at most `limit` bytes. Nesting is bounded by serde_json.

@@ -22,6 +22,8 @@ pub(super) struct Reason {
     pub(super) text: String,
     /// Bytes or files are missing that may still come.
     pub(super) incomplete: bool,
+    /// It says nothing of the files, and may be gone when they are looked at again.
+    pub(super) passes: bool,
 }
 
 impl From<String> for Reason {
@@ -29,6 +31,7 @@ impl From<String> for Reason {
         Self {
             text,
             incomplete: false,
+            passes: false,
         }
     }
 }
@@ -45,6 +48,7 @@ impl Reason {
         Self {
             text,
             incomplete: true,
+            passes: false,
         }
     }
 }
@@ -81,7 +85,9 @@ pub(super) fn inspect(unit: &Unit, name: ModelName, known: &Known<'_>) -> Model 
     if let Err(reason) = filled {
         model.components.clear();
         model.error = Some(reason.text.into());
-        if reason.incomplete {
+        if reason.passes {
+            model.presence = Presence::Unread;
+        } else if reason.incomplete {
             model.presence = Presence::Incomplete;
         }
     }
@@ -119,7 +125,10 @@ fn folder(
     part: &Part,
     known: &Known<'_>,
 ) -> Result<(), Reason> {
-    let config = config_json::read(&config.path, MAX_CONFIG_BYTES).map_err(|e| e.to_string())?;
+    let config = config_json::read(&config.path, MAX_CONFIG_BYTES).map_err(|error| Reason {
+        passes: error.passes(),
+        ..Reason::from(error.to_string())
+    })?;
     weights(model, part, Some(&config), known)
 }
 

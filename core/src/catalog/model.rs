@@ -445,6 +445,8 @@ pub enum Presence {
     Incomplete,
     /// They were removed; what is leased stays valid.
     Gone,
+    /// The system had nothing left to read them with: descriptors, memory. They are read again.
+    Unread,
 }
 
 impl Model {

@@ -13,7 +13,7 @@ use super::identify::Identity;
 use super::inspect::Reason;
 use super::layout::{self, Part};
 use super::model::{Component, Facts, FileIdentity, FileRange, Kind, Selection, SourceFile};
-use super::walk::identity_of;
+use super::walk::{identity_of, passes};
 use super::weights::Container;
 use super::{gguf, safetensors};
 use crate::ids::{ComponentId, ContentId, ModelName};
@@ -300,6 +300,7 @@ impl Reading<'_, '_> {
         let file_len = source.identity.size.get();
         let wrong = |error: safetensors::HeaderError| Reason {
             incomplete: error.is_incomplete(),
+            passes: matches!(&error, safetensors::HeaderError::Io { source } if passes(source)),
             ..located(&source.path, &error)
         };
         let header = safetensors::read_header_bytes(file, file_len, buffer).map_err(wrong)?;
@@ -352,6 +353,7 @@ impl Reading<'_, '_> {
         let file_len = source.identity.size.get();
         let wrong = |error: gguf::GgufError| Reason {
             incomplete: error.is_incomplete(),
+            passes: matches!(&error, gguf::GgufError::Io { source } if passes(source)),
             ..located(&source.path, &error)
         };
         let pairs = gguf::read_pairs(file, file_len, buffer).map_err(wrong)?;
@@ -427,7 +429,10 @@ fn open(path: &Path) -> Result<(File, FileIdentity), Reason> {
         .read(true)
         .custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32)
         .open(path)
-        .map_err(|error| located(path, &format!("cannot be opened: {error}")))?;
+        .map_err(|error| Reason {
+            passes: passes(&error),
+            ..located(path, &format!("cannot be opened: {error}"))
+        })?;
     let metadata = file
         .metadata()
         .map_err(|error| located(path, &format!("cannot be examined: {error}")))?;

@@ -217,7 +217,7 @@ fn run(
     roots: &[PathBuf],
     starts: &[Start],
     previous: Option<&Catalogue>,
-    kept: Vec<Arc<Model>>,
+    mut kept: Vec<Arc<Model>>,
     scope: Option<&Scope>,
     progress: &(dyn Fn(ScanProgress) + Sync),
 ) -> ScanReport {
@@ -233,6 +233,10 @@ fn run(
     let mut units = layout::units(&folders);
     if let Some(scope) = scope {
         units.retain(|unit| scope.wants(&unit.path, !matches!(unit.shape, Shape::Weights(_))));
+    }
+    if let Some(previous) = previous {
+        let stays = not_looked_at(previous, &problems, &units, &kept);
+        kept.extend(stays);
     }
     let entries = units.len() as u64;
     let knowledge = Known::new(&options.signatures);
@@ -286,6 +290,12 @@ fn run(
             }
         })
         .collect();
+    problems.extend(named.iter().filter_map(|Named { model, .. }| {
+        (model.presence == Presence::Unread).then(|| ScanProblem::Interrupted {
+            path: model.path.to_path_buf(),
+            reason: model.error.clone().unwrap_or_default(),
+        })
+    }));
     if let Some(patience) = options.patience {
         problems.extend(hold_back(&mut named, patience));
     }
@@ -324,8 +334,38 @@ fn is_same(previous: &Catalogue, models: &[Arc<Model>]) -> bool {
             .all(|(a, b)| Arc::ptr_eq(a, b) || a == b)
 }
 
+/// Entries below folders that could not be looked at, for a reason that says nothing of them: they stay as they were.
+fn not_looked_at(
+    previous: &Catalogue,
+    problems: &[ScanProblem],
+    units: &[Unit],
+    kept: &[Arc<Model>],
+) -> Vec<Arc<Model>> {
+    let interrupted: Vec<&Path> = problems
+        .iter()
+        .filter_map(|problem| match problem {
+            ScanProblem::Interrupted { path, .. } => Some(&**path),
+            _ => None,
+        })
+        .collect();
+    if interrupted.is_empty() {
+        return Vec::new();
+    }
+    let found = units.iter().map(|unit| &*unit.path);
+    let found: HashSet<&Path> = found.chain(kept.iter().map(|model| &*model.path)).collect();
+    previous
+        .models()
+        .filter(|model| interrupted.iter().any(|path| model.path.starts_with(path)))
+        .filter(|model| !found.contains(&*model.path))
+        .cloned()
+        .collect()
+}
+
 /// Whether an entry is still what its files say.
 fn is_unchanged(unit: &Unit, model: &Model) -> bool {
+    if model.presence == Presence::Unread {
+        return false;
+    }
     if model.error.is_some() && reads_more_than_listed(unit) {
         return false;
     }

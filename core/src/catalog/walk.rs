@@ -18,6 +18,22 @@ use super::model::{FileIdentity, SourceFile};
 use super::settle;
 use crate::units::Bytes;
 
+/// Whether an error says nothing of the file, and may be gone when it is looked at again.
+pub(super) fn passes(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| {
+        [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOMEM,
+            Errno::AGAIN,
+            Errno::INTR,
+        ]
+        .contains(&errno)
+    })
+}
+
 /// Something that kept a scan from seeing all there is.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -64,6 +80,14 @@ pub enum ScanProblem {
         /// The entry's file or folder.
         path: PathBuf,
         /// What is missing.
+        reason: Arc<str>,
+    },
+    /// The system had nothing left to look with: descriptors, memory.
+    #[error("{} could not be looked at ({reason}): what was known below it stays, and it is looked at again", path.display())]
+    Interrupted {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
         reason: Arc<str>,
     },
     /// More files than a catalogue holds.
@@ -239,6 +263,13 @@ impl Walk<'_> {
     }
 
     fn unreadable(&self, path: &Path, error: rustix::io::Errno) {
+        if passes(&error.into()) {
+            self.problems.push(ScanProblem::Interrupted {
+                path: path.to_path_buf(),
+                reason: std::io::Error::from(error).to_string().into(),
+            });
+            return;
+        }
         self.problems.push(ScanProblem::UnreadableFolder {
             path: path.to_path_buf(),
             reason: std::io::Error::from(error).to_string(),
@@ -305,6 +336,10 @@ impl Walk<'_> {
                             path: path.join(os_name()),
                         });
                     }
+                    continue;
+                }
+                Err(error) if passes(&error.into()) => {
+                    self.unreadable(&path.join(os_name()), error);
                     continue;
                 }
                 Err(error) => {

@@ -34,7 +34,7 @@ impl Cgroup {
     }
 
     /// The same from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
-    fn find(own: &str, mounts: &str) -> Option<Self> {
+    pub(super) fn find(own: &str, mounts: &str) -> Option<Self> {
         let memory_of = |version: Version| {
             let group = own.lines().find_map(|line| {
                 let mut fields = line.splitn(3, ':');
@@ -76,6 +76,19 @@ impl Cgroup {
         match self.version {
             Version::One => "memory.usage_in_bytes",
             Version::Two => "memory.current",
+        }
+    }
+
+    /// From the process's own group up to the root.
+    pub(super) fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
+    /// Files of a group that are written when its limit changes, or when the kernel has to keep it.
+    pub(super) const fn limit_files(&self) -> &'static [&'static str] {
+        match self.version {
+            Version::One => &["memory.limit_in_bytes"],
+            Version::Two => &["memory.max", "memory.high", "memory.events"],
         }
     }
 

@@ -9,7 +9,7 @@
 //! A mapping is used again only when nobody else has it: not while any process has a descriptor of it or maps it. Until
 //! then it *lingers*, and counts as used.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -18,6 +18,7 @@ use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
 use crate::machine::{Machine, NumaNode};
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::{Bytes, KIB};
 
 /// Lengths are at least this far apart; less would not be worth a mapping of its own.
@@ -61,6 +62,8 @@ pub struct ArenaView {
     pub warm: Bytes,
     /// Memory of slabs that are gone, but that another process still has.
     pub lingering: Bytes,
+    /// All mappings behind these: so many memfds are open, and for each that was handed out one descriptor more.
+    pub mappings: usize,
     /// Slabs that were made on warm memory, since the start.
     pub reused: u64,
     /// Slabs that were made on fresh memory, since the start.
@@ -92,6 +95,8 @@ struct State {
     limit: Bytes,
     keep_warm: Bytes,
     live: Bytes,
+    /// Mappings of slabs that are in use.
+    live_mappings: usize,
     /// Ready for use, by length.
     warm: Vec<Kept>,
     /// Not ours alone yet.
@@ -215,6 +220,7 @@ impl Home {
         let gone = {
             let mut state = shared.lock();
             state.live = state.live.saturating_sub(mapping.held());
+            state.live_mappings = state.live_mappings.saturating_sub(1);
             if mapping.is_alone() {
                 state.keep(mapping);
             } else {
@@ -243,6 +249,7 @@ impl Arena {
                     limit: options.limit,
                     keep_warm: options.keep_warm,
                     live: Bytes::ZERO,
+                    live_mappings: 0,
                     warm: Vec::new(),
                     lingering: Vec::new(),
                     pressed: false,
@@ -297,6 +304,7 @@ impl Arena {
                 taken = mapping.held();
                 state.reused += 1;
                 state.live += taken;
+                state.live_mappings += 1;
             }
             let room = state.warm_room(bytes.saturating_sub(taken));
             gone.extend(state.surplus(room));
@@ -361,12 +369,25 @@ impl Arena {
         near: Option<NumaNode>,
     ) -> Result<Mapping, SlabError> {
         self.ask_machine(Bytes(bytes as u64))?;
-        let mut mapping = self.map(label, class)?.placed(near);
+        let mut mapping = self.map_of_any(label, class)?.placed(near);
         mapping.fit(bytes);
         let mut state = self.shared.lock();
         state.fresh += 1;
         state.live += mapping.held();
+        state.live_mappings += 1;
         Ok(mapping)
+    }
+
+    /// A new mapping; where descriptors have run out, those of warm memory are given up for it.
+    fn map_of_any(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
+        use rustix::io::Errno;
+        match self.map(label, class) {
+            Err(SlabError::Allocate {
+                error: Errno::MFILE | Errno::NFILE,
+                ..
+            }) if !self.release(Bytes::ZERO).is_zero() => self.map(label, class),
+            mapped => mapped,
+        }
     }
 
     /// A new mapping on the best pages that there are.
@@ -474,6 +495,7 @@ impl Arena {
             live: state.live,
             warm: held(&state.warm),
             lingering: held(&state.lingering),
+            mappings: state.live_mappings + state.warm.len() + state.lingering.len(),
             reused: state.reused,
             fresh: state.fresh,
             pages: self.shared.pages,
@@ -492,5 +514,7 @@ fn reserved_huge_pages() -> u64 {
     read("free_hugepages") + read("nr_overcommit_hugepages")
 }
 
+#[cfg(all(test, feature = "models"))]
+mod models;
 #[cfg(test)]
 mod tests;

@@ -6,8 +6,7 @@
 //! the memory still exists, and no path, not even a killed actor, can lose bytes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -24,6 +23,8 @@ use crate::ids::{ContentId, LeaseId, SessionId, Tier};
 use crate::io::Urgency;
 use crate::plan::KeepAlive;
 use crate::policy::Candidate;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
 
@@ -1321,5 +1322,7 @@ impl TierBooks {
     }
 }
 
+#[cfg(all(test, feature = "models"))]
+mod models;
 #[cfg(test)]
 mod tests;

@@ -2,12 +2,12 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::arena::Home;
 use super::frozen::MemoryIdentity;
 use super::mapping::{MappedRange, Mapping, MappingObserver, Pages};
 use super::writer::SlabWriter;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::units::Bytes;
 
 /// Why host memory could not be had or shared.

@@ -317,6 +317,7 @@ fn loadable(model: &Model) -> Result<(), ResolveError> {
     let reason: Arc<str> = match (&model.error, model.presence) {
         (Some(reason), _) => reason.clone(),
         (None, Presence::Present) => return Ok(()),
+        (None, Presence::Unread) => "it could not be read yet; try again".into(),
         (None, Presence::Incomplete) => {
             "it is still being written; try again when it is whole".into()
         }

@@ -59,7 +59,11 @@ pub enum Judgement {
 
 /// Below this share of the total, what is available counts as used up: the kernel begins to reclaim in earnest.
 const LOW_SHARE: f64 = 0.03;
-/// The same for a control group that has just met its limit.
+/// The least that stays free where so much can be spared: buffers of some hundred clients come and go ...
+const LEAST_RESERVE: Bytes = Bytes::mib(16);
+/// ... and the most of what is usable that this may be.
+const MOST_RESERVE_SHARE: f64 = 0.125;
+/// Below this share of its limit, a control group that has just met it has too little.
 const TIGHT_SHARE: f64 = 0.1;
 /// Below this share of what is usable, waiting for memory means that there is too little of it.
 const SCARCE_SHARE: f64 = 0.2;
@@ -120,10 +124,13 @@ impl HostMemory {
             .map_or(self.available, |cgroup| cgroup.room.min(self.available))
     }
 
-    /// What has to stay free, so that the kernel need not find memory by killing.
+    /// What has to stay free, so that the kernel need not find memory by killing. What a process takes beside its slabs does not
+    /// shrink with its container, so a small one has to keep a larger share.
     #[must_use]
     pub fn reserve(&self) -> Bytes {
-        self.usable().share(LOW_SHARE)
+        let usable = self.usable();
+        let small = LEAST_RESERVE.min(usable.share(MOST_RESERVE_SHARE));
+        usable.share(LOW_SHARE).max(small)
     }
 }
 
@@ -141,7 +148,7 @@ pub fn judge(host: &HostMemory, before: Option<&HostMemory>, alarm: bool) -> Jud
         let tight = cgroup
             .limit
             .share(if worse { TIGHT_SHARE } else { LOW_SHARE });
-        cgroup.room < tight
+        cgroup.room < tight.max(host.reserve())
     });
     if low || stalled || bounded {
         Judgement::Pressure
@@ -217,5 +224,19 @@ mod tests {
         assert_eq!(judge(&host, Some(&host), false), Judgement::Enough);
         host.cgroup = Some(group(Bytes::mib(10), 7));
         assert_eq!(judge(&host, Some(&host), false), Judgement::Pressure);
+        // A small group keeps more than three in a hundred.
+        let small = |limit, room| HostMemory {
+            cgroup: Some(CgroupMemory {
+                limit,
+                ..group(room, 7)
+            }),
+            ..host
+        };
+        let host = small(Bytes::mib(160), Bytes::mib(15));
+        assert_eq!(host.reserve(), Bytes::mib(16));
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Pressure);
+        let host = small(Bytes::mib(160), Bytes::mib(17));
+        assert_eq!(judge(&host, Some(&host), false), Judgement::Enough);
+        assert_eq!(small(Bytes::mib(80), Bytes::ZERO).reserve(), Bytes::mib(10));
     }
 }

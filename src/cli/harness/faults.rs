@@ -32,6 +32,33 @@ pub(super) enum Fault {
     ManyFiles,
     ShrinkMemory,
     FullDisk,
+    Gpu(GpuFault),
+}
+
+/// What happens to a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GpuFault {
+    /// It falls off the bus, and comes back.
+    Lose,
+    /// Every call fails until its context is made anew.
+    Sticky,
+    /// It has no memory, whatever the books say.
+    OutOfMemory,
+    /// Other processes take it.
+    Foreign,
+    /// Calls do not return.
+    Hang,
+    /// The driver reports an error of a program.
+    Xid,
+}
+
+/// Who may be harmed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reach {
+    /// The server is the run's own.
+    pub(super) own_server: bool,
+    /// GPUs are doubles.
+    pub(super) doubles: bool,
 }
 
 impl Fault {
@@ -59,9 +86,24 @@ impl Fault {
         (Self::FullDisk, 1),
     ];
 
-    pub(super) fn draw(rng: &mut Xoshiro256PlusPlus, own_server: bool) -> Self {
-        let all = if own_server { &Self::OF_ALL[..] } else { &[] };
-        let all = || Self::OF_CLIENTS.iter().chain(all);
+    /// Those of GPUs, where they are doubles.
+    const OF_GPUS: [(Self, usize); 6] = [
+        (Self::Gpu(GpuFault::Lose), 2),
+        (Self::Gpu(GpuFault::Sticky), 3),
+        (Self::Gpu(GpuFault::OutOfMemory), 4),
+        (Self::Gpu(GpuFault::Foreign), 3),
+        (Self::Gpu(GpuFault::Hang), 2),
+        (Self::Gpu(GpuFault::Xid), 2),
+    ];
+
+    pub(super) fn draw(rng: &mut Xoshiro256PlusPlus, reach: Reach) -> Self {
+        let only = |wanted: bool, faults: &'static [(Self, usize)]| match wanted {
+            true => faults,
+            false => &[],
+        };
+        let own = only(reach.own_server, &Self::OF_ALL);
+        let gpus = only(reach.doubles, &Self::OF_GPUS);
+        let all = || Self::OF_CLIENTS.iter().chain(own).chain(gpus);
         let total: usize = all().map(|(_, weight)| weight).sum();
         let mut at = below(rng, total);
         for (fault, weight) in all() {
@@ -97,6 +139,12 @@ impl Fault {
             Self::ManyFiles => "many-files",
             Self::ShrinkMemory => "shrink-memory",
             Self::FullDisk => "full-disk",
+            Self::Gpu(GpuFault::Lose) => "lose-gpu",
+            Self::Gpu(GpuFault::Sticky) => "sticky-gpu-error",
+            Self::Gpu(GpuFault::OutOfMemory) => "gpu-out-of-memory",
+            Self::Gpu(GpuFault::Foreign) => "foreign-gpu-use",
+            Self::Gpu(GpuFault::Hang) => "gpu-hangs",
+            Self::Gpu(GpuFault::Xid) => "xid",
         }
     }
 }

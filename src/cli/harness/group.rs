@@ -48,6 +48,15 @@ impl Group {
         fs::write(self.folder.join(self.limit), text)
     }
 
+    /// Sets the limit at which the kernel slows down and tells, instead of killing; version 1 has none.
+    pub(super) fn slow_above(&self, limit: Option<Bytes>) -> io::Result<()> {
+        if self.limit != "memory.max" {
+            return Ok(());
+        }
+        let text = limit.map_or("max".to_owned(), |limit| limit.get().to_string());
+        fs::write(self.folder.join("memory.high"), text)
+    }
+
     /// What the group uses now.
     pub(super) fn used(&self) -> io::Result<Bytes> {
         let file = match self.limit {

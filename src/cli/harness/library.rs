@@ -32,23 +32,28 @@ pub(super) enum Harm {
 /// A library in a folder.
 #[derive(Debug)]
 pub(super) struct Library {
-    folder: PathBuf,
     /// Digests that a component may have: a victim has one for each of its versions.
     expected: HashMap<String, HashSet<String>>,
     versions: u64,
+    victims: Vec<PathBuf>,
+    /// The victim that is on a disk of its own, which can be full.
+    tight: PathBuf,
     /// Victims to be made whole again, and when.
     mending: Vec<(PathBuf, Instant)>,
 }
 
 impl Library {
-    /// Makes one.
-    pub(super) fn make(folder: &Path) -> io::Result<Self> {
+    /// Makes one; a part of it in `small`.
+    pub(super) fn make(folder: &Path, small: &Path) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
         demo::make(folder, demo::Scale::Tiny, |_| {})?;
         let mut library = Self {
-            folder: folder.to_owned(),
             expected: HashMap::new(),
             versions: 0,
+            victims: (0..VICTIMS)
+                .map(|i| folder.join(format!("victim-{i}.safetensors")))
+                .collect(),
+            tight: small.join("tight.safetensors"),
             mending: Vec::new(),
         };
         for i in 0..SINGLES {
@@ -67,11 +72,25 @@ impl Library {
                 library.allow(&component.id.to_string(), digest);
             }
         }
-        for i in 0..VICTIMS {
-            let path = library.victim(i);
+        library.victims.push(library.tight.clone());
+        for path in library.victims.clone() {
             library.write(&path)?;
         }
         Ok(library)
+    }
+
+    /// So many small models more, in a folder of their own.
+    pub(super) fn many(&self, folder: &Path, count: usize) -> io::Result<()> {
+        fs::create_dir_all(folder)?;
+        for i in 0..count {
+            let value = (i as u64).to_le_bytes();
+            let tensor = TensorView::new(Dtype::U8, vec![value.len()], &value);
+            let tensor = tensor.map_err(io::Error::other)?;
+            let file = safetensors::serialize([("weight", tensor)], None);
+            let file = file.map_err(io::Error::other)?;
+            fs::write(folder.join(format!("small-{i}.safetensors")), file)?;
+        }
+        Ok(())
     }
 
     fn allow(&mut self, component: &str, digest: String) {
@@ -84,10 +103,6 @@ impl Library {
     /// Whether a component may have these bytes; `None` where nothing is known of it.
     pub(super) fn allows(&self, component: &str, digest: &str) -> Option<bool> {
         Some(self.expected.get(component)?.contains(digest))
-    }
-
-    fn victim(&self, i: usize) -> PathBuf {
-        self.folder.join(format!("victim-{i}.safetensors"))
     }
 
     /// Writes a new version of a victim, as a downloader does: beside it, then in its place.
@@ -104,7 +119,9 @@ impl Library {
 
     /// Harms a victim; it is made whole again a little later.
     pub(super) fn harm(&mut self, i: usize, harm: Harm) -> io::Result<()> {
-        let path = self.victim(i % VICTIMS);
+        let Some(path) = self.victims.get(i % self.victims.len()).cloned() else {
+            return Ok(());
+        };
         match harm {
             Harm::Replace => return self.write(&path),
             Harm::Delete => match fs::remove_file(&path) {
@@ -126,6 +143,25 @@ impl Library {
         }
         let at = Instant::now() + Duration::from_millis(700);
         self.mending.push((path, at));
+        Ok(())
+    }
+
+    /// On a full disk: half of a new version is there, and the rest never comes.
+    pub(super) fn download_fails(&mut self) -> io::Result<()> {
+        self.versions += 1;
+        let whole = contents(self.versions, 2)?;
+        let beside = self.tight.with_extension("part");
+        match fs::write(&beside, &whole) {
+            // As one does who does not look at what his write said.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                fs::rename(&beside, &self.tight)?;
+            }
+            Err(error) => return Err(error),
+            // Where the disk is not full after all, nothing has happened.
+            Ok(()) => fs::remove_file(&beside)?,
+        }
+        let at = Instant::now() + Duration::from_millis(700);
+        self.mending.push((self.tight.clone(), at));
         Ok(())
     }
 

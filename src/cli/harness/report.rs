@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::holdings::Holdings;
+
 /// The most violations that are told one by one; one cause tends to be seen again and again.
 const TOLD: usize = 100;
 
@@ -26,7 +28,7 @@ impl Times {
         self.0.push(time.as_secs_f64() * 1e3);
     }
 
-    fn summary(&self) -> Option<TimesSummary> {
+    pub(super) fn summary(&self) -> Option<TimesSummary> {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         let at = |share: f64| {
@@ -50,23 +52,30 @@ pub(super) struct TimesSummary {
     pub(super) max_ms: f64,
 }
 
-/// What a process holds of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) struct Holdings {
-    pub(super) descriptors: u64,
-    pub(super) threads: u64,
-    /// Memory of its own, without slabs, in bytes.
-    pub(super) anonymous_bytes: u64,
-    /// VRAM in use, over all GPUs, in bytes.
-    pub(super) vram_bytes: u64,
-}
-
 /// A quiet server at the start and at the end of its life.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Life {
     pub(super) seconds: f64,
+    /// How long it took at the end until nothing was more than at the start.
+    pub(super) returned_after_s: f64,
     pub(super) start: Holdings,
     pub(super) end: Holdings,
+}
+
+/// Servers that were killed under the load of many sessions.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Crowd {
+    pub(super) sessions: usize,
+    /// Those of them whose clients are Python's.
+    pub(super) in_python: usize,
+    pub(super) models: usize,
+    pub(super) kills: usize,
+    /// From the death of a server until the next one has handed out a lease.
+    pub(super) serving: Option<TimesSummary>,
+    /// From the death until as many sessions are open as before.
+    pub(super) all_reconnected: Option<TimesSummary>,
+    /// Requests that workers made meanwhile.
+    pub(super) requests: u64,
 }
 
 /// The run.
@@ -82,6 +91,7 @@ pub(super) struct Findings {
     pub(super) returned: Times,
     pub(super) restarted: Times,
     pub(super) reconnected: Times,
+    pub(super) crowd: Option<Crowd>,
     pub(super) lives: Vec<Life>,
     violations: Vec<Violation>,
     violated: u64,
@@ -117,6 +127,7 @@ impl Findings {
             leases_returned: self.returned.summary(),
             server_restarted: self.restarted.summary(),
             clients_reconnected: self.reconnected.summary(),
+            crowd: self.crowd,
             lives: self.lives,
             violated: self.violated,
             violations: self.violations,
@@ -142,6 +153,8 @@ pub(super) struct Report {
     pub(super) server_restarted: Option<TimesSummary>,
     /// From the loss of a connection until the worker's next one.
     pub(super) clients_reconnected: Option<TimesSummary>,
+    /// Where `--sessions` asks for it.
+    pub(super) crowd: Option<Crowd>,
     pub(super) lives: Vec<Life>,
     /// All of them; the list has the first ones.
     pub(super) violated: u64,

@@ -7,34 +7,24 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hotset::Bytes;
 use hotset::client::{Client, LoadOptions};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::SeedableRng;
-use rustix::process::Signal;
-use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::faults::{self, Fault};
-use super::group::Group;
-use super::library::Library;
-use super::report::{Findings, Holdings, Life, Report};
-use super::server::{Place, Server, configuration, own, signal};
+use super::faults::{Fault, GpuFault, Reach};
+use super::holdings::whereabouts;
+use super::own::OwnServer;
+use super::report::{Findings, Report};
+use super::server::Server;
 use super::worker::{Said, below};
 use super::{ChaosArgs, CliError};
 
 /// The label of this run's own session, and the beginning of its workers'.
-const CONTROL: &str = "chaos";
-const WORKER: &str = "chaos-worker-";
+pub(super) const CONTROL: &str = "chaos";
+pub(super) const WORKER: &str = "chaos-worker-";
 /// How long what must come may take on a busy machine before it counts as never coming.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a tier may hold more than a budget that has just shrunk.
-const OVER: Duration = Duration::from_secs(5);
-/// What a quiet server may hold more than it did: caches that fill, a thread that has yet to end.
-const SPARE_DESCRIPTORS: u64 = 16;
-const SPARE_THREADS: u64 = 2;
-const SPARE_MEMORY: u64 = 48 << 20;
-
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// What may happen in a stretch of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -48,9 +38,9 @@ enum Trouble {
 }
 
 /// A worker's process.
-struct Worker {
-    label: String,
-    child: Child,
+pub(super) struct Worker {
+    pub(super) label: String,
+    pub(super) child: Child,
 }
 
 impl Drop for Worker {
@@ -60,51 +50,16 @@ impl Drop for Worker {
     }
 }
 
-/// What a server of the run's own is made of.
-struct OwnServer {
-    place: Place,
-    server: Server,
-    group: Option<Group>,
-    library: Library,
-    http: u16,
-    /// A small file system for its state, which can be filled.
-    disk: Option<Mount>,
-    _home: tempfile::TempDir,
-}
-
-/// A mounted file system, unmounted when it is dropped.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn make(at: &Path) -> Result<Self, String> {
-        let output = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
-            .arg(at)
-            .output()
-            .map_err(|error| format!("mount: {error}"))?;
-        match output.status.success() {
-            true => Ok(Self(at.to_owned())),
-            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        }
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 /// See the module's page.
 pub(super) struct Run {
-    began: Instant,
-    seed: u64,
-    rng: Xoshiro256PlusPlus,
-    findings: Findings,
-    socket: PathBuf,
+    pub(super) began: Instant,
+    pub(super) seed: u64,
+    pub(super) rng: Xoshiro256PlusPlus,
+    pub(super) findings: Findings,
+    pub(super) socket: PathBuf,
     /// `None` in a soak: then the server is somebody's.
-    own: Option<OwnServer>,
-    workers: Vec<Worker>,
+    pub(super) own: Option<OwnServer>,
+    pub(super) workers: Vec<Worker>,
     wanted: usize,
     python: Option<PathBuf>,
     started: u64,
@@ -112,7 +67,7 @@ pub(super) struct Run {
     /// What each content's bytes are.
     contents: HashMap<String, String>,
     /// Since when a tier holds more than it may.
-    over: HashMap<String, Instant>,
+    pub(super) over: HashMap<String, Instant>,
 }
 
 impl Run {
@@ -154,11 +109,11 @@ impl Run {
 
     /// A server of the run's own.
     pub(super) async fn processes(args: &ChaosArgs) -> Result<Report, CliError> {
-        let home = tempfile::tempdir().map_err(at(Path::new("a folder for the run")))?;
-        let folder = home.path().to_owned();
-        let mut run = Self::new(args, folder.join("run/hotset.sock"));
-        let made = run.set_up(home, args.gpus).map_err(at(&folder))?;
-        run.own = Some(made);
+        let mut run = Self::new(args, PathBuf::new());
+        if args.sessions > 0 {
+            run.crowd(args).await?;
+        }
+        run.open(args, &[])?;
         let time = Duration::from_secs_f64(args.minutes.clamp(0.05, 1e6) * 60.0);
         let end = run.began + time;
         run.serving().await?;
@@ -199,59 +154,34 @@ impl Run {
         Ok(run.findings.finish(run.seed, run.began.elapsed()))
     }
 
-    fn set_up(&mut self, home: tempfile::TempDir, gpus: bool) -> io::Result<OwnServer> {
-        let folder = home.path();
-        let state = folder.join("state");
-        std::fs::create_dir_all(&state)?;
-        let models = folder.join("models");
-        let library = Library::make(&models)?;
-        let group = self.or_skip(Fault::ShrinkMemory, Group::make());
-        let disk = self.or_skip(Fault::FullDisk, Mount::make(&state));
-        // Free now; should another process take it in between, the server says so and does without.
-        let http = std::net::TcpListener::bind("127.0.0.1:0")?
-            .local_addr()?
-            .port();
-        let place = Place {
-            home: folder.to_owned(),
-            config: folder.join("hotset.toml"),
-            log: folder.join("serve.log"),
-        };
-        let mut config = configuration(folder, &models, http);
-        if !gpus {
-            config.push_str(
-                "[[gpu]]\ndevice = \"sim\"\nheadroom = \"0\"\n[gpu.sim]\nmemory = \"32MiB\"\ngranularity = \"64KiB\"\n",
-            );
+    /// Makes the server of the run's own, for as long as `own` is there.
+    pub(super) fn open(&mut self, args: &ChaosArgs, arguments: &[&str]) -> Result<(), CliError> {
+        let made = OwnServer::make(args, arguments);
+        let (own, missing) = made.map_err(at(Path::new("a folder for the run")))?;
+        for (fault, reason) in [
+            (Fault::ShrinkMemory, missing.group),
+            (Fault::FullDisk, missing.disks),
+            (Fault::Gpu(GpuFault::Lose), missing.doubles),
+        ] {
+            if let Some(reason) = reason {
+                self.findings.skipped.insert(fault.name(), reason);
+            }
         }
-        std::fs::write(&place.config, config)?;
-        let server = Server::start(&place, group.as_ref())?;
-        Ok(OwnServer {
-            place,
-            server,
-            group,
-            library,
-            http,
-            disk,
-            _home: home,
-        })
+        self.socket = own.socket();
+        self.own = Some(own);
+        Ok(())
     }
 
-    fn or_skip<T>(&mut self, fault: Fault, made: Result<T, String>) -> Option<T> {
-        made.inspect_err(|reason| {
-            self.findings.skipped.insert(fault.name(), reason.clone());
-        })
-        .ok()
-    }
-
-    fn violation(&mut self, invariant: &'static str, message: String) {
+    pub(super) fn violation(&mut self, invariant: &'static str, message: String) {
         self.findings
             .violation(self.began.elapsed(), invariant, message);
     }
 
-    fn pid(&self) -> Option<u32> {
+    pub(super) fn pid(&self) -> Option<u32> {
         self.own.as_ref().map(|own| own.server.pid())
     }
 
-    fn start_server(&mut self) -> Result<(), CliError> {
+    pub(super) fn start_server(&mut self) -> Result<(), CliError> {
         if let Some(own) = &mut self.own {
             let server = Server::start(&own.place, own.group.as_ref());
             own.server = server.map_err(at(&own.place.log))?;
@@ -259,8 +189,8 @@ impl Run {
         Ok(())
     }
 
-    /// Waits until the server hands out a lease.
-    async fn serving(&mut self) -> Result<(), CliError> {
+    /// Waits until the server hands out a lease; gives whether it did.
+    pub(super) async fn serving(&mut self) -> Result<bool, CliError> {
         let began = Instant::now();
         while began.elapsed() < PATIENCE {
             self.watch().await?;
@@ -270,15 +200,19 @@ impl Run {
                     .await
                     .is_ok()
             {
-                return Ok(());
+                return Ok(true);
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        let doing = self.pid().map(whereabouts).unwrap_or_default();
         self.violation(
             "the-server-serves",
-            format!("no lease in {} s after its start", PATIENCE.as_secs()),
+            format!(
+                "no lease in {} s after its start; its threads: {doing}",
+                PATIENCE.as_secs()
+            ),
         );
-        Ok(())
+        Ok(false)
     }
 
     /// Work and, where wanted, faults for so long.
@@ -297,7 +231,12 @@ impl Run {
                 Trouble::Survivable => (true, false),
                 Trouble::All => (true, true),
             };
-            let fault = Fault::draw(&mut self.rng, others);
+            let own = self.own.as_ref().filter(|_| others);
+            let reach = Reach {
+                own_server: own.is_some(),
+                doubles: own.is_some_and(|own| own.doubles.is_some()),
+            };
+            let fault = Fault::draw(&mut self.rng, reach);
             let possible = deadly || !fault.is_deadly();
             if possible && !self.findings.skipped.contains_key(fault.name()) {
                 self.findings.fault(fault.name());
@@ -306,6 +245,10 @@ impl Run {
             if let Some(own) = &mut self.own {
                 let folder = own.place.home.clone();
                 own.library.mend(false).map_err(at(&folder))?;
+                own.rotate().map_err(at(&folder))?;
+                if let Some(doubles) = &mut own.doubles {
+                    doubles.reap().map_err(at(&folder))?;
+                }
             }
         }
         Ok(())
@@ -316,17 +259,27 @@ impl Run {
         self.workers
             .retain_mut(|worker| !matches!(worker.child.try_wait(), Ok(Some(_))));
         while self.workers.len() < self.wanted {
-            self.started += 1;
-            let label = format!("{WORKER}{}-{}", std::process::id(), self.started);
-            let worker = self.hire(&label).map_err(at(Path::new("a worker")))?;
+            let label = self.next_label();
+            let worker = self.hire(&label, 1).map_err(at(Path::new("a worker")))?;
             self.workers.push(worker);
         }
         Ok(())
     }
 
-    fn hire(&self, label: &str) -> io::Result<Worker> {
+    pub(super) fn next_label(&mut self) -> String {
+        self.started += 1;
+        format!("{WORKER}{}-{}", std::process::id(), self.started)
+    }
+
+    /// Whether the worker with the last label is a Python one.
+    pub(super) fn is_python(&self) -> bool {
+        self.python.is_some() && self.started.is_multiple_of(3)
+    }
+
+    /// Starts a worker with so many sessions.
+    pub(super) fn hire(&self, label: &str, sessions: usize) -> io::Result<Worker> {
         let mut command = match &self.python {
-            Some(python) if self.started.is_multiple_of(3) => {
+            Some(python) if self.is_python() => {
                 let mut command = Command::new(python);
                 command.args(["-c", include_str!("worker.py")]);
                 command
@@ -342,6 +295,12 @@ impl Run {
             .arg(&self.socket)
             .args(["--label", label])
             .args(["--seed", &(self.seed ^ self.started << 20).to_string()])
+            .args(["--sessions", &sessions.to_string()])
+            .envs(
+                self.own
+                    .iter()
+                    .flat_map(|own| own.place.environment.clone()),
+            )
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
@@ -364,7 +323,7 @@ impl Run {
     }
 
     /// Takes in what workers said.
-    fn absorb(&mut self) {
+    pub(super) fn absorb(&mut self) {
         while let Ok(said) = self.lines.1.try_recv() {
             match said {
                 Said::Connected { after_ms } => {
@@ -420,374 +379,6 @@ impl Run {
             );
         }
     }
-
-    /// The server must be there unless this run ended it.
-    async fn watch(&mut self) -> Result<(), CliError> {
-        let Some(own) = &mut self.own else {
-            return Ok(());
-        };
-        let path = own.place.log.clone();
-        if let Some(status) = own.server.ended().map_err(at(&path))? {
-            let panics = own.server.panics().unwrap_or_default().join("; ");
-            self.violation(
-                "the-server-lives",
-                format!("it ended by itself with {status} {panics}"),
-            );
-            self.start_server()?;
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        Ok(())
-    }
-
-    async fn status(&self) -> Option<Value> {
-        let ask = async {
-            let client = Client::connect_to(&self.socket, CONTROL).await.ok()?;
-            client.status().await.ok()
-        };
-        tokio::time::timeout(PATIENCE, ask).await.ok().flatten()
-    }
-
-    /// What every status must show, whatever goes on.
-    async fn check(&mut self) {
-        let Some(status) = self.status().await else {
-            // A server without descriptors to spare cannot take a connection; that it serves again is seen elsewhere.
-            return;
-        };
-        for tier in status["tiers"].as_array().into_iter().flatten() {
-            let name = tier["tier"].as_str().unwrap_or_default().to_owned();
-            let figure = |key: &str| tier[key].as_u64().unwrap_or(0);
-            let (budget, committed) = (figure("budget"), figure("committed"));
-            let (leased, evicting) = (figure("leased"), figure("evicting"));
-            if leased > committed || evicting > committed {
-                self.violation(
-                    "status-adds-up",
-                    format!("{name}: leased {leased}, evicting {evicting}, committed {committed}"),
-                );
-            }
-            // A budget that shrinks takes nothing from those who lease; the rest has to go.
-            if committed > budget.max(leased) {
-                let since = *self.over.entry(name.clone()).or_insert_with(Instant::now);
-                if since.elapsed() > OVER {
-                    self.violation(
-                        "no-tier-over-its-budget",
-                        format!(
-                            "{name}: {committed} committed of {budget} for {:.1} s",
-                            since.elapsed().as_secs_f64()
-                        ),
-                    );
-                    self.over.remove(&name);
-                }
-            } else {
-                self.over.remove(&name);
-            }
-        }
-    }
-
-    async fn inject(&mut self, fault: Fault) -> Result<(), CliError> {
-        let socket = self.socket.clone();
-        match fault {
-            Fault::KillWorker => self.kill_worker().await,
-            Fault::PauseWorker => {
-                let worker = below(&mut self.rng, self.workers.len().max(1));
-                if let Some(worker) = self.workers.get(worker) {
-                    self.pause(worker.child.id(), 300).await;
-                }
-            }
-            Fault::GarbageOnSocket => faults::garbage_on_socket(&socket, &mut self.rng).await,
-            Fault::GarbageOnHttp => {
-                if let Some(own) = &self.own {
-                    let port = own.http;
-                    faults::garbage_on_http(port, &mut self.rng).await;
-                }
-            }
-            Fault::SilentConnections => {
-                let count = 1 + below(&mut self.rng, 2000);
-                faults::silent_connections(&socket, count).await;
-            }
-            Fault::SlowReader => faults::slow_reader(&socket).await,
-            Fault::KillServer | Fault::KillServerAndSpoilIndex => self.kill_server(fault).await?,
-            Fault::PauseServer => {
-                if let Some(pid) = self.pid() {
-                    self.pause(pid, 500).await;
-                }
-            }
-            Fault::FewDescriptors => self.few_descriptors().await,
-            Fault::ShrinkMemory => self.shrink_memory().await,
-            Fault::Harm(harm) => {
-                let victim = below(&mut self.rng, 64);
-                if let Some(own) = &mut self.own {
-                    let folder = own.place.home.clone();
-                    own.library.harm(victim, harm).map_err(at(&folder))?;
-                }
-            }
-            Fault::ManyFiles => {
-                if let Some(own) = &self.own {
-                    let folder = own.place.home.join("models/many");
-                    many_files(&folder).map_err(at(&folder))?;
-                }
-            }
-            Fault::FullDisk => {
-                if let Some(Mount(folder)) = self.own.as_ref().and_then(|own| own.disk.as_ref()) {
-                    let filler = folder.join("filler");
-                    // Ends with ENOSPC, as it should.
-                    let _ = std::fs::write(&filler, vec![0; 16 << 20]);
-                    tokio::time::sleep(Duration::from_millis(500)).await;
-                    std::fs::remove_file(&filler).map_err(at(&filler))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn pause(&self, pid: u32, most_ms: usize) {
-        let mut rng = self.rng.clone();
-        let time = Duration::from_millis(20 + below(&mut rng, most_ms) as u64);
-        if signal(pid, Signal::STOP).is_ok() {
-            tokio::time::sleep(time).await;
-            let _ = signal(pid, Signal::CONT);
-        }
-    }
-
-    /// Kills a worker, and waits until the server holds nothing for it.
-    async fn kill_worker(&mut self) {
-        if self.workers.is_empty() {
-            return;
-        }
-        let at = below(&mut self.rng, self.workers.len());
-        let Ok(client) = Client::connect_to(&self.socket, CONTROL).await else {
-            return;
-        };
-        let mut worker = self.workers.swap_remove(at);
-        let killed = Instant::now();
-        if worker.child.kill().is_err() {
-            return;
-        }
-        while killed.elapsed() < PATIENCE {
-            let Ok(status) = client.status().await else {
-                return;
-            };
-            let sessions = status["sessions"].as_array().into_iter().flatten();
-            let mut labels = sessions.filter_map(|session| session["label"].as_str());
-            // The server adds the process to the label.
-            let own = format!("{} ", worker.label);
-            if !labels.any(|label| label.starts_with(&own)) {
-                self.findings.returned.add(killed.elapsed());
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        self.violation(
-            "leases-end-with-their-client",
-            format!(
-                "{} was killed {} s ago and is still listed",
-                worker.label,
-                PATIENCE.as_secs()
-            ),
-        );
-    }
-
-    async fn kill_server(&mut self, fault: Fault) -> Result<(), CliError> {
-        let Some(own) = &mut self.own else {
-            return Ok(());
-        };
-        let path = own.place.log.clone();
-        let panics = own.server.panics().map_err(at(&path))?;
-        let killed = Instant::now();
-        own.server.kill().map_err(at(&path))?;
-        if fault == Fault::KillServerAndSpoilIndex {
-            let index = own.place.home.join("state/catalogue.db");
-            std::fs::write(&index, b"this was an index once").map_err(at(&index))?;
-        }
-        for panic in panics {
-            self.violation("no-panic", panic);
-        }
-        self.start_server()?;
-        self.serving().await?;
-        self.findings.restarted.add(killed.elapsed());
-        Ok(())
-    }
-
-    /// For a moment the server can open next to nothing.
-    async fn few_descriptors(&mut self) {
-        let Some(own) = &self.own else { return };
-        let Ok(now) = super::server::own(own.server.pid()) else {
-            return;
-        };
-        let few = now.descriptors + below(&mut self.rng, 8) as u64;
-        if let Ok(before) = own.server.limit_descriptors(Some(few)) {
-            let clients = faults::silent_connections(&self.socket, 20);
-            clients.await;
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            let _ = own.server.limit_descriptors(before);
-        }
-    }
-
-    /// For a moment the server's group allows little more than it uses without its slabs.
-    async fn shrink_memory(&mut self) {
-        let Some(group) = self.own.as_ref().and_then(|own| own.group.as_ref()) else {
-            return;
-        };
-        let Ok(used) = group.used() else { return };
-        let less = Bytes(used.get().saturating_sub(8 << 20));
-        // Refused where the kernel cannot get the memory back from anybody: then nothing has changed.
-        if group.set(Some(less)).is_ok() {
-            tokio::time::sleep(Duration::from_secs(2)).await;
-        }
-        let _ = group.set(None);
-    }
-
-    /// Sends the workers home, and waits until nothing is left of them.
-    async fn quiet(&mut self, pid: u32) -> Result<Holdings, CliError> {
-        self.workers.clear();
-        if let Some(own) = &mut self.own {
-            let folder = own.place.home.clone();
-            own.library.mend(true).map_err(at(&folder))?;
-        }
-        let began = Instant::now();
-        let mut left = String::from("no status");
-        while began.elapsed() < PATIENCE {
-            self.absorb();
-            if let Some(status) = self.status().await {
-                left = leftovers(&status, self.own.is_some());
-                if left.is_empty() {
-                    return holdings(pid, &status).map_err(at(Path::new("/proc")));
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        self.violation(
-            "quiet-leaves-nothing",
-            format!("{} s after the last worker: {left}", PATIENCE.as_secs()),
-        );
-        let status = self.status().await.unwrap_or_default();
-        holdings(pid, &status).map_err(at(Path::new("/proc")))
-    }
-
-    /// Holds a server to what it held when it began.
-    async fn end_of_life(
-        &mut self,
-        pid: u32,
-        start: Holdings,
-        time: Duration,
-    ) -> Result<(), CliError> {
-        let mut end = self.quiet(pid).await?;
-        let began = Instant::now();
-        let more = |end: &Holdings| {
-            end.descriptors > start.descriptors + SPARE_DESCRIPTORS
-                || end.threads > start.threads + SPARE_THREADS
-                || end.anonymous_bytes > start.anonymous_bytes + SPARE_MEMORY
-        };
-        while more(&end) && began.elapsed() < PATIENCE {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            end = self.quiet(pid).await?;
-        }
-        if more(&end) {
-            self.violation(
-                "holdings-return",
-                format!("the server began with {start:?} and ended with {end:?}"),
-            );
-        }
-        self.findings.lives.push(Life {
-            seconds: time.as_secs_f64(),
-            start,
-            end,
-        });
-        Ok(())
-    }
-
-    /// Ends the server as an operator does.
-    async fn finish_server(&mut self) -> Result<(), CliError> {
-        let Some(own) = &mut self.own else {
-            return Ok(());
-        };
-        let path = own.place.log.clone();
-        let status = own.server.terminate(PATIENCE).await.map_err(at(&path))?;
-        let panics = own.server.panics().map_err(at(&path))?;
-        for panic in panics {
-            self.violation("no-panic", panic);
-        }
-        match status {
-            Some(status) if status.success() => {}
-            Some(status) => self.violation("the-end-is-clean", format!("it ended with {status}")),
-            None => self.violation(
-                "the-end-is-clean",
-                format!("it did not end within {} s", PATIENCE.as_secs()),
-            ),
-        }
-        if self.socket.exists() {
-            self.violation(
-                "the-end-is-clean",
-                "the socket's file is still there".into(),
-            );
-        }
-        Ok(())
-    }
-}
-
-/// What is held for clients that are gone; nothing, once it is quiet.
-/// `alone`: nobody else uses the server.
-fn leftovers(status: &Value, alone: bool) -> String {
-    let mut left = Vec::new();
-    let sessions = status["sessions"].as_array().into_iter().flatten();
-    let labels = sessions.filter_map(|session| session["label"].as_str());
-    for label in labels.filter(|label| label.starts_with(WORKER)) {
-        left.push(format!("session {label}"));
-    }
-    if !alone {
-        return left.join(", ");
-    }
-    if status["loads"].as_u64() != Some(0) {
-        left.push(format!("{} loads", status["loads"]));
-    }
-    for tier in status["tiers"].as_array().into_iter().flatten() {
-        for key in ["waiting", "evicting", "leased"] {
-            if tier[key].as_u64().is_some_and(|n| n > 0) {
-                left.push(format!("{} {key} {}", tier["tier"], tier[key]));
-            }
-        }
-        let listed: u64 = tier["components"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|component| component["bytes"].as_u64())
-            .sum();
-        if tier["committed"].as_u64() != Some(listed) {
-            left.push(format!(
-                "{}: {} committed for components of {listed}",
-                tier["tier"], tier["committed"]
-            ));
-        }
-    }
-    if status["health"]["state"] != "green" {
-        left.push(format!("health {}", status["health"]));
-    }
-    left.join(", ")
-}
-
-fn holdings(pid: u32, status: &Value) -> io::Result<Holdings> {
-    let own = own(pid)?;
-    let tiers = status["tiers"].as_array().into_iter().flatten();
-    let vram = tiers
-        .filter(|tier| tier["tier"] != "ram")
-        .filter_map(|tier| tier["committed"].as_u64());
-    Ok(Holdings {
-        descriptors: own.descriptors,
-        threads: own.threads,
-        anonymous_bytes: own.anonymous_bytes,
-        vram_bytes: vram.sum(),
-    })
-}
-
-/// Makes many small files and removes them, faster than anybody can look at each.
-fn many_files(folder: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    for i in 0..500 {
-        std::fs::write(
-            folder.join(format!("{i}.safetensors")),
-            b"\x08\0\0\0\0\0\0\0{}      ",
-        )?;
-    }
-    std::fs::remove_dir_all(folder)
 }
 
 /// The process that listens on a socket.
@@ -797,7 +388,7 @@ fn peer(socket: &Path) -> io::Result<u32> {
     Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
 }
 
-fn at(path: &Path) -> impl FnOnce(io::Error) -> CliError {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> CliError {
     let path = path.to_owned();
     move |source| CliError::File { path, source }
 }

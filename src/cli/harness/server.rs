@@ -1,5 +1,6 @@
 //! The server under test: a process, what it holds, and its end.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -9,31 +10,6 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
 use super::group::Group;
-
-/// What a process of the system holds; VRAM is asked for elsewhere.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Own {
-    pub(super) descriptors: u64,
-    pub(super) threads: u64,
-    pub(super) anonymous_bytes: u64,
-}
-
-/// Reads what a process holds from `/proc`.
-pub(super) fn own(pid: u32) -> io::Result<Own> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let field = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
-            .unwrap_or(0)
-    };
-    Ok(Own {
-        descriptors: std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
-        threads: field("Threads:"),
-        anonymous_bytes: field("RssAnon:") << 10,
-    })
-}
 
 /// Sends a signal to a process that is ours.
 pub(super) fn signal(pid: u32, signal: Signal) -> io::Result<()> {
@@ -57,6 +33,10 @@ pub(super) struct Place {
     pub(super) home: PathBuf,
     pub(super) config: PathBuf,
     pub(super) log: PathBuf,
+    /// Further arguments.
+    pub(super) arguments: Vec<String>,
+    /// What its processes are told by their environment.
+    pub(super) environment: Vec<(&'static str, OsString)>,
 }
 
 impl Server {
@@ -71,6 +51,8 @@ impl Server {
             .arg("--config")
             .arg(&place.config)
             .arg("serve")
+            .args(&place.arguments)
+            .envs(place.environment.iter().cloned())
             .env("HOME", &place.home)
             .env_remove("XDG_RUNTIME_DIR")
             .env_remove("XDG_CACHE_HOME")
@@ -117,6 +99,11 @@ impl Server {
         Ok(None)
     }
 
+    /// How many descriptors it has.
+    pub(super) fn open_descriptors(&self) -> io::Result<u64> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count() as u64)
+    }
+
     /// Sets how many descriptors it may have from now on; gives what it was before.
     pub(super) fn limit_descriptors(&self, most: Option<u64>) -> io::Result<Option<u64>> {
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
@@ -150,15 +137,19 @@ impl Drop for Server {
 }
 
 /// The configuration of a server under test: little memory for many models, so that everything is always in motion.
-pub(super) fn configuration(home: &Path, models: &Path, http: u16) -> String {
-    let toml = |path: PathBuf| toml::Value::String(path.to_string_lossy().into_owned()).to_string();
+pub(super) fn configuration(home: &Path, roots: &[&Path], http: u16) -> String {
+    let toml = |path: &Path| toml::Value::String(path.to_string_lossy().into_owned()).to_string();
+    let roots: Vec<String> = roots.iter().map(|root| toml(root)).collect();
+    // So few decisions in memory that they are all there before anything is measured.
     format!(
         "[catalog]\nroots = [{}]\nsettle = \"100ms\"\ndatabase = {}\n\
          [ram]\nbudget = \"40MiB\"\n\
+         [monitor]\ndecisions = 500\ndecisions_file = {}\n\
          [bridge]\nsocket = {}\n\
          [http]\nlisten = \"127.0.0.1:{http}\"\n",
-        toml(models.to_owned()),
-        toml(home.join("state/catalogue.db")),
-        toml(home.join("run/hotset.sock")),
+        roots.join(", "),
+        toml(&home.join("state/catalogue.db")),
+        toml(&home.join("state/decisions.jsonl")),
+        toml(&home.join("run/hotset.sock")),
     )
 }

@@ -15,7 +15,9 @@ WHOLE, PART = 4 << 20, 1 << 18
 
 
 def say(**said):
-    print(json.dumps(said), flush=True)
+    # One write, so that lines of several threads do not mix.
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
 
 
 def digest(component):
@@ -50,8 +52,16 @@ def check(models):
     return seen
 
 
-def work(arguments, rng):
-    client, lost, known = hotset.connect(arguments.socket, label=arguments.label), None, None
+def connect(arguments, label):
+    while True:
+        try:
+            return hotset.connect(arguments.socket, label=label)
+        except hotset.HotsetError:
+            time.sleep(0.005)
+
+
+def work(arguments, label, rng):
+    client, lost, known = connect(arguments, label), None, None
     while True:
         try:
             names = [m["name"] for m in client.models() if not m.get("error")]
@@ -75,7 +85,10 @@ def work(arguments, rng):
                 say(said="lost")
                 lost = time.monotonic()
             known = None
-            time.sleep(0.005)
+            try:
+                client.reconnect(wait=30)
+            except hotset.HotsetError:
+                pass  # Tried again with the next request.
 
 
 def main():
@@ -83,8 +96,12 @@ def main():
     parser.add_argument("--socket")
     parser.add_argument("--label")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--sessions", type=int, default=1)
     arguments = parser.parse_args()
-    threading.Thread(target=work, args=(arguments, random.Random(arguments.seed)), daemon=True).start()
+    for session in range(arguments.sessions):
+        label = arguments.label if arguments.sessions == 1 else f"{arguments.label}.{session}"
+        rng = random.Random(arguments.seed + (session << 48))
+        threading.Thread(target=work, args=(arguments, label, rng), daemon=True).start()
     sys.stdin.read()
 
 

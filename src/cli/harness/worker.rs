@@ -3,20 +3,25 @@
 use std::convert::Infallible;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use hotset::bridge::wire::List;
-use hotset::client::{Client, ClientError, LoadOptions, RemoteLease};
+use hotset::client::{Client, ClientError, LoadOptions, RemoteLease, RemoteTensor};
+use hotset::core::device::cuda::{Cuda, Imported};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 
 use super::digest::Sum;
 use crate::cli::{CliError, output};
 
-/// How long a worker tries to find a server again, before it says so and goes on trying.
+/// How long a worker waits before it looks for a server again, twice as long each time ...
 const PAUSE: Duration = Duration::from_millis(5);
+/// ... up to this, so that a hundred of them leave the processor to the server that is about to start.
+const LONGEST_PAUSE: Duration = Duration::from_millis(80);
 /// Every request has a deadline; beyond it and this, it is lost.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -32,6 +37,9 @@ pub(crate) struct WorkerArgs {
     /// Where its choices begin
     #[arg(long)]
     pub(super) seed: u64,
+    /// Sessions, each with a connection of its own
+    #[arg(long, default_value = "1")]
+    pub(super) sessions: u64,
 }
 
 /// A line of a worker.
@@ -66,22 +74,38 @@ pub(crate) async fn run(args: &WorkerArgs) -> Result<(), CliError> {
         while std::io::stdin().read(&mut buffer).is_ok_and(|n| n > 0) {}
         std::process::exit(0);
     });
-    work(args).await.map(|never| match never {})
+    let mut sessions = JoinSet::new();
+    for session in 0..args.sessions.max(1) {
+        let label = match args.sessions {
+            0 | 1 => args.label.clone(),
+            _ => format!("{}.{session}", args.label),
+        };
+        let seed = args.seed.wrapping_add(session << 48);
+        sessions.spawn(work(args.socket.clone(), label, seed));
+    }
+    match sessions.join_next().await {
+        Some(Ok(ended)) => ended.map(|never| match never {}),
+        // A session that panics has said so.
+        Some(Err(_)) | None => Ok(()),
+    }
 }
 
-async fn work(args: &WorkerArgs) -> Result<Infallible, CliError> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(args.seed);
+async fn work(socket: PathBuf, label: String, seed: u64) -> Result<Infallible, CliError> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut lost: Option<Instant> = None;
+    let mut pause = PAUSE;
     loop {
-        let Ok(client) = Client::connect_to(&args.socket, &args.label).await else {
-            tokio::time::sleep(PAUSE).await;
+        let Ok(client) = Client::connect_to(&socket, &label).await else {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
             continue;
         };
+        pause = PAUSE;
         say(&Said::Connected {
             after_ms: lost.map(|at| at.elapsed().as_secs_f64() * 1e3),
         })?;
         lost = None;
-        if use_it(&client, &args.label, &mut rng).await? == Ended::Lost {
+        if use_it(&client, &label, &mut rng).await? == Ended::Lost {
             lost = Some(Instant::now());
             say(&Said::Lost)?;
         }
@@ -175,7 +199,12 @@ async fn use_it(
                 let before = checked(&leases)?;
                 tokio::time::sleep(Duration::from_millis(below(rng, 50) as u64)).await;
                 let after = checked(&leases)?;
-                if before != after {
+                // Where a GPU is lost meanwhile, there is nothing to compare.
+                let differs = before
+                    .iter()
+                    .zip(&after)
+                    .any(|pair| matches!(pair, (Some(a), Some(b)) if a != b));
+                if differs {
                     say(&Said::Wrong {
                         invariant: "leased-bytes-stay".into(),
                         message: format!("{label}: {chosen:?} changed while it was leased"),
@@ -226,16 +255,32 @@ fn checked(leases: &[RemoteLease]) -> Result<Vec<Option<String>>, CliError> {
     Ok(digests)
 }
 
-/// The digest of a leased component; `None` where it lies on a device.
+/// The digest of a leased component; `None` where it lies where it cannot be read.
 fn digest(lease: &RemoteLease) -> Result<Option<Sum>, ClientError> {
-    if lease.mapping().is_err() {
-        return Ok(None);
+    if lease.mapping().is_ok() {
+        return Ok(Some(sum(&lease.tensors()?)));
     }
+    match copy_of_gpu(lease) {
+        Some(copy) => Ok(Some(sum(&lease.tensors_in(&copy)?))),
+        None => Ok(None),
+    }
+}
+
+/// What a lease has on a GPU, read back; `None` where there is no GPU, or it is lost meanwhile.
+fn copy_of_gpu(lease: &RemoteLease) -> Option<Vec<u8>> {
+    static CUDA: OnceLock<Option<Cuda>> = OnceLock::new();
+    let export = lease.export().ok()?;
+    let cuda = CUDA.get_or_init(|| Cuda::detect().ok()).as_ref()?;
+    let gpu = cuda.gpus().iter().find(|gpu| gpu.uuid == export.uuid)?;
+    Imported::open(cuda, gpu, export).ok()?.read().ok()
+}
+
+fn sum(tensors: &[RemoteTensor<'_>]) -> Sum {
     let mut sum = Sum::default();
-    for tensor in lease.tensors()? {
+    for tensor in tensors {
         sum.add(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
     }
-    Ok(Some(sum))
+    sum
 }
 
 /// A number below `bound`, which is not 0.

@@ -68,7 +68,7 @@ fn memory_of_a_slab_that_is_gone_serves_the_next_one() {
     assert_eq!(second.held(), Bytes::mib(1) - Bytes::kib(4));
     assert_eq!(second.filled().len() as u64, MIB - 5000);
     let view = arena.view();
-    assert_eq!((view.reused, view.fresh), (1, 1));
+    assert_eq!((view.reused, view.fresh, view.mappings), (1, 1, 1));
     assert_eq!((view.live, view.warm), (second.held(), Bytes::ZERO));
     let range = second.range();
     drop(second);
@@ -77,6 +77,11 @@ fn memory_of_a_slab_that_is_gone_serves_the_next_one() {
     let third = filled(&arena, MIB, 3);
     assert_ne!(third.range().mapping, range.mapping);
     assert!(second.filled().iter().all(|byte| *byte == 2));
+    assert_eq!(arena.view().mappings, 2);
+    drop((second, third));
+    assert_eq!(arena.view().mappings, 2, "kept warm");
+    arena.release(Bytes::ZERO);
+    assert_eq!(arena.view().mappings, 0);
 }
 
 #[test]
@@ -97,6 +102,7 @@ fn a_slab_that_another_process_may_still_have_is_not_used_again() {
     drop(first);
     let view = arena.view();
     assert_eq!((view.warm, view.lingering), (Bytes::ZERO, Bytes::mib(1)));
+    assert_eq!(view.mappings, 1);
     assert_ne!(filled(&arena, MIB, 2).range().mapping, mapping);
     let mut bytes = vec![0; MIB as usize];
     std::os::unix::fs::FileExt::read_exact_at(&std::fs::File::from(descriptor), &mut bytes, 0)

@@ -8,7 +8,7 @@ use crate::ids::ComponentId;
 use crate::memory::{FlightFailure, FlightState, Lease};
 
 /// A component of this many bytes; equal numbers are equal content.
-fn component(number: u8, bytes: u64) -> Arc<Component> {
+pub(super) fn component(number: u8, bytes: u64) -> Arc<Component> {
     Arc::new(Component {
         id: ComponentId {
             model: format!("m{number}").into(),
@@ -34,11 +34,11 @@ fn component(number: u8, bytes: u64) -> Arc<Component> {
     })
 }
 
-fn want(component: &Arc<Component>) -> Want {
+pub(super) fn want(component: &Arc<Component>) -> Want {
     Want::Component(component.clone(), component.bytes)
 }
 
-fn ledger(budget: u64) -> Arc<Ledger> {
+pub(super) fn ledger(budget: u64) -> Arc<Ledger> {
     let ledger = Ledger::new();
     ledger.open_tier(Tier::Ram, Bytes(budget));
     ledger

@@ -1,5 +1,6 @@
 //! The machine's file: plain atomics at fixed places.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -234,6 +235,29 @@ impl Drop for Map {
     }
 }
 
+/// The files without a name that any process has open or maps.
+fn held_inodes() -> HashSet<u64> {
+    let mut held = HashSet::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let process = process.path();
+        for entry in std::fs::read_dir(process.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if let Ok(metadata) = std::fs::metadata(entry.path()) {
+                held.insert(std::os::unix::fs::MetadataExt::ino(&metadata));
+            }
+        }
+        let maps = std::fs::read_to_string(process.join("maps")).unwrap_or_default();
+        let inodes = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(4));
+        held.extend(inodes.filter_map(|inode| inode.parse::<u64>().ok()));
+    }
+    held
+}
+
 impl Machine {
     /// A new machine of this many GPUs, 1 GiB each, in a new file.
     ///
@@ -395,6 +419,47 @@ impl Machine {
             let gpu = row.gpu.load(SeqCst) as usize;
             row.inode.store(0, SeqCst);
             self.gpu(gpu).allocated.fetch_sub(bytes, SeqCst);
+        }
+    }
+
+    /// Gives back what processes had that are gone, as a driver does: their contexts, and memory that no process has a descriptor of
+    /// or maps any more.
+    pub fn reap(&self) {
+        for process in self.processes() {
+            let pid = process.pid.load(SeqCst);
+            if pid == 0 || Path::new(&format!("/proc/{pid}")).exists() {
+                continue;
+            }
+            for counter in process.contexts.iter().chain([
+                &process.handles,
+                &process.mappings,
+                &process.reservations,
+                &process.registrations,
+                &process.streams,
+                &process.events,
+            ]) {
+                counter.store(0, SeqCst);
+            }
+            for bytes in &process.memory {
+                bytes.store(0, SeqCst);
+            }
+            process.pid.store(0, SeqCst);
+        }
+        // The rows first: what is made meanwhile is not among them.
+        let rows = self.board().rows.iter();
+        let rows: Vec<(u64, &Row)> = rows
+            .map(|row| (row.inode.load(SeqCst), row))
+            .filter(|(inode, _)| *inode != 0)
+            .collect();
+        let held = held_inodes();
+        for (inode, row) in rows {
+            if held.contains(&inode) {
+                continue;
+            }
+            let (bytes, gpu) = (row.bytes.load(SeqCst), row.gpu.load(SeqCst) as usize);
+            if row.inode.compare_exchange(inode, 0, SeqCst, SeqCst).is_ok() {
+                self.gpu(gpu).allocated.fetch_sub(bytes, SeqCst);
+            }
         }
     }
 
