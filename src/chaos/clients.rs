@@ -208,10 +208,8 @@ fn note_refusal(world: &World, names: &[String], error: &LoadError) {
                 .for_each(|kind| world.effect(kind));
         }
         LoadError::Session(error) => note_draining(world, error),
-        LoadError::Component { failure, .. } => {
-            if format!("{failure:?}").contains("NoRoom") {
-                world.effect("no-host-memory");
-            }
+        LoadError::Component { failure, .. } if format!("{failure:?}").contains("NoRoom") => {
+            world.effect("no-host-memory");
         }
         _ => {}
     }

@@ -290,11 +290,12 @@ fn run(
             }
         })
         .collect();
-    problems.extend(named.iter().filter_map(|Named { model, .. }| {
-        (model.presence == Presence::Unread).then(|| ScanProblem::Interrupted {
-            path: model.path.to_path_buf(),
-            reason: model.error.clone().unwrap_or_default(),
-        })
+    let unread = named
+        .iter()
+        .filter(|named| named.model.presence == Presence::Unread);
+    problems.extend(unread.map(|Named { model, .. }| ScanProblem::Interrupted {
+        path: model.path.to_path_buf(),
+        reason: model.error.clone().unwrap_or_default(),
     }));
     if let Some(patience) = options.patience {
         problems.extend(hold_back(&mut named, patience));
