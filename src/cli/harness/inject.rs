@@ -179,8 +179,7 @@ impl Run {
         }
     }
 
-    /// The server's group is allowed less and less, a little more than it uses at each step, until it has had to give back all
-    /// that it can. An administrator who cuts below what is in use has the kernel kill the server, whatever it does: the memory of
+    /// The server's group is allowed less and less, a little more than it uses at each step. An administrator who cuts below what is in use has the kernel kill the server, whatever it does: the memory of
     /// slabs cannot be swapped out where there is no swap.
     async fn shrink_memory(&mut self) {
         let Some(group) = self.own.as_ref().and_then(|own| own.group.as_ref()) else {

@@ -1,0 +1,83 @@
+//! What a client of the HTTP face may send: the bytes go to a real one, over a connection of their own.
+#![no_main]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use hotset::http::Http;
+use hotset::{Config, Hotset};
+use libfuzzer_sys::fuzz_target;
+
+struct Face {
+    address: SocketAddr,
+    _runtime: tokio::runtime::Runtime,
+    _http: Http,
+}
+
+fn face() -> &'static Face {
+    static FACE: OnceLock<Face> = OnceLock::new();
+    FACE.get_or_init(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let mut config = Config::default();
+        config.catalog.watch = false;
+        config.cuda.detect = false;
+        config.http.listen = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let http = runtime.block_on(async {
+            let hotset = Hotset::builder().config(config).start().await.expect("a system");
+            Http::open(Arc::new(hotset)).await.expect("a free port").expect("HTTP")
+        });
+        Face { address: http.address(), _runtime: runtime, _http: http }
+    })
+}
+
+fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).expect("the face listens");
+    // A request that is not whole, or that asks for events without end, is given up.
+    stream.set_read_timeout(Some(Duration::from_millis(50))).expect("a time");
+    let _ = stream.write_all(bytes);
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut answer = Vec::new();
+    let mut some = [0; 4096];
+    while let Ok(read @ 1..) = stream.read(&mut some) {
+        answer.extend_from_slice(&some[..read]);
+        if answer.len() > 1 << 20 {
+            break;
+        }
+    }
+    answer
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let address = face().address;
+    // The first byte chooses: raw bytes, or a body (or a path) of a request that is well-formed.
+    let Some((how, rest)) = bytes.split_first() else { return };
+    let post = |path: &str| {
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+            rest.len()
+        );
+        [head.as_bytes(), rest].concat()
+    };
+    let request = match how % 5 {
+        0 => rest.to_vec(),
+        1 => post("/v2/repository/index"),
+        2 => post("/v2/repository/models/some/model/load"),
+        3 => post("/v2/repository/models/some/model/unload"),
+        _ => {
+            let path: String = rest.iter().map(|byte| format!("%{byte:02x}")).collect();
+            format!("GET /v2/models/{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").into_bytes()
+        }
+    };
+    let answer = exchange(address, &request);
+    if how % 5 != 0 {
+        assert!(answer.starts_with(b"HTTP/1.1 "), "no answer to a whole request");
+        // Nothing that a client sends is the server's fault.
+        assert!(!answer.starts_with(b"HTTP/1.1 5"), "{}", String::from_utf8_lossy(&answer));
+    }
+});
