@@ -12,6 +12,7 @@ mod load;
 pub(crate) mod log;
 mod output;
 mod plan;
+mod record;
 mod replay;
 mod serve;
 mod server;
@@ -100,6 +101,8 @@ enum Command {
     Analyse,
     /// End the running server gracefully
     Drain,
+    /// Write down what the running server grants, for `replay`
+    Record(record::RecordArgs),
     /// Replay recorded requests on simulated tiers, under each policy
     Replay(replay::ReplayArgs),
     /// Show the configuration in force, and where each value was said
@@ -219,6 +222,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Why(args) => why::run(&args, global).await,
         Command::Analyse => why::analyse(global).await,
         Command::Drain => serve::drain(global).await,
+        Command::Record(args) => record::run(&args, global).await,
         Command::Replay(args) => replay::run(&args, global),
         Command::Config => config::run(global),
         Command::Chaos(args) => harness::chaos(&args, global).await,

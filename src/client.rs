@@ -526,7 +526,8 @@ impl Client {
         }
     }
 
-    /// Hears of changes from now on, through [`events`](Self::events): `catalogue`, `decisions`, `pressure`.
+    /// Hears of changes from now on, through [`events`](Self::events): `catalogue`, `decisions`, `granted`,
+    /// `pressure`.
     ///
     /// # Errors
     /// [`ClientError`].

@@ -352,6 +352,12 @@ impl Hotset {
         self.system.subscribe_decisions()
     }
 
+    /// Hears of every set that a session is granted from now on.
+    #[must_use]
+    pub fn subscribe_granted(&self) -> tokio::sync::broadcast::Receiver<hotset_actors::Used> {
+        self.system.subscribe_granted()
+    }
+
     /// Hears of every set that has to wait because leases hold the memory.
     #[must_use]
     pub fn subscribe_shortages(&self) -> tokio::sync::broadcast::Receiver<Shortage> {

@@ -54,7 +54,7 @@ pub use hotset_actors::{
     EvictionPolicyFactory, GpuChoice, GpuEvent, Health, LoadError, LoadEvent, LoadPhase,
     LoadProgress, Loading, MonitorView, Phase, PhaseTimes, PredictorView, Pressure, ScanSummary,
     ServiceState, Session, SessionError, SessionStatus, Shortage, Status, TierStatus, UsageReport,
-    UsageRow,
+    UsageRow, Used, UsedSet,
 };
 /// The floors below, for hosts that bring their own device, reader or eviction policy.
 pub use hotset_core as core;

@@ -45,6 +45,24 @@ pub(crate) struct Admission {
     waiting: VecDeque<Request>,
     /// Wakes the keeper when the first who waits has aged.
     alarm: Option<AbortOnDropHandle<()>>,
+    /// Requests that the policy can still be told of, as of then.
+    allowance: f64,
+    counted: Duration,
+    /// Requests that it was told of since what it has learned was kept.
+    since_kept: usize,
+}
+
+/// Requests after which what was learned is kept.
+const KEPT_EVERY: usize = 2_048;
+/// Seconds of a policy's appetite that can be caught up on.
+const BURST_S: f64 = 4.0;
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if self.since_kept > 0 {
+            self.keep_learned();
+        }
+    }
 }
 
 enum Attempt {
@@ -66,7 +84,7 @@ impl Admission {
         high_watermark: f64,
         low_watermark: f64,
     ) -> Self {
-        let policy = (house.eviction)();
+        let policy = house.policy_of(tier);
         let mut admission = Self {
             house,
             tier,
@@ -75,6 +93,9 @@ impl Admission {
             low_watermark,
             waiting: VecDeque::new(),
             alarm: None,
+            allowance: 0.0,
+            counted: Duration::ZERO,
+            since_kept: 0,
         };
         admission.set_wake();
         admission
@@ -275,7 +296,9 @@ impl Admission {
         if let Some(budget) = self.house.ledger.budget(self.tier) {
             self.policy.on_capacity(budget);
         }
-        for used in uses {
+        let step = self.step(uses.len());
+        self.since_kept += uses.len() / step;
+        for used in uses.into_iter().step_by(step) {
             let seen: Vec<Seen> = used
                 .components
                 .iter()
@@ -294,6 +317,32 @@ impl Admission {
                 self.policy
                     .on_request(used.at, &component.content_id, component.bytes, *hit);
             }
+        }
+        if self.since_kept >= KEPT_EVERY {
+            self.keep_learned();
+        }
+    }
+
+    /// So many requests of a few are one too many for the policy's appetite: one in each so many is told.
+    fn step(&mut self, asked: usize) -> usize {
+        let Some(appetite) = self.policy.appetite().map(f64::from) else {
+            return 1;
+        };
+        let now = self.house.ledger.now();
+        let passed = now.saturating_sub(self.counted).as_secs_f64();
+        self.counted = now;
+        // What was not used of some seconds is left for a burst.
+        self.allowance = (self.allowance + passed * appetite).min(BURST_S * appetite);
+        let step = (asked as f64 / self.allowance.max(1.0)).ceil().max(1.0);
+        self.allowance = (self.allowance - asked as f64 / step).max(0.0);
+        step as usize
+    }
+
+    /// Gives what the policy has learned to whoever comes after it.
+    fn keep_learned(&mut self) {
+        self.since_kept = 0;
+        if let Some(learned) = self.policy.learned() {
+            self.house.keep_learned(self.tier, learned);
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use hotset_core::plan::rates::{Rates, Way};
 use hotset_core::plan::{ComponentSet, KeepAlive, Planner};
 use hotset_core::policy::pressure::{HostMemory, ram_budget};
 use hotset_core::policy::{self, EvictionPolicy};
+use hotset_core::predict::Learned;
 use hotset_core::usage::Usage;
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -39,7 +41,7 @@ use crate::ram_cache::RamCacheMessage;
 use crate::sessions::SessionsMessage;
 use crate::slot::Slot;
 use crate::supervisor::{ActorName, SupervisorMessage};
-use crate::uses::{Pushed, UsedSet, Uses};
+use crate::uses::{Pushed, Used, UsedSet, Uses};
 use crate::vram_manager::{Turns, VramManagerMessage};
 
 /// Makes the eviction policy of a tier, at each start of its keeper.
@@ -101,6 +103,10 @@ pub(crate) struct House {
     pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
     /// Each decision, as it is recorded.
     pub(crate) decided: broadcast::Sender<Decision>,
+    /// What sessions are granted, for who records it.
+    pub(crate) granted: broadcast::Sender<Used>,
+    /// What the policies of tiers have learned, for those that come after them.
+    learned: Mutex<BTreeMap<Tier, Learned>>,
     /// Each set that has to wait because others hold the memory.
     pub(crate) shortages: broadcast::Sender<Shortage>,
     /// What Monitor has measured last.
@@ -213,6 +219,7 @@ impl House {
             gpu_events: broadcast::Sender::new(CHANGES_KEPT),
             // A set of hundreds evicts as many at once.
             decided: broadcast::Sender::new(DECISIONS_KEPT),
+            granted: broadcast::Sender::new(DECISIONS_KEPT),
             shortages: broadcast::Sender::new(CHANGES_KEPT),
             measured: watch::Sender::new(MonitorView::default()),
             reader,
@@ -233,6 +240,7 @@ impl House {
                 .collect(),
             asked: Uses::default(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
+            learned: Mutex::new(learned_before(&config, devices.keys().copied())),
             devices,
             first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
@@ -311,6 +319,42 @@ impl House {
         RequestId(self.next_request.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// A policy for a tier, with what its predecessor had learned, in this system or the one before.
+    pub(crate) fn policy_of(&self, tier: Tier) -> Box<dyn EvictionPolicy> {
+        let mut policy = (self.eviction)();
+        let kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(learned) = kept.get(&tier) {
+            let resumed = policy.resume(self.ledger.now(), learned.ago(), &learned.bytes);
+            if let Err(error) = resumed {
+                tracing::warn!(%tier, %error, "the policy learns anew");
+            }
+        }
+        policy
+    }
+
+    /// Keeps what the policy of a tier has learned.
+    pub(crate) fn keep_learned(&self, tier: Tier, bytes: Vec<u8>) {
+        let mut kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.insert(tier, Learned::now(bytes));
+    }
+
+    /// Writes what policies have learned to the folder of the configuration, where there is one. Blocks.
+    pub(crate) fn write_learned(&self) {
+        let Some(folder) = &self.config.predict.folder else {
+            return;
+        };
+        let kept = self
+            .learned
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for (tier, learned) in kept {
+            if let Err(error) = learned.write(&learned_path(folder, tier)) {
+                tracing::warn!(%tier, %error, "what the policy has learned could not be kept; see predict.folder");
+            }
+        }
+    }
+
     /// A name for an actor that no other system in the process has.
     pub(crate) fn actor_name(&self, name: impl fmt::Display) -> String {
         format!("hotset{}.{name}", self.id)
@@ -330,6 +374,14 @@ impl House {
 
     /// Notes for Predictor what a session was granted.
     pub(crate) fn note_granted(&self, session: SessionId, components: UsedSet) {
+        if self.granted.receiver_count() > 0 {
+            // Nobody may listen any more.
+            let _ = self.granted.send(Used {
+                at: self.ledger.now(),
+                session,
+                components: components.clone(),
+            });
+        }
         let pushed = self.asked.push(|| self.ledger.now(), session, components);
         let wanted = match pushed {
             // Nobody is in a hurry but who predicts.
@@ -499,4 +551,28 @@ impl Outlook<'_> {
             now: self.house.ledger.now(),
         }
     }
+}
+
+/// The file of a tier: `ram.learned`, `vram-0.learned`.
+fn learned_path(folder: &Path, tier: Tier) -> PathBuf {
+    folder.join(format!("{}.learned", tier.to_string().replace(':', "-")))
+}
+
+/// What policies had learned when the system ended last. Blocks: it is read before anything runs.
+fn learned_before(
+    config: &Config,
+    gpus: impl Iterator<Item = GpuIndex>,
+) -> BTreeMap<Tier, Learned> {
+    let Some(folder) = &config.predict.folder else {
+        return BTreeMap::new();
+    };
+    let tiers = std::iter::once(Tier::Ram).chain(gpus.map(Tier::Vram));
+    let read = |tier| match Learned::read(&learned_path(folder, tier)) {
+        Ok(learned) => learned.map(|learned| (tier, learned)),
+        Err(error) => {
+            tracing::warn!(%tier, %error, "what the policy had learned is of no use; it learns anew");
+            None
+        }
+    };
+    tiers.filter_map(read).collect()
 }

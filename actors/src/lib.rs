@@ -50,3 +50,4 @@ pub use status::{
 };
 pub use supervisor::ActorName;
 pub use system::{Parts, ScanSummary, StartError, System};
+pub use uses::{Used, UsedSet};

@@ -216,6 +216,12 @@ impl System {
         self.house.decided.subscribe()
     }
 
+    /// Hears of every set that a session is granted from now on.
+    #[must_use]
+    pub fn subscribe_granted(&self) -> broadcast::Receiver<crate::Used> {
+        self.house.granted.subscribe()
+    }
+
     /// Hears of every set that has to wait because leases hold the memory, at each try.
     #[must_use]
     pub fn subscribe_shortages(&self) -> broadcast::Receiver<Shortage> {
@@ -532,6 +538,8 @@ impl System {
                 "tasks are stuck in the system, in a read that does not return perhaps; leaving them"
             );
         }
+        let kept = house.clone();
+        let _ = house.aside(move || kept.write_learned()).await;
         let ledger = house.ledger.clone();
         let _ = house.aside(move || forget_everything(&ledger)).await;
         tracing::info!("drained");

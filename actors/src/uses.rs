@@ -16,15 +16,17 @@ const MANY: usize = 1024;
 const MOST: usize = 16 * MANY;
 
 /// The components of a set, and whether each was there already or on its way.
-pub(crate) type UsedSet = Arc<[(Arc<Component>, bool)]>;
+pub type UsedSet = Arc<[(Arc<Component>, bool)]>;
 
-/// What a session used.
+/// What a session was granted.
 #[derive(Debug, Clone)]
-pub(crate) struct Used {
+pub struct Used {
     /// When, since the start of the system.
-    pub(crate) at: Duration,
-    pub(crate) session: SessionId,
-    pub(crate) components: UsedSet,
+    pub at: Duration,
+    /// Who asked.
+    pub session: SessionId,
+    /// What for, and whether it was there already or on its way.
+    pub components: UsedSet,
 }
 
 /// What a push calls for.

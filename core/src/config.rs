@@ -382,7 +382,6 @@ pub struct PolicyConfig {
 #[serde(rename_all = "kebab-case")]
 pub enum EvictionPolicyName {
     /// Least recently used first.
-    #[default]
     Lru,
     /// Least frequently used first, with counts that halve each hour.
     Lfu,
@@ -408,6 +407,7 @@ pub enum EvictionPolicyName {
     /// As Lemonade does.
     Lemonade,
     /// By predicted use, restore time and bytes.
+    #[default]
     Hotset,
 }
 
@@ -444,6 +444,8 @@ pub struct PredictConfig {
     pub max_tracked: usize,
     /// Seed of the model's random start.
     pub seed: u64,
+    /// A folder for what policies have learned, from one start to the next. `None`: they learn anew.
+    pub folder: Option<PathBuf>,
 }
 
 impl Default for PredictConfig {
@@ -454,6 +456,7 @@ impl Default for PredictConfig {
             threshold: 0.5,
             max_tracked: 10_000,
             seed: 0,
+            folder: None,
         }
     }
 }

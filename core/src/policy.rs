@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use crate::config::EvictionPolicyName;
 use crate::ids::ContentId;
-use crate::predict::{Observed, PrefetchScore};
+use crate::predict::{Observed, PrefetchScore, UnsoundStateError};
 use crate::units::Bytes;
 
 /// A resident component that nobody holds.
@@ -118,6 +118,29 @@ pub trait EvictionPolicy: Send + 'static {
     /// What came of the prefetches, where the policy makes any.
     fn prefetch_score(&self) -> Option<PrefetchScore> {
         None
+    }
+
+    /// The most requests in a second that it can be told of; whoever tells it leaves out others, evenly. `None`: all of them.
+    fn appetite(&self) -> Option<u32> {
+        None
+    }
+
+    /// What it has learned, for [`Self::resume`] after a restart; `None` where it learns nothing.
+    fn learned(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Goes on with what an earlier one had learned, `away` after that.
+    ///
+    /// # Errors
+    /// [`UnsoundStateError`] where that is of no use; then it learns anew.
+    fn resume(
+        &mut self,
+        _now: Duration,
+        _away: Duration,
+        _learned: &[u8],
+    ) -> Result<(), UnsoundStateError> {
+        Ok(())
     }
 
     /// The most components that may be resident, for policies that bound the count beside the bytes.

@@ -11,6 +11,7 @@
 
 mod features;
 mod ladder;
+mod learned;
 mod learner;
 mod scoreboard;
 mod sessions;
@@ -30,6 +31,7 @@ use crate::random::scramble;
 use crate::units::Bytes;
 use features::{Moment, Row, Tracked, Users};
 use ladder::Ladder;
+pub use learned::Learned;
 pub use scoreboard::{Position, PrefetchScore, Scoreboard};
 use sessions::Sessions;
 use state::State;

@@ -11,18 +11,20 @@ use tokio::sync::watch;
 
 use super::answers::document;
 use super::wire::{
-    CatalogueEvent, DecisionEvent, ErrorReply, ModelChange, PressureEvent, ServerMessage,
+    CatalogueEvent, DecisionEvent, ErrorReply, GrantedComponent, GrantedEvent, ModelChange,
+    PressureEvent, ServerMessage,
 };
-use crate::{GpuEvent, Hotset, MonitorView, Pressure, Shortage};
+use crate::{GpuEvent, Hotset, MonitorView, Pressure, Shortage, Used};
 
 /// The topics that there are.
-pub(crate) const TOPICS: [&str; 3] = ["catalogue", "decisions", "pressure"];
+pub(crate) const TOPICS: [&str; 4] = ["catalogue", "decisions", "granted", "pressure"];
 
 /// The subscriptions of one connection, each with the id of its request.
 #[derive(Debug)]
 pub(crate) struct Events {
     catalogue: Option<(u64, Receiver<Arc<[Change]>>)>,
     decisions: Option<(u64, Receiver<Decision>)>,
+    granted: Option<(u64, Receiver<Used>)>,
     pressure: Option<(u64, watch::Receiver<MonitorView>, Pressure)>,
     shortages: Option<Receiver<Shortage>>,
     gpus: Option<Receiver<GpuEvent>>,
@@ -48,6 +50,7 @@ impl Events {
         Self {
             catalogue: None,
             decisions: None,
+            granted: None,
             pressure: None,
             shortages: None,
             gpus: None,
@@ -87,6 +90,7 @@ impl Events {
             match topic.as_str() {
                 "catalogue" => self.catalogue = Some((id, hotset.subscribe())),
                 "decisions" => self.decisions = Some((id, hotset.subscribe_decisions())),
+                "granted" => self.granted = Some((id, hotset.subscribe_granted())),
                 _ => {
                     let mut measured = hotset.subscribe_pressure();
                     // The state now is the first event.
@@ -107,6 +111,9 @@ impl Events {
         if ends("decisions") {
             self.decisions = None;
         }
+        if ends("granted") {
+            self.granted = None;
+        }
         if ends("pressure") {
             self.pressure = None;
         }
@@ -117,6 +124,7 @@ impl Events {
         let all = [
             self.catalogue.is_some(),
             self.decisions.is_some(),
+            self.granted.is_some(),
             self.pressure.is_some(),
         ];
         TOPICS
@@ -149,6 +157,16 @@ impl Events {
                             return Event::Message(id, ServerMessage::Decision(event));
                         }
                         Err(RecvError::Closed) => self.decisions = None,
+                    }
+                }
+                (id, heard) = next_of(&mut self.granted) => {
+                    match heard {
+                        Ok(used) => return Event::Message(id, granted_event(&used)),
+                        Err(RecvError::Lagged(missed)) => {
+                            let event = GrantedEvent { missed, ..GrantedEvent::default() };
+                            return Event::Message(id, ServerMessage::Granted(event));
+                        }
+                        Err(RecvError::Closed) => self.granted = None,
                     }
                 }
                 changed = pressure_changed(&mut self.pressure) => match changed {
@@ -218,6 +236,24 @@ fn catalogue_event(changes: &[Change]) -> ServerMessage {
         })
         .collect();
     ServerMessage::Catalogue(CatalogueEvent { changes, missed: 0 })
+}
+
+fn granted_event(used: &Used) -> ServerMessage {
+    let components = used
+        .components
+        .iter()
+        .map(|(component, _)| GrantedComponent {
+            component: component.id.to_string(),
+            content: component.content_id.to_string(),
+            kind: component.kind.to_string(),
+            bytes: component.bytes.get(),
+        });
+    ServerMessage::Granted(GrantedEvent {
+        at_s: used.at.as_secs_f64(),
+        session: used.session.0,
+        components: components.collect(),
+        missed: 0,
+    })
 }
 
 fn decision_event(decision: &Decision) -> ServerMessage {

@@ -158,6 +158,8 @@ messages! {
         Catalogue(CatalogueEvent) = "catalogue",
         /// Event: something was decided.
         Decision(DecisionEvent) = "decision",
+        /// Event: a session was granted components.
+        Granted(GrantedEvent) = "granted",
         /// Event: how host memory stands, after each change.
         Pressure(PressureEvent) = "pressure",
         /// Event, id 0: let go of these leases within the grace period. After it they end, and the connection with them.
@@ -548,7 +550,7 @@ pub struct Released {
 /// What to hear of.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Subscribe {
-    /// `catalogue`, `decisions`, `pressure`.
+    /// `catalogue`, `decisions`, `granted`, `pressure`.
     pub topics: Vec<String>,
 }
 
@@ -596,6 +598,33 @@ pub struct DecisionEvent {
     /// This connection was too far behind and missed so many.
     #[serde(default)]
     pub missed: u64,
+}
+
+/// A session was granted components: what `hotset record` writes down.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct GrantedEvent {
+    /// When, in seconds since the start of the server.
+    pub at_s: f64,
+    /// The session's number.
+    pub session: u64,
+    /// What it was granted.
+    pub components: Vec<GrantedComponent>,
+    /// This connection was too far behind and missed so many; the rest is empty then.
+    #[serde(default)]
+    pub missed: u64,
+}
+
+/// A component that was granted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GrantedComponent {
+    /// Its name, `MODEL/COMPONENT`.
+    pub component: String,
+    /// Its content id.
+    pub content: String,
+    /// Its kind.
+    pub kind: String,
+    /// Its bytes.
+    pub bytes: u64,
 }
 
 /// How host memory stands.

@@ -35,6 +35,10 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     if config.catalog.database.is_none() {
         config.catalog.database = super::kept::database(&config.catalog.roots);
     }
+    if config.predict.folder.is_none() {
+        let database = config.catalog.database.as_deref();
+        config.predict.folder = database.map(|path| path.with_extension("learned"));
+    }
     if config.catalog.roots.is_empty() {
         eprintln!("warning: no model folder is configured; set catalog.roots or give --models DIR");
     }

@@ -354,6 +354,7 @@ impl Link {
             }
             ServerMessage::Catalogue(_)
             | ServerMessage::Decision(_)
+            | ServerMessage::Granted(_)
             | ServerMessage::Pressure(_)
             | ServerMessage::Adopted(_)
             | ServerMessage::Revoke(_) => {

@@ -11,8 +11,9 @@ use super::keys::{Keys, Known, LISTS};
 use super::{ConfigError, Given, Origin, checked};
 
 /// The keys that hold one path.
-const SINGLE_PATHS: [&str; 3] = [
+const SINGLE_PATHS: [&str; 4] = [
     "catalog.database",
+    "predict.folder",
     "bridge.socket",
     "monitor.decisions_file",
 ];

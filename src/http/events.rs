@@ -9,8 +9,11 @@ use futures::Stream;
 use serde_json::Value;
 
 use super::Face;
-use crate::bridge::events::{Event, Events, TOPICS};
+use crate::bridge::events::{Event, Events};
 use crate::bridge::wire::ServerMessage;
+
+/// What is heard here.
+const HEARD: [&str; 3] = ["catalogue", "decisions", "pressure"];
 
 /// `GET /events`
 pub(super) async fn stream(
@@ -18,7 +21,7 @@ pub(super) async fn stream(
 ) -> Sse<impl Stream<Item = Result<Sent, Infallible>>> {
     let mut events = Events::new();
     // These topics exist.
-    let subscribed = events.subscribe(&face.hotset, 0, &TOPICS.map(str::to_owned));
+    let subscribed = events.subscribe(&face.hotset, 0, &HEARD.map(str::to_owned));
     debug_assert!(subscribed.is_ok(), "all topics exist");
     // Not the face: its session ends when it is closed, also where somebody still listens.
     let stop = face.stop.clone();

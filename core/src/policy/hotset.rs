@@ -22,7 +22,9 @@ use super::shadow::{Asked, Held, Scoring, Shadow};
 use super::{Candidate, EvictionPolicy, Prefetch, Score, Victim, by_score};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
-use crate::predict::{Observed, Position, Predictor, PredictorStats, PrefetchScore, Scoreboard};
+use crate::predict::{
+    Observed, Position, Predictor, PredictorStats, PrefetchScore, Scoreboard, UnsoundStateError,
+};
 use crate::units::Bytes;
 
 /// How long LRU keeps things before its shadow has told, in requests.
@@ -51,6 +53,8 @@ const MAX_GHOSTS: usize = 64;
 const MARGIN: f64 = 3.0;
 /// Expected uses within the horizon below which nothing is loaded on a guess.
 const MIN_USES: f64 = 0.7;
+/// Requests in a second that are learned from: a twentieth of a core. Services whose loads take seconds see far fewer.
+const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
 const NOTED: usize = 16;
 /// Makes the number of a request a score below all that come from rates.
@@ -555,6 +559,29 @@ impl EvictionPolicy for HotsetRetention {
             board.delayed(delay_s);
             board.gone(content);
         }
+    }
+
+    fn appetite(&self) -> Option<u32> {
+        Some(APPETITE)
+    }
+
+    fn learned(&self) -> Option<Vec<u8>> {
+        postcard::to_allocvec(&self.predictor).ok()
+    }
+
+    fn resume(
+        &mut self,
+        now: Duration,
+        away: Duration,
+        learned: &[u8],
+    ) -> Result<(), UnsoundStateError> {
+        let what = "it is not what this version writes";
+        let predictor: Predictor =
+            postcard::from_bytes(learned).map_err(|_| UnsoundStateError { what })?;
+        self.predictor = predictor;
+        self.predictor.resume(now, away);
+        self.rates = Rates::default();
+        Ok(())
     }
 
     fn prefetch_score(&self) -> Option<PrefetchScore> {

@@ -41,6 +41,7 @@ pub(super) const SERVER: &str = r#"
 {"id": 10, "type": "subscribed", "topics": ["catalogue", "pressure"]}
 {"id": 10, "type": "catalogue", "changes": [{"change": "added", "name": "loras/new"}], "missed": 0}
 {"id": 10, "type": "decision", "decision": {"act": "evict", "tier": "ram"}, "sentence": "evicted flux/vae from ram", "missed": 0}
+{"id": 10, "type": "granted", "at_s": 93.25, "session": 4, "components": [{"component": "flux/vae", "content": "blake3:04d1", "kind": "vae", "bytes": 167666902}], "missed": 0}
 {"id": 10, "type": "pressure", "pressure": "high", "host": {"available": 900000000}}
 {"id": 0, "type": "revoke", "leases": [4], "grace_ms": 10000, "reason": "session 9 waits for 2.00 GiB more of vram:0"}
 {"id": 12, "type": "counted", "mappings": [1], "bytes": 5135149760, "over_budget": 0}
