@@ -93,7 +93,7 @@ impl Admission {
             low_watermark,
             waiting: VecDeque::new(),
             alarm: None,
-            allowance: 0.0,
+            allowance: f64::MAX,
             counted: Duration::ZERO,
             since_kept: 0,
         };

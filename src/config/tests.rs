@@ -89,6 +89,7 @@ fn the_shipped_file_names_every_key_with_its_default() {
     }
     expected.monitor.decisions_file = Some("/var/log/hotset/decisions.jsonl".into());
     expected.catalog.database = Some("/var/cache/hotset/catalogue.db".into());
+    expected.predict.folder = Some("/var/cache/hotset/learned".into());
     expected.ram.budget = Some(Bytes::gib(16));
     expected.ram.keep_warm = Some(Bytes::gib(8));
     expected.bridge.socket = Some("/run/hotset/hotset.sock".into());

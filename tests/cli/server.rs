@@ -210,3 +210,50 @@ fn a_killed_server_leaves_no_hindrance() {
     let listed = home.json(&["ls", "--json"]);
     assert!(!listed["models"].as_array().unwrap().is_empty());
 }
+
+#[test]
+fn what_is_granted_is_recorded_for_replay() {
+    let home = Home::new();
+    let library = home.library();
+    let _server = Server::start(&home, &library, &[]);
+    let requests = home.path().join("requests.csv");
+    let arguments = [
+        "record",
+        "requests.csv",
+        "--components",
+        "components.csv",
+        "--anonymise",
+    ];
+    let mut recorder = Ending(
+        home.command(&arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    // The subscription is there once a load is written down.
+    until("a recorded request", || {
+        home.json(&["load", "sdxl-demo", "--json"]);
+        let written = std::fs::read_to_string(&requests).unwrap_or_default();
+        written.lines().count() > 3
+    });
+    // What was recorded before is not written over.
+    assert_refused(&home.run(&arguments), 1, &["requests.csv"]);
+    let signalled = Command::new("kill")
+        .arg(recorder.0.id().to_string())
+        .status();
+    assert!(signalled.unwrap().success());
+    assert!(recorder.0.wait().unwrap().success());
+    let written = std::fs::read_to_string(&requests).unwrap();
+    assert!(!written.contains("sdxl"), "{written}");
+    let replayed = home.json(&[
+        "replay",
+        "requests.csv",
+        "--components",
+        "components.csv",
+        "--policy",
+        "lru,hotset",
+        "--json",
+    ]);
+    assert_eq!(replayed["components"], 4);
+    assert_eq!(replayed["requests"], written.lines().count() - 1);
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hotset::core::device::sim::SimDevice;
 use hotset::core::policy::{Candidate, EvictionPolicy, Victim, lru::Lru};
+use hotset::core::predict::{Observed, UnsoundStateError};
 use hotset::{
     ActorName, Bytes, ComponentSet, Device, GpuIndex, Health, Hotset, LoadError, ServiceState,
     Target,
@@ -309,4 +310,111 @@ async fn a_loss_that_the_manager_did_not_see_revokes_the_leases() {
     assert!(held[0].revoked().is_some(), "its memory is gone");
     let again = outcome(session.load(set)).await.unwrap();
     assert!(again[0].revoked().is_none());
+}
+
+/// Remembers how much it was told of, over all its successors.
+struct Remembering {
+    told: u64,
+    shown: Arc<AtomicUsize>,
+}
+
+impl EvictionPolicy for Remembering {
+    fn name(&self) -> &'static str {
+        "remembering"
+    }
+
+    fn observe(&mut self, _now: Duration, _request: &Observed<'_>) {
+        self.told += 1;
+        self.shown.store(self.told as usize, Ordering::SeqCst);
+    }
+
+    fn appetite(&self) -> Option<u32> {
+        Some(10)
+    }
+
+    fn learned(&self) -> Option<Vec<u8>> {
+        Some(self.told.to_le_bytes().to_vec())
+    }
+
+    fn resume(
+        &mut self,
+        _now: Duration,
+        _away: Duration,
+        learned: &[u8],
+    ) -> Result<(), UnsoundStateError> {
+        let what = "it is no count";
+        let told = learned.try_into().map_err(|_| UnsoundStateError { what })?;
+        self.told = u64::from_le_bytes(told);
+        self.shown.store(self.told as usize, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        Lru.rank(now, candidates)
+    }
+}
+
+#[tokio::test]
+async fn what_a_policy_has_learned_outlives_its_actor_and_the_system() {
+    let library = Library::new();
+    library.single("a", 1, 700);
+    library.single("b", 2, 700);
+    let kept = tempfile::tempdir().unwrap();
+    let shown = Arc::new(AtomicUsize::new(0));
+    let start = async || {
+        let mut config = library.config(Bytes::mib(1));
+        config.predict.folder = Some(kept.path().join("learned"));
+        let shown = shown.clone();
+        let policy = move || -> Box<dyn EvictionPolicy> {
+            Box::new(Remembering {
+                told: 0,
+                shown: shown.clone(),
+            })
+        };
+        let started = Hotset::builder().config(config).eviction(Arc::new(policy));
+        started.start().await.unwrap()
+    };
+    let load = async |hotset: &Hotset, name: &str| {
+        let session = hotset.session("s").await.unwrap();
+        drop(
+            session
+                .load(ComponentSet::new([name]))
+                .leases()
+                .await
+                .unwrap(),
+        );
+    };
+    let told = || shown.load(Ordering::SeqCst);
+
+    let hotset = start().await;
+    load(&hotset, "a").await;
+    // It is told when it has to choose.
+    load(&hotset, "b").await;
+    let first = told();
+    assert!(first >= 2, "{first}");
+    assert!(hotset.kill(ActorName::RamCache));
+    restarted(&hotset, ActorName::RamCache, 0).await;
+    load(&hotset, "a").await;
+    let second = told();
+    assert!(second > first, "{second} after {first}");
+    // More than it can take: some are left out.
+    for _ in 0..2_000 {
+        load(&hotset, "a").await;
+    }
+    load(&hotset, "b").await;
+    let third = told();
+    assert!(third > second && third < second + 1_500, "{third}");
+    hotset.drain().await;
+
+    let hotset = start().await;
+    assert_eq!(told(), third);
+    // A damaged file is no reason not to start.
+    hotset.drain().await;
+    std::fs::write(kept.path().join("learned/ram.learned"), b"nonsense").unwrap();
+    shown.store(0, Ordering::SeqCst);
+    let hotset = start().await;
+    load(&hotset, "a").await;
+    load(&hotset, "b").await;
+    assert!(told() < third);
+    hotset.drain().await;
 }

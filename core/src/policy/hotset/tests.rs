@@ -46,6 +46,46 @@ fn keeps_what_comes_again() {
 }
 
 #[test]
+fn what_it_has_learned_outlives_it() {
+    let ask = |policy: &mut HotsetRetention, number: u64| {
+        let components = [Seen {
+            content: content((number % 4 * (number % 3)) as u8),
+            kind: Kind::Checkpoint,
+            bytes: Bytes(1_000),
+        }];
+        let session = SessionId(number % 5);
+        let request = Observed {
+            session,
+            components: &components,
+        };
+        policy.observe(Duration::from_secs(number), &request);
+    };
+    let mut before = HotsetRetention::new(1);
+    before.on_capacity(Bytes(3_000));
+    (0..3_000).for_each(|number| ask(&mut before, number));
+    let learned = before.learned().unwrap();
+    let mut after = HotsetRetention::new(1);
+    after
+        .resume(Duration::ZERO, Duration::from_secs(60), &learned)
+        .unwrap();
+    assert!(before.stats().trained && after.stats().trained);
+    assert_eq!(before.stats().labelled, after.stats().labelled);
+    after.on_capacity(Bytes(3_000));
+    ask(&mut after, 3_000);
+    assert_eq!(after.stats().observed, 3_001);
+    // What is not whole, or another thing, changes nothing.
+    for spoilt in [&learned[..learned.len() / 2], &[], &[0xff; 40]] {
+        let mut fresh = HotsetRetention::new(1);
+        assert!(
+            fresh
+                .resume(Duration::ZERO, Duration::ZERO, spoilt)
+                .is_err()
+        );
+        assert_eq!(fresh.stats().observed, 0);
+    }
+}
+
+#[test]
 fn it_is_a_policy() {
     check_policy(|| Box::new(HotsetRetention::new(0)));
 }
