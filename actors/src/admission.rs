@@ -54,8 +54,8 @@ pub(crate) struct Admission {
 
 /// Requests after which what was learned is kept.
 const KEPT_EVERY: usize = 2_048;
-/// Seconds of a policy's appetite that can be caught up on.
-const BURST_S: f64 = 4.0;
+/// The most requests that a policy with an appetite is told of at once: its actor answers nobody meanwhile, for some 15 ms.
+const MOST_AT_ONCE: f64 = 256.0;
 
 impl Drop for Admission {
     fn drop(&mut self) {
@@ -331,8 +331,7 @@ impl Admission {
         let now = self.house.ledger.now();
         let passed = now.saturating_sub(self.counted).as_secs_f64();
         self.counted = now;
-        // What was not used of some seconds is left for a burst.
-        self.allowance = (self.allowance + passed * appetite).min(BURST_S * appetite);
+        self.allowance = (self.allowance + passed * appetite).min(MOST_AT_ONCE);
         let step = (asked as f64 / self.allowance.max(1.0)).ceil().max(1.0);
         self.allowance = (self.allowance - asked as f64 / step).max(0.0);
         step as usize

@@ -106,7 +106,7 @@ pub(crate) struct House {
     /// What sessions are granted, for who records it.
     pub(crate) granted: broadcast::Sender<Used>,
     /// What the policies of tiers have learned, for those that come after them.
-    learned: Mutex<BTreeMap<Tier, Learned>>,
+    learned: Mutex<BTreeMap<Tier, LearnedHere>>,
     /// Each set that has to wait because others hold the memory.
     pub(crate) shortages: broadcast::Sender<Shortage>,
     /// What Monitor has measured last.
@@ -324,7 +324,9 @@ impl House {
         let mut policy = (self.eviction)();
         let kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(learned) = kept.get(&tier) {
-            let resumed = policy.resume(self.ledger.now(), learned.ago(), &learned.bytes);
+            let now = self.ledger.now();
+            let away = learned.away + now.saturating_sub(learned.at);
+            let resumed = policy.resume(now, away, &learned.bytes);
             if let Err(error) = resumed {
                 tracing::warn!(%tier, %error, "the policy learns anew");
             }
@@ -335,7 +337,13 @@ impl House {
     /// Keeps what the policy of a tier has learned.
     pub(crate) fn keep_learned(&self, tier: Tier, bytes: Vec<u8>) {
         let mut kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.insert(tier, Learned::now(bytes));
+        let learned = LearnedHere {
+            bytes,
+            at: self.ledger.now(),
+            away: Duration::ZERO,
+            is_new: true,
+        };
+        kept.insert(tier, learned);
     }
 
     /// Writes what policies have learned to the folder of the configuration, where there is one. Blocks.
@@ -348,7 +356,8 @@ impl House {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        for (tier, learned) in kept {
+        for (tier, learned) in kept.into_iter().filter(|(_, learned)| learned.is_new) {
+            let learned = Learned::now(learned.bytes);
             if let Err(error) = learned.write(&learned_path(folder, tier)) {
                 tracing::warn!(%tier, %error, "what the policy has learned could not be kept; see predict.folder");
             }
@@ -553,6 +562,18 @@ impl Outlook<'_> {
     }
 }
 
+/// What a policy has learned, by the clock of this system.
+#[derive(Debug, Clone)]
+struct LearnedHere {
+    bytes: Vec<u8>,
+    /// When it was kept, or came here.
+    at: Duration,
+    /// How long before that it was learned, in a system before this one.
+    away: Duration,
+    /// Whether no file has it.
+    is_new: bool,
+}
+
 /// The file of a tier: `ram.learned`, `vram-0.learned`.
 fn learned_path(folder: &Path, tier: Tier) -> PathBuf {
     folder.join(format!("{}.learned", tier.to_string().replace(':', "-")))
@@ -562,13 +583,21 @@ fn learned_path(folder: &Path, tier: Tier) -> PathBuf {
 fn learned_before(
     config: &Config,
     gpus: impl Iterator<Item = GpuIndex>,
-) -> BTreeMap<Tier, Learned> {
+) -> BTreeMap<Tier, LearnedHere> {
     let Some(folder) = &config.predict.folder else {
         return BTreeMap::new();
     };
     let tiers = std::iter::once(Tier::Ram).chain(gpus.map(Tier::Vram));
     let read = |tier| match Learned::read(&learned_path(folder, tier)) {
-        Ok(learned) => learned.map(|learned| (tier, learned)),
+        Ok(learned) => learned.map(|learned| {
+            let here = LearnedHere {
+                away: learned.ago(),
+                bytes: learned.bytes,
+                at: Duration::ZERO,
+                is_new: false,
+            };
+            (tier, here)
+        }),
         Err(error) => {
             tracing::warn!(%tier, %error, "what the policy had learned is of no use; it learns anew");
             None

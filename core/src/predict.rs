@@ -153,6 +153,11 @@ impl Predictor {
         }
     }
 
+    /// Drops the examples that wait for their label.
+    pub fn forget_pending(&mut self) {
+        self.state.ladder.forget_pending();
+    }
+
     /// Learns from a request.
     pub fn observe(&mut self, now: Duration, request: &Observed<'_>) {
         let now_s = self.advance(now);
@@ -169,7 +174,7 @@ impl Predictor {
         let base = components
             .iter()
             .filter(|seen| !seen.kind.is_adapter())
-            .max_by_key(|seen| (seen.bytes, seen.content))
+            .max_by_key(|seen| seen.bytes)
             .map(|seen| seen.content);
         let number = self.state.observed;
         for seen in components {

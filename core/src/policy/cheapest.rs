@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn what_would_go_in_vain_stays() {
         // Small ones first by worth for each byte, and then one that frees all that is needed by itself.
-        let items = [item(0.1, 1.0), item(0.3, 1.0), item(7.0, 10.0)];
+        let items = [item(0.1, 1.0), item(0.6, 1.0), item(7.0, 10.0)];
         assert_eq!(choose(&items, 3, 10.0), [0, 2]);
         // Nothing is worth anything: all of it may go.
         let worthless = [item(0.0, 1.0), item(0.0, 2.0)];

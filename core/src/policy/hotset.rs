@@ -566,7 +566,10 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn learned(&self) -> Option<Vec<u8>> {
-        postcard::to_allocvec(&self.predictor).ok()
+        let mut kept = self.predictor.clone();
+        // What they wait for comes while nobody looks.
+        kept.forget_pending();
+        serde_json::to_vec(&kept).ok()
     }
 
     fn resume(
@@ -577,7 +580,7 @@ impl EvictionPolicy for HotsetRetention {
     ) -> Result<(), UnsoundStateError> {
         let what = "it is not what this version writes";
         let predictor: Predictor =
-            postcard::from_bytes(learned).map_err(|_| UnsoundStateError { what })?;
+            serde_json::from_slice(learned).map_err(|_| UnsoundStateError { what })?;
         self.predictor = predictor;
         self.predictor.resume(now, away);
         self.rates = Rates::default();

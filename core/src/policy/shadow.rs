@@ -31,6 +31,8 @@ pub(super) struct Held {
     pub(super) score: f64,
     /// The request before which the score need not be found anew.
     pub(super) fresh_until: u64,
+    /// Decides between equal scores: not the content id, which is another for the same model on another machine.
+    number: u64,
 }
 
 /// How a policy scores; the least goes first.
@@ -56,9 +58,10 @@ const REFRESHED: usize = 16;
 pub(super) struct Shadow {
     used: Bytes,
     held: HashMap<ContentId, Held, foldhash::fast::RandomState>,
-    order: BTreeSet<(Score, ContentId)>,
+    order: BTreeSet<(Score, u64, ContentId)>,
     /// By the request until which the score stands.
-    overdue: BTreeSet<(u64, ContentId)>,
+    overdue: BTreeSet<(u64, u64, ContentId)>,
+    admitted: u64,
 }
 
 impl Shadow {
@@ -96,7 +99,9 @@ impl Shadow {
                 uses: 1,
                 score: 0.0,
                 fresh_until: 0,
+                number: self.admitted,
             };
+            self.admitted += 1;
             self.put(held, scoring);
         }
         // The budget may have shrunk.
@@ -106,8 +111,10 @@ impl Shadow {
 
     fn take(&mut self, content: &ContentId) -> Option<Held> {
         let held = self.held.remove(content)?;
-        self.order.remove(&(Score(held.score), *content));
-        self.overdue.remove(&(held.fresh_until, *content));
+        self.order
+            .remove(&(Score(held.score), held.number, *content));
+        self.overdue
+            .remove(&(held.fresh_until, held.number, *content));
         self.used = self.used.saturating_sub(held.asked.bytes);
         Some(held)
     }
@@ -122,8 +129,9 @@ impl Shadow {
             held.score = 0.0;
         }
         let content = held.asked.content;
-        self.order.insert((Score(held.score), content));
-        self.overdue.insert((held.fresh_until, content));
+        self.order.insert((Score(held.score), held.number, content));
+        self.overdue
+            .insert((held.fresh_until, held.number, content));
         self.used = self.used.saturating_add(held.asked.bytes);
         self.held.insert(content, held);
     }
@@ -157,13 +165,13 @@ impl Shadow {
         }
         for _ in 0..REFRESHED {
             match self.overdue.first().copied() {
-                Some((due, content)) if due <= number => self.refresh(&content, scoring),
+                Some((due, _, content)) if due <= number => self.refresh(&content, scoring),
                 _ => break,
             }
         }
         while self.used.saturating_add(bytes) > capacity {
-            let lowest = self.order.iter().find(|(_, content)| !is_pinned(content));
-            let Some((_, content)) = lowest.copied() else {
+            let lowest = self.order.iter().find(|(.., content)| !is_pinned(content));
+            let Some((.., content)) = lowest.copied() else {
                 return false;
             };
             if self

@@ -198,7 +198,7 @@ impl Tracked {
     pub(super) fn usual_base(&self) -> Option<ContentId> {
         self.bases
             .iter()
-            .max_by(|a, b| f64::total_cmp(&a.times, &b.times).then(a.base.cmp(&b.base)))
+            .max_by(|a, b| f64::total_cmp(&a.times, &b.times))
             .map(|used| used.base)
     }
 
