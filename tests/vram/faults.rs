@@ -305,7 +305,7 @@ fn nvml_that_hangs_counts_as_absent_until_it_answers() {
 
 /// Real processes, which lease from GPUs that are lost, refuse and hang under them.
 #[test]
-#[ignore = "has not been run yet"]
+#[ignore = "half a minute of real processes: cargo test --test vram -- --ignored"]
 fn nothing_is_lost_while_gpus_are() {
     let binary = std::env::current_exe().unwrap();
     // Where cargo has put the doubles and what steers them: `target/debug` and its folders.
