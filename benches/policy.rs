@@ -59,6 +59,7 @@ fn warm(name: EvictionPolicyName) -> (Box<dyn EvictionPolicy>, Vec<Candidate>) {
         uses: 1,
         restore_s: 0.5,
         prefetched: false,
+        above: false,
     });
     (policy, candidates.collect())
 }

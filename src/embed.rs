@@ -17,6 +17,7 @@ use hotset_core::machine::Machine;
 use hotset_core::memory::{Charge, OfferedMemory};
 use hotset_core::plan::{ComponentSet, DependencyGraph, MixPlan, Plan, resolve};
 use hotset_core::policy::pressure::ram_budget;
+use hotset_core::predict::GuessResults;
 use hotset_core::{Bytes, ComponentId, GpuIndex, ModelName, Tier};
 
 use crate::decisions_file;
@@ -481,6 +482,12 @@ impl Hotset {
     /// [`SessionError::NotAnswering`].
     pub async fn enable_predictive_caching(&self, enabled: bool) -> Result<(), SessionError> {
         self.system.set_prediction(enabled).await
+    }
+
+    /// What came of loading what nobody had asked for, by its grounds: bytes used and in vain, seconds saved and lost.
+    #[must_use]
+    pub fn guesses(&self) -> Vec<GuessResults> {
+        self.system.guesses()
     }
 
     /// How components are used: what is hot, what hits, what the predictor has learned.

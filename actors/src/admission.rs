@@ -7,16 +7,20 @@ use std::time::Duration;
 
 use hotset_core::breaks::{self, Break};
 use hotset_core::decision::{Act, EvictCause};
-use hotset_core::memory::{Never, Reservation, Reserved, Shortfall, WakeWhen, Want};
-use hotset_core::plan::{Priority, newcomers_wait, passing};
-use hotset_core::policy::{EvictionPolicy, Victim, select};
-use hotset_core::predict::{Observed, Seen};
-use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
+use hotset_core::memory::{
+    Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, WakeWhen, Want,
+};
+use hotset_core::plan::{Priority, newcomers_wait, passing, restore_s};
+use hotset_core::policy::{Candidate, EvictionPolicy, Guess, Victim, select};
+use hotset_core::predict::{Observed, Seen, Studied};
+use hotset_core::{Bytes, ComponentId, ContentId, RequestId, SessionId, Tier};
 use ractor::RpcReplyPort;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::counters::add;
 use crate::house::{House, Shortage};
+use crate::learned::{KEPT_EVERY, Learner};
 
 /// Sets that one may pass at most: each is looked at by itself, whenever memory comes back.
 const MOST_PASSED: usize = 16;
@@ -50,10 +54,10 @@ pub(crate) struct Admission {
     counted: Duration,
     /// Requests that it was told of since what it has learned was kept.
     since_kept: usize,
+    /// What came of the policy's study, which goes on elsewhere.
+    studied: (UnboundedSender<Studied>, UnboundedReceiver<Studied>),
 }
 
-/// Requests after which what was learned is kept.
-const KEPT_EVERY: usize = 2_048;
 /// The most requests that a policy with an appetite is told of at once: its actor answers nobody meanwhile, for some 15 ms.
 const MOST_AT_ONCE: f64 = 256.0;
 
@@ -63,6 +67,15 @@ impl Drop for Admission {
             self.keep_learned();
         }
     }
+}
+
+/// What may go for a guess.
+#[derive(Default)]
+pub(crate) struct Room {
+    victims: Vec<Victim>,
+    candidates: usize,
+    /// The seconds that restoring each would take.
+    pub(crate) costs: Vec<(ContentId, f64)>,
 }
 
 enum Attempt {
@@ -96,6 +109,7 @@ impl Admission {
             allowance: f64::MAX,
             counted: Duration::ZERO,
             since_kept: 0,
+            studied: unbounded_channel(),
         };
         admission.set_wake();
         admission
@@ -296,6 +310,7 @@ impl Admission {
         if let Some(budget) = self.house.ledger.budget(self.tier) {
             self.policy.on_capacity(budget);
         }
+        self.let_study();
         let step = self.step(uses.len());
         self.since_kept += uses.len() / step;
         for used in uses.into_iter().step_by(step) {
@@ -323,6 +338,18 @@ impl Admission {
         }
     }
 
+    /// Does the policy's longer work where that keeps nobody waiting, and gives it what came of the last.
+    fn let_study(&mut self) {
+        while let Ok(studied) = self.studied.1.try_recv() {
+            self.policy.studied(studied);
+        }
+        if let Some(study) = self.policy.study() {
+            let to = self.studied.0.clone();
+            // Lost with the system's end: nobody waits for it.
+            self.house.aside(move || to.send(study.run()));
+        }
+    }
+
     /// So many requests of a few are one too many for the policy's appetite: one in each so many is told.
     fn step(&mut self, asked: usize) -> usize {
         let Some(appetite) = self.policy.appetite().map(f64::from) else {
@@ -341,7 +368,7 @@ impl Admission {
     fn keep_learned(&mut self) {
         self.since_kept = 0;
         if let Some(learned) = self.policy.learned() {
-            self.house.keep_learned(self.tier, learned);
+            self.house.keep_learned(Learner::Policy(self.tier), learned);
         }
     }
 
@@ -383,24 +410,82 @@ impl Admission {
         self.evict(victims, candidates.len(), &cause);
     }
 
-    fn candidates(&self, except: &HashSet<ContentId>) -> Vec<hotset_core::policy::Candidate> {
-        self.house
-            .ledger
-            .evictable(self.tier)
-            .iter()
-            .map(hotset_core::memory::ResidencyView::candidate)
+    /// What may go, with what the other tiers mean for it: a GPU's component is soon there again where RAM has it, and nobody asks
+    /// RAM for what a GPU has.
+    fn candidates(&self, except: &HashSet<ContentId>) -> Vec<Candidate> {
+        let (ledger, in_ram) = (&self.house.ledger, self.tier == Tier::Ram);
+        let elsewhere = ledger.resident(|tier| (tier == Tier::Ram) != in_ram);
+        let rates = self.house.rates().clone();
+        let restored = |view: ResidencyView| {
+            let mut candidate = view.candidate();
+            let there = elsewhere.contains(&candidate.content);
+            match self.tier {
+                Tier::Ram => candidate.above = there,
+                Tier::Vram(gpu) => {
+                    candidate.restore_s = restore_s(&rates, gpu, &view.component, there);
+                }
+            }
+            candidate
+        };
+        let candidates = ledger.evictable(self.tier).into_iter().map(restored);
+        candidates
             .filter(|candidate| !except.contains(&candidate.content))
             .collect()
     }
 
+    /// What may go for a guess; `None` where it is not worth that.
+    pub(crate) fn room_for(&mut self, guess: &Guess, needed: Bytes) -> Option<Room> {
+        self.learn();
+        let candidates = self.candidates(&HashSet::from([guess.content]));
+        let now = self.house.ledger.now();
+        let policy = self.policy.as_mut();
+        let victims = policy.room_for_guess(now, guess, &candidates, needed)?;
+        let cost = |victim: &Victim| {
+            let held = candidates.iter().find(|c| c.content == victim.content);
+            (victim.content, held.map_or(0.0, |c| c.restore_s))
+        };
+        Some(Room {
+            costs: victims.iter().map(cost).collect(),
+            victims,
+            candidates: candidates.len(),
+        })
+    }
+
+    /// Evicts it for this component. The memory comes back as the result is dropped.
+    pub(crate) fn make(&mut self, room: Room, guess: &ComponentId) -> Vec<Evicted> {
+        let component = guess.clone();
+        let cause = EvictCause::Guess { component };
+        self.take_out(room.victims, room.candidates, &cause)
+    }
+
     fn evict(&mut self, victims: Vec<Victim>, candidates: usize, cause: &EvictCause) -> Bytes {
-        let mut freed = Bytes::ZERO;
+        let evicted = self.take_out(victims, candidates, cause);
+        let freed = evicted.iter().map(|evicted| evicted.bytes).sum();
+        for evicted in evicted {
+            match self.tier {
+                // Unmapping gigabytes takes long.
+                Tier::Ram => drop(self.house.off_thread(move || drop(evicted))),
+                Tier::Vram(_) => drop(evicted),
+            }
+        }
+        freed
+    }
+
+    fn take_out(
+        &mut self,
+        victims: Vec<Victim>,
+        candidates: usize,
+        cause: &EvictCause,
+    ) -> Vec<Evicted> {
+        let mut out = Vec::with_capacity(victims.len());
         for victim in victims {
             // Somebody may have claimed it since: then it stays.
             let Some(evicted) = self.house.ledger.evict(self.tier, &victim.content) else {
                 continue;
             };
-            freed += evicted.bytes;
+            if evicted.prefetched() {
+                self.house.usage().guesses().gone(&victim.content);
+            }
             self.policy
                 .on_evict(self.house.ledger.now(), &victim.content);
             let counter = match self.tier {
@@ -419,13 +504,9 @@ impl Admission {
                 candidates,
                 wasted: evicted.prefetched(),
             });
-            match self.tier {
-                // Unmapping gigabytes takes long.
-                Tier::Ram => drop(self.house.off_thread(move || drop(evicted))),
-                Tier::Vram(_) => drop(evicted),
-            }
+            out.push(evicted);
         }
-        freed
+        out
     }
 
     /// Wakes the keeper when bytes come back while somebody waits, when there is something to trim, when the first who

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,7 +20,7 @@ use hotset_core::plan::rates::{Rates, Way};
 use hotset_core::plan::{ComponentSet, KeepAlive, Planner};
 use hotset_core::policy::pressure::{HostMemory, ram_budget};
 use hotset_core::policy::{self, EvictionPolicy};
-use hotset_core::predict::Learned;
+use hotset_core::predict::Predictor;
 use hotset_core::usage::Usage;
 use hotset_core::{Bytes, GpuIndex, LeaseId, RequestId, SessionId, Tier};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -32,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use crate::counters::Counters;
 use crate::discovery::DiscoveryMessage;
 use crate::hot::HotSets;
+use crate::learned::{LearnedHere, Learner};
 use crate::monitor::{MonitorMessage, MonitorView, Pressure};
 use crate::phases::Phases;
 use crate::plan::KnownBlocks;
@@ -105,8 +105,8 @@ pub(crate) struct House {
     pub(crate) decided: broadcast::Sender<Decision>,
     /// What sessions are granted, for who records it.
     pub(crate) granted: broadcast::Sender<Used>,
-    /// What the policies of tiers have learned, for those that come after them.
-    learned: Mutex<BTreeMap<Tier, LearnedHere>>,
+    /// What was learned, for those that come after.
+    learned: LearnedHere,
     /// Each set that has to wait because others hold the memory.
     pub(crate) shortages: broadcast::Sender<Shortage>,
     /// What Monitor has measured last.
@@ -240,7 +240,7 @@ impl House {
                 .collect(),
             asked: Uses::default(),
             vram: devices.keys().map(|gpu| (*gpu, Slot::new())).collect(),
-            learned: Mutex::new(learned_before(&config, devices.keys().copied())),
+            learned: LearnedHere::before(&config.predict, devices.keys().copied()),
             devices,
             first_figures,
             eviction: eviction.unwrap_or_else(|| Arc::new(move || policy::by_name(name))),
@@ -322,45 +322,36 @@ impl House {
     /// A policy for a tier, with what its predecessor had learned, in this system or the one before.
     pub(crate) fn policy_of(&self, tier: Tier) -> Box<dyn EvictionPolicy> {
         let mut policy = (self.eviction)();
-        let kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(learned) = kept.get(&tier) {
-            let now = self.ledger.now();
-            let away = learned.away + now.saturating_sub(learned.at);
-            let resumed = policy.resume(now, away, &learned.bytes);
-            if let Err(error) = resumed {
-                tracing::warn!(%tier, %error, "the policy learns anew");
-            }
-        }
+        let now = self.ledger.now();
+        self.learned
+            .resume(Learner::Policy(tier), now, |away, learned| {
+                policy.resume(now, away, learned)
+            });
         policy
     }
 
-    /// Keeps what the policy of a tier has learned.
-    pub(crate) fn keep_learned(&self, tier: Tier, bytes: Vec<u8>) {
-        let mut kept = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        let learned = LearnedHere {
-            bytes,
-            at: self.ledger.now(),
-            away: Duration::ZERO,
-            is_new: true,
-        };
-        kept.insert(tier, learned);
+    /// A predictor for prefetches, with what its predecessor had learned.
+    pub(crate) fn predictor_before(&self) -> Predictor {
+        let config = &self.config.predict;
+        let mut predictor = Predictor::new(config);
+        let now = self.ledger.now();
+        self.learned
+            .resume(Learner::Predictor, now, |away, learned| {
+                predictor = Predictor::restored(config, now, away, learned)?;
+                Ok(())
+            });
+        predictor
     }
 
-    /// Writes what policies have learned to the folder of the configuration, where there is one. Blocks.
+    /// Keeps what somebody has learned.
+    pub(crate) fn keep_learned(&self, learner: Learner, bytes: Vec<u8>) {
+        self.learned.keep(learner, self.ledger.now(), bytes);
+    }
+
+    /// Writes what was learned to the folder of the configuration, where there is one. Blocks.
     pub(crate) fn write_learned(&self) {
-        let Some(folder) = &self.config.predict.folder else {
-            return;
-        };
-        let kept = self
-            .learned
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        for (tier, learned) in kept.into_iter().filter(|(_, learned)| learned.is_new) {
-            let learned = Learned::now(learned.bytes);
-            if let Err(error) = learned.write(&learned_path(folder, tier)) {
-                tracing::warn!(%tier, %error, "what the policy has learned could not be kept; see predict.folder");
-            }
+        if let Some(folder) = &self.config.predict.folder {
+            self.learned.write(folder);
         }
     }
 
@@ -560,48 +551,4 @@ impl Outlook<'_> {
             now: self.house.ledger.now(),
         }
     }
-}
-
-/// What a policy has learned, by the clock of this system.
-#[derive(Debug, Clone)]
-struct LearnedHere {
-    bytes: Vec<u8>,
-    /// When it was kept, or came here.
-    at: Duration,
-    /// How long before that it was learned, in a system before this one.
-    away: Duration,
-    /// Whether no file has it.
-    is_new: bool,
-}
-
-/// The file of a tier: `ram.learned`, `vram-0.learned`.
-fn learned_path(folder: &Path, tier: Tier) -> PathBuf {
-    folder.join(format!("{}.learned", tier.to_string().replace(':', "-")))
-}
-
-/// What policies had learned when the system ended last. Blocks: it is read before anything runs.
-fn learned_before(
-    config: &Config,
-    gpus: impl Iterator<Item = GpuIndex>,
-) -> BTreeMap<Tier, LearnedHere> {
-    let Some(folder) = &config.predict.folder else {
-        return BTreeMap::new();
-    };
-    let tiers = std::iter::once(Tier::Ram).chain(gpus.map(Tier::Vram));
-    let read = |tier| match Learned::read(&learned_path(folder, tier)) {
-        Ok(learned) => learned.map(|learned| {
-            let here = LearnedHere {
-                away: learned.ago(),
-                bytes: learned.bytes,
-                at: Duration::ZERO,
-                is_new: false,
-            };
-            (tier, here)
-        }),
-        Err(error) => {
-            tracing::warn!(%tier, %error, "what the policy had learned is of no use; it learns anew");
-            None
-        }
-    };
-    tiers.filter_map(read).collect()
 }

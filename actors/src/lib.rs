@@ -16,6 +16,7 @@ mod counters;
 mod discovery;
 mod hot;
 mod house;
+mod learned;
 mod loader;
 mod loading;
 mod monitor;

@@ -1,21 +1,27 @@
 //! Predictor: learns from the request stream and proposes prefetches, off until it is switched on, and sums up how components
 //! are used.
 //!
-//! What it has learned is kept in memory and lost with it; it then learns anew. Its guesses go to RamCache, which takes
-//! them only into memory that nobody needs.
+//! It goes on with what its predecessor had learned. Its guesses go to RamCache, which takes them into memory that nobody needs,
+//! or in the place of what is worth far less. What comes of them is counted in the house, by their grounds.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hotset_core::catalog::Component;
-use hotset_core::predict::{Candidate, Observed, Predictor, PredictorStats, Seen};
-use hotset_core::{ComponentId, ContentId, Tier};
+use hotset_core::catalog::{Catalogue, Component};
+use hotset_core::plan::{DISK_PER_S, disk, resolve};
+use hotset_core::predict::{
+    Candidate, Grounds, Observed, Predictor, PredictorStats, Seen, Studied,
+};
+use hotset_core::{ComponentId, ContentId, ModelName};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::house::House;
-use crate::ram_cache::RamCacheMessage;
+use crate::learned::{KEPT_EVERY, Learner};
+use crate::ram_cache::{GuessedRead, RamCacheMessage};
+use crate::uses::Used;
 
 /// What Predictor is told and asked.
 #[derive(Debug)]
@@ -45,12 +51,46 @@ pub(crate) struct State {
     house: Arc<House>,
     enabled: bool,
     predictor: Predictor,
+    /// Requests that it learned from since what it has learned was kept.
+    since_kept: usize,
+    /// What came of its studies, which go on elsewhere.
+    studied: (UnboundedSender<Studied>, UnboundedReceiver<Studied>),
 }
 
 /// Prefetches proposed after one request: more would only queue behind the first.
 const PROPOSALS: usize = 2;
-/// Read rate that is assumed for a component whose load was never measured, in bytes each second: a plain SSD.
-const ASSUMED_RATE: f64 = 1e9;
+/// Requests that a guess has at least until it was wrong.
+const LEAST_WITHIN: f64 = 64.0;
+
+impl State {
+    /// Has the longer work done where that keeps nobody waiting, and takes what came of the last.
+    fn let_study(&mut self) {
+        while let Ok(studied) = self.studied.1.try_recv() {
+            self.predictor.studied(studied);
+        }
+        if let Some(study) = self.predictor.study() {
+            let to = self.studied.0.clone();
+            // Lost with the system's end: nobody waits for it.
+            self.house.aside(move || to.send(study.run()));
+        }
+    }
+
+    /// Gives what was learned to whoever comes after.
+    fn keep_learned(&mut self) {
+        self.since_kept = 0;
+        if let Some(learned) = self.predictor.learned() {
+            self.house.keep_learned(Learner::Predictor, learned);
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.since_kept > 0 {
+            self.keep_learned();
+        }
+    }
+}
 
 #[ractor::actor(message = PredictorMessage, state = State, arguments = Arc<House>)]
 impl PredictorActor {
@@ -61,15 +101,19 @@ impl PredictorActor {
     ) -> Result<State, ActorProcessingErr> {
         Ok(State {
             enabled: house.predicting.load(std::sync::atomic::Ordering::Relaxed),
-            predictor: Predictor::new(&house.config.predict),
+            predictor: house.predictor_before(),
+            since_kept: 0,
+            studied: unbounded_channel(),
             house,
         })
     }
 
     #[ractor::message(PredictorMessage::Requested)]
     fn requested(&self, state: &mut State) {
-        if learn(state) && state.enabled {
-            propose(state);
+        if let Some(used) = learn(state)
+            && state.enabled
+        {
+            propose(state, &used);
         }
     }
 
@@ -100,8 +144,8 @@ impl PredictorActor {
     }
 }
 
-/// Takes what was granted meanwhile; gives whether there was anything.
-fn learn(state: &mut State) -> bool {
+/// Takes what was granted meanwhile; gives the latest of it.
+fn learn(state: &mut State) -> Option<Used> {
     let granted = state.house.asked.take();
     for used in &granted {
         let seen: Vec<Seen> = used
@@ -119,52 +163,116 @@ fn learn(state: &mut State) -> bool {
         };
         if state.enabled {
             state.predictor.observe(used.at, &observed);
+            state.since_kept += 1;
         }
-        let ids = used
-            .components
-            .iter()
-            .map(|(component, _)| component.id.clone());
-        let ids: Vec<ComponentId> = ids.collect();
-        state.house.usage().used(used.at, &ids);
+        let ids: Vec<ComponentId> = ids(used).collect();
+        let mut usage = state.house.usage();
+        usage.used(used.at, &ids);
+        usage.guesses().asked(seen.iter().map(|seen| &seen.content));
     }
-    !granted.is_empty()
+    state.let_study();
+    if state.since_kept >= KEPT_EVERY {
+        state.keep_learned();
+    }
+    granted.into_iter().next_back()
 }
 
-/// Proposes what is not in RAM.
-fn propose(state: &mut State) {
-    let there: HashSet<ContentId> = state
-        .house
-        .ledger
-        .view(Tier::Ram)
-        .map(|view| {
-            view.residencies
-                .iter()
-                .map(|residency| residency.component.content_id)
-                .collect()
-        })
-        .unwrap_or_default();
-    let catalogue = state.house.catalogue.load();
-    let absent: Vec<&Arc<Component>> = catalogue
-        .models()
-        .flat_map(|model| &model.components)
-        .filter(|component| !there.contains(&component.content_id))
-        .collect();
-    let candidates: Vec<Candidate> = absent
+fn ids(used: &Used) -> impl Iterator<Item = ComponentId> {
+    used.components
         .iter()
-        .map(|component| Candidate {
-            content: component.content_id,
-            bytes: component.bytes,
-            load_s: component.bytes.as_f64() / ASSUMED_RATE,
-        })
+        .map(|(component, _)| component.id.clone())
+}
+
+/// Proposes what is in no tier: what is certain first, then what is usual, then what is expected.
+fn propose(state: &mut State, used: &Used) {
+    let house = state.house.clone();
+    let there: HashSet<ContentId> = house
+        .ledger
+        .views()
+        .iter()
+        .flat_map(|view| &view.residencies)
+        .map(|residency| residency.component.content_id)
         .collect();
-    let now = state.house.ledger.now();
-    for proposal in state.predictor.proposals(now, &candidates, PROPOSALS) {
-        let Some(component) = absent.iter().find(|c| c.content_id == proposal.content) else {
-            continue;
-        };
-        let _ = state.house.ram.cast(RamCacheMessage::Prefetch {
-            component: Arc::clone(component),
-            probability: proposal.probability,
-        });
+    let is_absent = |component: &Arc<Component>| !there.contains(&component.content_id);
+    let catalogue = house.catalogue.load();
+    let mut proposals: Vec<(Arc<Component>, Grounds, f64)> = Vec::new();
+    let rest = rest_of_models(&house, &catalogue, used);
+    proposals.extend(rest.into_iter().map(|c| (c, Grounds::Declared, 1.0)));
+    let asked: Vec<ComponentId> = ids(used).collect();
+    let usual = house.usage().usual(&asked);
+    proposals.extend(usual.into_iter().filter_map(|(id, share)| {
+        let component = catalogue.get(&id.model)?.component(&id.component)?.clone();
+        Some((component, Grounds::Usual, share))
+    }));
+    proposals.retain(|(component, ..)| is_absent(component));
+    let load_s = {
+        let rates = house.rates().clone();
+        move |component: &Component| {
+            let rate = rates.per_s(disk(component)).unwrap_or(DISK_PER_S);
+            component.ram_bytes().as_f64() / rate
+        }
+    };
+    if proposals.len() < PROPOSALS {
+        let absent: Vec<&Arc<Component>> = catalogue
+            .models()
+            .flat_map(|model| &model.components)
+            .filter(|component| is_absent(component))
+            .collect();
+        let candidates: Vec<Candidate> = absent
+            .iter()
+            .map(|component| Candidate {
+                content: component.content_id,
+                bytes: component.bytes,
+                load_s: load_s(component),
+            })
+            .collect();
+        let now = house.ledger.now();
+        for proposal in state.predictor.proposals(now, &candidates, PROPOSALS) {
+            if let Some(component) = absent.iter().find(|c| c.content_id == proposal.content) {
+                let component = Arc::clone(component);
+                proposals.push((component, Grounds::Predicted, proposal.probability));
+            }
+        }
     }
+    let mut named = HashSet::new();
+    proposals.retain(|(component, ..)| named.insert(component.content_id));
+    let within = (2.0 * state.predictor.horizon()).max(LEAST_WITHIN) as u64;
+    for (component, grounds, probability) in proposals.into_iter().take(PROPOSALS) {
+        let load_s = load_s(&component);
+        let guess = Arc::new(GuessedRead {
+            component,
+            grounds,
+            probability,
+            load_s,
+            within,
+        });
+        let _ = house.ram.cast(RamCacheMessage::Prefetch(guess));
+    }
+}
+
+/// What comes with the components of a set that are a part of their model, in the order of its use.
+fn rest_of_models(house: &House, catalogue: &Catalogue, used: &Used) -> Vec<Arc<Component>> {
+    let mut of_model: BTreeMap<&ModelName, usize> = BTreeMap::new();
+    for (component, _) in used.components.iter() {
+        *of_model.entry(&component.id.model).or_default() += 1;
+    }
+    let is_part = |name: &ModelName, count: usize| {
+        let model = catalogue.get(name);
+        model.is_some_and(|model| model.components.len() > count)
+    };
+    let asked: HashSet<ContentId> = used
+        .components
+        .iter()
+        .map(|(component, _)| component.content_id)
+        .collect();
+    let mut rest = Vec::new();
+    for (name, count) in of_model {
+        if is_part(name, count)
+            && let Ok(graph) = resolve(catalogue, &house.config.set, &[name.to_string()], false)
+        {
+            let order = graph.order().into_iter();
+            rest.extend(order.filter(|component| !asked.contains(&component.content_id)));
+        }
+    }
+    rest
 }

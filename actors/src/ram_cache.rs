@@ -5,7 +5,7 @@
 
 mod read;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,11 +14,13 @@ use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::machine::NumaNode;
 use hotset_core::memory::{FlightTicket, Memory, Reservation, Reserved, Want};
+use hotset_core::policy::Guess;
+use hotset_core::predict::{Grounds, Position};
 use hotset_core::{Bytes, ContentId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::admission::{Admission, Request};
+use crate::admission::{Admission, Request, Room};
 use crate::counters::add;
 use crate::house::House;
 use crate::monitor::Pressure;
@@ -32,13 +34,10 @@ pub(crate) enum RamCacheMessage {
     /// Read this component, which is promised; nothing where it is there or under way. Into memory at this node, where it
     /// goes on to a GPU.
     Fetch(Arc<Component>, Option<NumaNode>),
-    /// Read this component on a guess, if there is room that nobody needs.
-    Prefetch {
-        /// Which.
-        component: Arc<Component>,
-        /// How likely it is to be wanted.
-        probability: f64,
-    },
+    /// Read this component on a guess, if there is room that nobody needs, or what goes for it is worth far less.
+    Prefetch(Arc<GuessedRead>),
+    /// What went for a guess has given its memory back.
+    Emptied(Arc<GuessedRead>),
     /// The prefetch of this content has ended, one way or the other.
     Prefetched(ContentId),
     /// Bytes came back, or a pin was lifted.
@@ -58,13 +57,41 @@ pub(crate) enum RamCacheMessage {
     Dawdle(Duration),
 }
 
+/// A component that nobody has asked for yet.
+#[derive(Debug)]
+pub(crate) struct GuessedRead {
+    pub(crate) component: Arc<Component>,
+    pub(crate) grounds: Grounds,
+    /// How likely it is to be wanted.
+    pub(crate) probability: f64,
+    /// What reading it takes, in seconds.
+    pub(crate) load_s: f64,
+    /// Requests within which it has to be asked for, or it was wrong.
+    pub(crate) within: u64,
+}
+
+/// A guess that is read.
+struct Guessing {
+    guess: Arc<GuessedRead>,
+    /// Until it is called off: who drops this calls the read off, unless somebody demands it by now.
+    reservation: Option<Reservation>,
+    /// When somebody waited for what it holds, since the start of the system.
+    in_the_way: Option<Duration>,
+}
+
+/// Guesses under way at most, the one that waits for room included. The disk reads a piece of one at a time.
+const MOST_GUESSES: usize = 4;
+
 pub(crate) struct RamCache;
 
 pub(crate) struct State {
     house: Arc<House>,
     admission: Admission,
-    /// Holds each prefetch until it lands. Who drops one of these calls its read off, unless somebody demands it by now.
-    guesses: BTreeMap<ContentId, Reservation>,
+    /// Holds each prefetch until it lands.
+    guesses: BTreeMap<ContentId, Guessing>,
+    /// The guess for which others went whose memory is not back yet, and those after it.
+    emptying: Option<ContentId>,
+    next: VecDeque<Arc<GuessedRead>>,
     _wake: AbortOnDropHandle<()>,
 }
 
@@ -72,8 +99,122 @@ impl State {
     /// Guesses give back their memory as soon as somebody waits for some.
     fn yield_to_demand(&mut self) {
         if self.admission.waiting() > 0 {
-            self.guesses.clear();
+            let now = self.house.ledger.now();
+            for guess in self.guesses.values_mut() {
+                if guess.reservation.take().is_some() {
+                    guess.in_the_way = Some(now);
+                }
+            }
+            self.give_up_emptying();
         }
+    }
+
+    fn give_up_emptying(&mut self) {
+        self.next.clear();
+        if let Some(content) = self.emptying.take() {
+            self.house.usage().guesses().gone(&content);
+        }
+    }
+
+    /// One after the other where memory has to come back for one.
+    fn consider_next(&mut self, myself: &ActorRef<RamCacheMessage>) {
+        while self.emptying.is_none()
+            && let Some(guess) = self.next.pop_front()
+        {
+            self.consider(myself, guess);
+        }
+    }
+
+    /// Makes room for a guess and begins to read it, where it is worth that.
+    fn consider(&mut self, myself: &ActorRef<RamCacheMessage>, guess: Arc<GuessedRead>) {
+        let house = self.house.clone();
+        let component = &guess.component;
+        let bytes = component.ram_bytes();
+        let wants = [Want::Component(component.clone(), bytes)];
+        let Some(view) = house.ledger.view(Tier::Ram) else {
+            return;
+        };
+        if *house.pressure.borrow() == Pressure::High
+            || house.ledger.needed(Tier::Ram, &wants).is_zero()
+            || house.usage().guesses().holds(&component.content_id)
+        {
+            return;
+        }
+        let high = view.budget.share(house.config.ram.high_watermark);
+        let used = view.committed.saturating_sub(view.evicting);
+        let over = used.saturating_add(bytes).saturating_sub(high);
+        let asked = Guess {
+            content: component.content_id,
+            restore_s: guess.load_s,
+            certain: guess.grounds == Grounds::Declared,
+        };
+        let room = match over.is_zero() {
+            true => Some(Room::default()),
+            false => self.admission.room_for(&asked, over),
+        };
+        let Some(room) = room.filter(|_| bytes <= high) else {
+            return;
+        };
+        let position = Position {
+            content: component.content_id,
+            bytes,
+            load_s: guess.load_s,
+            victims: room.costs.clone(),
+            until: 0,
+        };
+        let real = {
+            let mut usage = house.usage();
+            usage.guesses().open(guess.grounds, guess.within, position)
+        };
+        if !real {
+            return;
+        }
+        if room.costs.is_empty() {
+            self.begin(myself, guess);
+            return;
+        }
+        let evicted = self.admission.make(room, &component.id);
+        self.emptying = Some(component.content_id);
+        let dropped = house.off_thread(move || drop(evicted));
+        let myself = myself.clone();
+        house.tasks.spawn(async move {
+            let _ = dropped.await;
+            let _ = myself.send_message(RamCacheMessage::Emptied(guess));
+        });
+    }
+
+    fn begin(&mut self, myself: &ActorRef<RamCacheMessage>, guess: Arc<GuessedRead>) {
+        let house = &self.house;
+        let component = guess.component.clone();
+        let (content, bytes) = (component.content_id, component.ram_bytes());
+        let wants = [Want::Component(component.clone(), bytes)];
+        let reserved = house.ledger.reserve(Tier::Ram, &wants, true);
+        let (Ok(Reserved::Granted(reservation)), Some(ticket)) =
+            (reserved, house.ledger.start(Tier::Ram, &content))
+        else {
+            house.usage().guesses().gone(&content);
+            return;
+        };
+        add(&house.counters.prefetches, 1);
+        house.decide(Act::Prefetch {
+            component: component.id.clone(),
+            tier: Tier::Ram,
+            bytes,
+            probability: guess.probability,
+            grounds: guess.grounds,
+        });
+        let guessing = Guessing {
+            guess,
+            reservation: Some(reservation),
+            in_the_way: None,
+        };
+        self.guesses.insert(content, guessing);
+        let read = read_component(house.clone(), component, None, ticket);
+        let myself = myself.clone();
+        house.tasks.spawn(async move {
+            read.await;
+            let _ = myself.send_message(RamCacheMessage::Prefetched(content));
+        });
     }
 }
 
@@ -97,6 +238,8 @@ impl RamCache {
             house,
             admission,
             guesses: BTreeMap::new(),
+            emptying: None,
+            next: VecDeque::new(),
             _wake: wake,
         })
     }
@@ -122,58 +265,57 @@ impl RamCache {
         }
     }
 
-    #[ractor::message(RamCacheMessage::Prefetch { component, probability })]
+    #[ractor::message(RamCacheMessage::Prefetch(guess))]
     fn prefetch(
         &self,
         myself: ActorRef<RamCacheMessage>,
-        component: Arc<Component>,
-        probability: f64,
+        guess: Arc<GuessedRead>,
         state: &mut State,
     ) {
-        let house = &state.house;
-        let bytes = component.ram_bytes();
-        // Guesses take free memory only, below the watermark and never while somebody waits.
-        let Some(view) = house.ledger.view(Tier::Ram) else {
-            return;
-        };
-        let high = view.budget.share(house.config.ram.high_watermark);
-        if *house.pressure.borrow() == Pressure::High {
+        // Never while somebody waits.
+        let many = state.guesses.len() + state.next.len() >= MOST_GUESSES;
+        if many || state.admission.waiting() > 0 {
             return;
         }
-        if state.admission.waiting() > 0 || view.committed.saturating_add(bytes) > high {
-            return;
+        state.next.push_back(guess);
+        state.consider_next(&myself);
+    }
+
+    #[ractor::message(RamCacheMessage::Emptied(guess))]
+    fn emptied(
+        &self,
+        myself: ActorRef<RamCacheMessage>,
+        guess: Arc<GuessedRead>,
+        state: &mut State,
+    ) {
+        // Unless it was given up meanwhile.
+        if state.emptying == Some(guess.component.content_id) {
+            state.emptying = None;
+            state.begin(&myself, guess);
+            state.consider_next(&myself);
         }
-        let wants = [Want::Component(component.clone(), bytes)];
-        if house.ledger.needed(Tier::Ram, &wants).is_zero() {
-            return;
-        }
-        let Ok(Reserved::Granted(reservation)) = house.ledger.reserve(Tier::Ram, &wants, true)
-        else {
-            return;
-        };
-        let Some(ticket) = house.ledger.start(Tier::Ram, &component.content_id) else {
-            return;
-        };
-        add(&house.counters.prefetches, 1);
-        house.decide(Act::Prefetch {
-            component: component.id.clone(),
-            tier: Tier::Ram,
-            bytes,
-            probability,
-        });
-        let content = component.content_id;
-        state.guesses.insert(content, reservation);
-        let read = read_component(house.clone(), component, None, ticket);
-        house.tasks.spawn(async move {
-            read.await;
-            let _ = myself.send_message(RamCacheMessage::Prefetched(content));
-        });
     }
 
     #[ractor::message(RamCacheMessage::Prefetched(content))]
     fn prefetched(&self, content: ContentId, state: &mut State) {
         // What has landed may be evicted at any time.
-        state.guesses.remove(&content);
+        let Some(guess) = state.guesses.remove(&content) else {
+            return;
+        };
+        let house = &state.house;
+        let component = guess.guess.component.clone();
+        let bytes = component.ram_bytes();
+        let wants = [Want::Component(component, bytes)];
+        if house.ledger.needed(Tier::Ram, &wants).is_zero() {
+            return;
+        }
+        let now = house.ledger.now();
+        let mut usage = house.usage();
+        if let Some(since) = guess.in_the_way {
+            let held_s = now.saturating_sub(since).as_secs_f64();
+            usage.guesses().delayed(guess.guess.grounds, held_s);
+        }
+        usage.guesses().gone(&content);
     }
 
     #[ractor::message(RamCacheMessage::Woken)]
@@ -190,7 +332,10 @@ impl RamCache {
         reply: Option<RpcReplyPort<Bytes>>,
         state: &mut State,
     ) {
-        state.guesses.clear();
+        for guess in state.guesses.values_mut() {
+            guess.reservation = None;
+        }
+        state.give_up_emptying();
         let surplus = state
             .house
             .ledger

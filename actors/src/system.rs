@@ -15,6 +15,7 @@ use hotset_core::machine::Machine;
 use hotset_core::memory::{Arena, Ledger};
 use hotset_core::plan::{ComponentSet, MixPlan, Plan};
 use hotset_core::policy::pressure::ram_budget;
+use hotset_core::predict::GuessResults;
 use hotset_core::{Bytes, ComponentId, GpuIndex, Tier};
 use ractor::{Actor, ActorRef};
 use serde::Serialize;
@@ -383,6 +384,12 @@ impl System {
         tokio::time::timeout(ANSWER_TIME, call)
             .await
             .map_err(|_| SessionError::NotAnswering { actor: "predictor" })
+    }
+
+    /// What came of loading what nobody had asked for, by its grounds.
+    #[must_use]
+    pub fn guesses(&self) -> Vec<GuessResults> {
+        self.house.usage().guesses().results()
     }
 
     /// How components are used.

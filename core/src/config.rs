@@ -433,9 +433,10 @@ impl EvictionPolicyName {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PredictConfig {
-    /// Whether to learn from requests and prefetch.
+    /// Whether to load before anybody asks: the rest of a model of which a part is used, what usually goes with what was asked
+    /// for, and what the predictor expects.
     pub enabled: bool,
-    /// A component is prefetched when it is wanted within this time with at least `threshold` probability.
+    /// What the predictor expects is loaded when it is wanted within this time with at least `threshold` probability.
     #[serde(with = "humantime_serde")]
     pub horizon: Duration,
     /// The least probability for a prefetch.
@@ -444,7 +445,7 @@ pub struct PredictConfig {
     pub max_tracked: usize,
     /// Seed of the model's random start.
     pub seed: u64,
-    /// A folder for what policies have learned, from one start to the next. `None`: they learn anew.
+    /// A folder for what was learned, from one start to the next. `None`: they learn anew.
     pub folder: Option<PathBuf>,
 }
 

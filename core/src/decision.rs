@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::ids::{ComponentId, RequestId, SessionId, Tier};
+use crate::predict::Grounds;
 use crate::units::Bytes;
 
 /// One act of policy, with its inputs.
@@ -129,8 +130,10 @@ pub enum Act {
         tier: Tier,
         /// How much.
         bytes: Bytes,
-        /// How likely it is to be wanted within the horizon.
+        /// How likely it is to be wanted soon.
         probability: f64,
+        /// How that is known.
+        grounds: Grounds,
     },
     /// A component was taken over in memory of an earlier server, which clients had kept mapped.
     Adopt {
@@ -187,6 +190,11 @@ pub enum EvictCause {
     },
     /// A client or an embedder asked for it.
     Requested,
+    /// Another one that nobody has asked for yet is worth much more.
+    Guess {
+        /// Which.
+        component: ComponentId,
+    },
     /// Nobody has held it for as long as it was to be kept alive.
     KeptLongEnough {
         /// Since when nobody has, in seconds.
@@ -307,6 +315,9 @@ impl Act {
                         format!("the GPU had only {free} free for {wanted}")
                     }
                     EvictCause::Requested => "it was asked for".into(),
+                    EvictCause::Guess { component } => {
+                        format!("{component} will be wanted sooner, though nobody has asked yet")
+                    }
                     EvictCause::KeptLongEnough { idle } => format!(
                         "nobody has held it for {:.1} s, as long as it was to be kept alive",
                         idle.as_secs_f64()
@@ -321,9 +332,17 @@ impl Act {
                 tier,
                 bytes,
                 probability,
-            } => format!(
-                "prefetched {component} to {tier}, {bytes}: wanted soon with probability {probability:.2}"
-            ),
+                grounds,
+            } => {
+                let known = match grounds {
+                    Grounds::Declared => "a session uses another part of its model",
+                    Grounds::Usual => "it goes with what was just asked for",
+                    Grounds::Predicted => "it is expected",
+                };
+                format!(
+                    "prefetched {component} to {tier}, {bytes}: {known}, with probability {probability:.2}"
+                )
+            }
             Self::Adopt {
                 component,
                 tier,

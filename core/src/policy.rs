@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use crate::config::EvictionPolicyName;
 use crate::ids::ContentId;
-use crate::predict::{Observed, PrefetchScore, UnsoundStateError};
+use crate::predict::{Observed, PrefetchScore, Studied, Study, UnsoundStateError};
 use crate::units::Bytes;
 
 /// A resident component that nobody holds.
@@ -51,6 +51,8 @@ pub struct Candidate {
     pub restore_s: f64,
     /// Loaded on a guess and never asked for since.
     pub prefetched: bool,
+    /// It is in a tier above as well: nobody asks for it here until it has gone from there.
+    pub above: bool,
 }
 
 /// A component that is to go, and why.
@@ -73,6 +75,17 @@ pub struct Prefetch {
     pub bytes: Bytes,
     /// What is to go, if anything.
     pub victims: Vec<Victim>,
+}
+
+/// A component that nobody has asked for yet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guess {
+    /// Which bytes.
+    pub content: ContentId,
+    /// What loading it takes, in seconds.
+    pub restore_s: f64,
+    /// Whether it is as good as asked for, whatever a predictor says.
+    pub certain: bool,
 }
 
 /// Chooses what to evict.
@@ -112,6 +125,18 @@ pub trait EvictionPolicy: Send + 'static {
         None
     }
 
+    /// What may go for a guess so that `needed` bytes come back. `None`: the guess is not worth what would go, or the policy
+    /// can't tell.
+    fn room_for_guess(
+        &mut self,
+        _now: Duration,
+        _guess: &Guess,
+        _residents: &[Candidate],
+        _needed: Bytes,
+    ) -> Option<Vec<Victim>> {
+        None
+    }
+
     /// A prefetch was cancelled because a demand load wanted the link, which it kept for this long.
     fn on_prefetch_cancelled(&mut self, _content: &ContentId, _delay_s: f64) {}
 
@@ -124,6 +149,14 @@ pub trait EvictionPolicy: Send + 'static {
     fn appetite(&self) -> Option<u32> {
         None
     }
+
+    /// Work that it would have done elsewhere, some ten milliseconds, for [`Self::studied`].
+    fn study(&mut self) -> Option<Study> {
+        None
+    }
+
+    /// Takes what came of a study.
+    fn studied(&mut self, _studied: Studied) {}
 
     /// What it has learned, for [`Self::resume`] after a restart; `None` where it learns nothing.
     fn learned(&self) -> Option<Vec<u8>> {

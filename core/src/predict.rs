@@ -9,7 +9,9 @@
 //! Everything is bounded: components, sessions, and examples that wait for their label. The same seed and stream give the
 //! same model.
 
+mod challenger;
 mod features;
+mod guesses;
 mod ladder;
 mod learned;
 mod learner;
@@ -29,7 +31,9 @@ use crate::config::PredictConfig;
 use crate::ids::{ContentId, SessionId};
 use crate::random::scramble;
 use crate::units::Bytes;
+pub use challenger::{Studied, Study};
 use features::{Moment, Row, Tracked, Users};
+pub use guesses::{Grounds, GuessResults, Guesses};
 use ladder::Ladder;
 pub use learned::Learned;
 pub use scoreboard::{Position, PrefetchScore, Scoreboard};
@@ -141,6 +145,37 @@ impl Predictor {
         }
     }
 
+    /// What it has learned, for [`Self::restored`]; `None` where that can't be written.
+    #[must_use]
+    pub fn learned(&self) -> Option<Vec<u8>> {
+        let mut kept = self.clone();
+        // What they wait for comes while nobody looks.
+        kept.forget_pending();
+        serde_json::to_vec(&kept).ok()
+    }
+
+    /// One that goes on with what [`Self::learned`] has written `away` ago, in a process whose clock says `now`.
+    ///
+    /// # Errors
+    /// [`UnsoundStateError`] where that is of no use.
+    pub fn restored(
+        config: &PredictConfig,
+        now: Duration,
+        away: Duration,
+        learned: &[u8],
+    ) -> Result<Self, UnsoundStateError> {
+        let what = "it is not what this version writes";
+        let mut restored: Self =
+            serde_json::from_slice(learned).map_err(|_| UnsoundStateError { what })?;
+        if restored.state.tracked.len() > config.max_tracked.max(1) {
+            let what = "it remembers more components than the configuration allows";
+            return Err(UnsoundStateError { what });
+        }
+        restored.state.config = config.clone();
+        restored.resume(now, away);
+        Ok(restored)
+    }
+
     /// Goes on with a restored state in a process whose clock says `now`, `away` after the state was saved.
     ///
     /// Examples that wait for their label are dropped: what was asked for meanwhile is not known.
@@ -156,6 +191,12 @@ impl Predictor {
     /// Drops the examples that wait for their label.
     pub fn forget_pending(&mut self) {
         self.state.ladder.forget_pending();
+    }
+
+    /// How it was set up.
+    #[must_use]
+    pub fn config(&self) -> &PredictConfig {
+        &self.state.config
     }
 
     /// Learns from a request.
@@ -219,6 +260,17 @@ impl Predictor {
             .into_iter()
             .map(|content| self.probability_at(now_s, content))
             .collect()
+    }
+
+    /// Labels that a model is to be fitted to, for [`Self::studied`]: to be done elsewhere, and not at once.
+    #[must_use]
+    pub fn study(&mut self) -> Option<Study> {
+        self.state.ladder.study()
+    }
+
+    /// Takes what came of a study; it is used while it does better than what learns online.
+    pub fn studied(&mut self, studied: Studied) {
+        self.state.ladder.studied(studied);
     }
 
     /// Whether it has learned enough to be believed.
@@ -381,7 +433,8 @@ impl Predictor {
     }
 
     /// The configured horizon in requests, by their pace of late.
-    fn horizon(&self) -> f64 {
+    #[must_use]
+    pub fn horizon(&self) -> f64 {
         let gap_s = self.state.pace.slow_s.max(1e-3);
         (self.state.config.horizon.as_secs_f64() / gap_s).clamp(1.0, 4_096.0)
     }

@@ -126,9 +126,18 @@ pub fn replay(
                 });
                 let above = wanted(&|place, seen| load_s[place] + upload(seen));
                 let missed = vram.request(request.at, &observed, &above);
-                // RAM sees the whole request, as it does in service: it learns from each, and reads what VRAM lacks.
+                // RAM sees what VRAM lacks, as it does in service: nobody would miss there what a GPU has.
+                ram.mark_above(|content| vram.has(content));
                 let below = wanted(&|place, _| load_s[place]);
-                let absent = ram.request_some(request.at, &observed, &below, &missed);
+                let lacking: Vec<Seen> = missed.iter().map(|at| seen[*at]).collect();
+                let asked = Observed {
+                    session: request.session,
+                    components: &lacking,
+                };
+                let absent = match missed.is_empty() {
+                    true => Vec::new(),
+                    false => ram.request_some(request.at, &asked, &below, &missed),
+                };
                 for at in missed {
                     paid[at] = upload(&seen[at]);
                 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::decision::{Act, Decision};
 use crate::ids::{ComponentId, Tier};
+use crate::predict::{GuessResults, Guesses};
 use crate::units::Bytes;
 
 /// Ends of the classes of reuse intervals.
@@ -29,6 +30,10 @@ const MOST_COMPONENTS: usize = 4096;
 const MOST_PAIRS: usize = 4096;
 /// Components of one set whose pairs are counted: the number of pairs grows with its square.
 const MOST_IN_A_SET: usize = 16;
+
+/// The least share of a component's uses for which another one usually goes with it, and the uses from which that can be told.
+const USUAL: f64 = 0.5;
+const USUAL_FROM: u64 = 4;
 
 /// What a load waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -76,8 +81,7 @@ pub struct Usage {
     churn: u64,
     churn_bytes: Bytes,
     by_component: HashMap<ComponentId, u64>,
-    prefetched: Bytes,
-    wasted: Bytes,
+    guesses: Guesses,
     waited: BTreeMap<Cause, Waited>,
 }
 
@@ -138,6 +142,33 @@ impl Usage {
         waited.longest_s = waited.longest_s.max(time.as_secs_f64());
     }
 
+    /// What was loaded before anybody asked for it.
+    pub fn guesses(&mut self) -> &mut Guesses {
+        &mut self.guesses
+    }
+
+    /// What mostly goes with these and is not among them, with the share of their uses in which it did: the most usual first.
+    #[must_use]
+    pub fn usual(&self, with: &[ComponentId]) -> Vec<(ComponentId, f64)> {
+        let mut usual: BTreeMap<&ComponentId, f64> = BTreeMap::new();
+        for ((a, b), times) in &self.pairs {
+            let other = match (with.contains(a), with.contains(b)) {
+                (true, false) => (a, b),
+                (false, true) => (b, a),
+                _ => continue,
+            };
+            let uses = self.rows.get(other.0).map_or(0, |row| row.uses);
+            let share = *times as f64 / uses.max(1) as f64;
+            if uses >= USUAL_FROM && share >= USUAL {
+                let most = usual.entry(other.1).or_default();
+                *most = most.max(share.min(1.0));
+            }
+        }
+        let mut usual: Vec<_> = usual.into_iter().map(|(id, p)| (id.clone(), p)).collect();
+        usual.sort_by(|(a, p), (b, q)| q.total_cmp(p).then(a.cmp(b)));
+        usual
+    }
+
     /// Something was decided.
     pub fn decided(&mut self, decision: &Decision) {
         match &decision.act {
@@ -145,20 +176,15 @@ impl Usage {
                 component,
                 tier,
                 bytes,
-                wasted,
                 ..
             } => {
                 self.evictions += 1;
-                if *wasted {
-                    self.wasted = self.wasted.saturating_add(*bytes);
-                }
                 let key = (*tier, component.clone());
                 self.evicted.insert(key, (decision.at, *bytes));
                 if self.evicted.len() > MOST_COMPONENTS {
                     keep_half(&mut self.evicted, |(at, _)| *at);
                 }
             }
-            Act::Prefetch { bytes, .. } => self.prefetched = self.prefetched.saturating_add(*bytes),
             Act::Admit { tier, waited, .. } => self.waited(Cause::Memory(*tier), *waited),
             _ => {}
         }
@@ -199,10 +225,7 @@ impl Usage {
                     .map(|(id, count)| (id.to_string(), count))
                     .collect(),
             },
-            prefetch: PrefetchUse {
-                loaded: self.prefetched,
-                wasted: self.wasted,
-            },
+            guesses: self.guesses.results(),
             waiting: self
                 .waited
                 .iter()
@@ -246,8 +269,8 @@ pub struct Patterns {
     pub together: Vec<Together>,
     /// What was evicted and had to be loaded again soon.
     pub churn: Churn,
-    /// What came of guesses.
-    pub prefetch: PrefetchUse,
+    /// What came of loading what nobody had asked for, by its grounds.
+    pub guesses: Vec<GuessResults>,
     /// What loads waited for.
     pub waiting: Vec<Waiting>,
 }
@@ -283,15 +306,6 @@ pub struct Churn {
     pub bytes: Bytes,
     /// Those that it happened to most often.
     pub components: Vec<(String, u64)>,
-}
-
-/// What came of guesses.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PrefetchUse {
-    /// Bytes that were loaded on a guess.
-    pub loaded: Bytes,
-    /// The part of them that was evicted and never used.
-    pub wasted: Bytes,
 }
 
 /// What loads waited for.
@@ -365,11 +379,24 @@ mod tests {
         assert_eq!((patterns.churn.evictions, patterns.churn.reloads), (2, 1));
         assert_eq!(patterns.churn.bytes, Bytes::mib(1));
         assert_eq!(patterns.churn.components, [("a/weights".to_owned(), 1)]);
-        assert_eq!(patterns.prefetch.wasted, Bytes::mib(1));
         let [disk] = &patterns.waiting[..] else {
             panic!("{patterns:?}")
         };
         assert_eq!((disk.loads, disk.longest_s), (2, 3.0));
+    }
+
+    #[test]
+    fn the_usual_adapters_of_a_base_are_known() {
+        let mut usage = Usage::default();
+        for i in 0..8 {
+            let style = if i % 4 == 3 { "rare" } else { "style" };
+            usage.used(at(i), &[id("base"), id(style)]);
+            usage.used(at(i), &[id("alone")]);
+        }
+        assert_eq!(usage.usual(&[id("base")]), [(id("style"), 0.75)]);
+        assert_eq!(usage.usual(&[id("rare")]), [], "twice is no habit");
+        assert_eq!(usage.usual(&[id("style"), id("base")]), []);
+        assert_eq!(usage.usual(&[id("alone")]), []);
     }
 
     #[test]

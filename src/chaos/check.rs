@@ -8,7 +8,7 @@ use hotset_core::memory::TierView;
 use serde::Serialize;
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::world::{RAM, State, VRAM, World};
+use super::world::{RAM, State, VRAM, Vanished, World};
 use crate::{Act, Bytes, Component, ComponentId, Tier};
 
 /// Something that always holds. docs/reliability.md has a sentence for each.
@@ -200,6 +200,9 @@ pub(super) fn check(world: &World, state: &mut State) -> Vec<(Invariant, String)
         ));
     }
     decisions(state, views, &mut found);
+    state
+        .vanished
+        .retain(|_, vanished| *vanished != Vanished::Over);
     found
 }
 
@@ -212,16 +215,12 @@ fn note_effects(view: &TierView, state: &mut State) {
             if view.budget < full {
                 state.note("foreign");
             }
-            if view.out_of_service.is_some() {
-                state.vanished.retain(|lost, noticed| {
-                    *noticed |= *lost == gpu;
-                    true
-                });
-            } else {
-                // Noticed, and back in service: from now on what goes has a decision again.
-                state
-                    .vanished
-                    .retain(|lost, noticed| *lost != gpu || !*noticed);
+            if let Some(vanished) = state.vanished.get_mut(&gpu) {
+                *vanished = match (*vanished, view.out_of_service.is_some()) {
+                    (_, true) => Vanished::Noticed,
+                    (Vanished::Unnoticed, false) => Vanished::Unnoticed,
+                    (_, false) => Vanished::Over,
+                };
             }
         }
         _ => {}

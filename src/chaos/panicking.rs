@@ -1,11 +1,12 @@
-//! The configured eviction policy, which panics where a fault says so.
+//! The configured eviction policy, which panics where a fault says so, and takes every guess for worth what goes for it: what it
+//! has learned within a minute would let hardly any be made.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hotset_core::policy::{Candidate, EvictionPolicy, Prefetch, Victim};
-use hotset_core::predict::{Observed, PrefetchScore};
+use hotset_core::policy::{Candidate, EvictionPolicy, Guess, Prefetch, Victim};
+use hotset_core::predict::{Observed, PrefetchScore, Studied, Study, UnsoundStateError};
 
 use crate::{Bytes, ContentId};
 
@@ -69,6 +70,36 @@ impl EvictionPolicy for Panicking {
         free: Bytes,
     ) -> Option<Prefetch> {
         self.inner.prefetch(now, residents, free)
+    }
+    fn room_for_guess(
+        &mut self,
+        now: Duration,
+        _guess: &Guess,
+        residents: &[Candidate],
+        needed: Bytes,
+    ) -> Option<Vec<Victim>> {
+        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
+        (all >= needed).then(|| self.inner.choose(now, residents, needed))
+    }
+    fn appetite(&self) -> Option<u32> {
+        self.inner.appetite()
+    }
+    fn study(&mut self) -> Option<Study> {
+        self.inner.study()
+    }
+    fn studied(&mut self, studied: Studied) {
+        self.inner.studied(studied);
+    }
+    fn learned(&self) -> Option<Vec<u8>> {
+        self.inner.learned()
+    }
+    fn resume(
+        &mut self,
+        now: Duration,
+        away: Duration,
+        learned: &[u8],
+    ) -> Result<(), UnsoundStateError> {
+        self.inner.resume(now, away, learned)
     }
     fn on_prefetch_cancelled(&mut self, content: &ContentId, delay_s: f64) {
         self.inner.on_prefetch_cancelled(content, delay_s);

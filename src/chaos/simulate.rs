@@ -16,7 +16,7 @@ use super::check::Invariant;
 use super::clients::{Order, live};
 use super::faults::{self, Fault, PlannedFault};
 use super::library::{FILES, Library, name};
-use super::world::{BOUNDS_EVERY, CLIENTS, HOST, VRAM, World, build};
+use super::world::{BOUNDS_EVERY, CLIENTS, HOST, VRAM, Vanished, World, build};
 use super::{ChaosError, Outcome, Scenario};
 use crate::{ActorName, Bytes, GpuIndex};
 
@@ -256,7 +256,7 @@ async fn inject(world: &World, fault: Fault) {
 /// From now on what is on this GPU may go without a decision.
 fn vanishes(world: &World, gpu: usize) {
     let gpu = GpuIndex(gpu as u32);
-    world.state().vanished.insert(gpu, false);
+    world.state().vanished.insert(gpu, Vanished::Unnoticed);
 }
 
 fn spoil_disk(world: &World, fault: Fault) {

@@ -40,6 +40,16 @@ pub(super) const HOST: HostMemory = HostMemory {
     cgroup: None,
 };
 
+/// How far the system is with a GPU that was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Vanished {
+    Unnoticed,
+    /// It is out of service.
+    Noticed,
+    /// It is back in service: what was in it may have gone since the look before, and from now on needs a decision again.
+    Over,
+}
+
 /// What changes during a run.
 pub(super) struct State {
     pub(super) hasher: DefaultHasher,
@@ -53,8 +63,8 @@ pub(super) struct State {
     holding: [usize; CLIENTS],
     pub(super) before: Before,
     pub(super) decisions: broadcast::Receiver<Decision>,
-    /// GPUs whose memory may go without a decision, since they were lost; and whether the system has noticed.
-    pub(super) vanished: BTreeMap<GpuIndex, bool>,
+    /// GPUs whose memory may go without a decision, since they were lost.
+    pub(super) vanished: BTreeMap<GpuIndex, Vanished>,
     pub(super) violations: Vec<Violation>,
     orders: BTreeMap<usize, Order>,
     pub(super) effects: BTreeMap<&'static str, u64>,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use hotset::core::predict::GuessResults;
 use hotset::core::usage::Patterns;
 use hotset::{Bytes, ComponentId};
 use serde::Deserialize;
@@ -146,12 +147,38 @@ fn patterns(patterns: &Patterns) -> Result<(), CliError> {
     for (component, times) in churn.components.iter().take(SHOWN) {
         line(format!("  {component}: {times} times"))?;
     }
-    let prefetch = &patterns.prefetch;
-    if !prefetch.loaded.is_zero() {
-        line(format!(
-            "{} loaded on a guess, {} of it in vain",
-            prefetch.loaded, prefetch.wasted
-        ))?;
+    guesses(&patterns.guesses)
+}
+
+/// What came of loading what nobody had asked for.
+fn guesses(guesses: &[GuessResults]) -> Result<(), CliError> {
+    let made: Vec<_> = guesses.iter().filter(|g| g.score.loads > 0).collect();
+    if made.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let columns = [
+        "loaded before asked for",
+        "times",
+        "used",
+        "in vain",
+        "saved",
+        "lost",
+        "delayed",
+        "",
+    ];
+    let mut rows = table(&columns, &columns[1..7]);
+    for guesses in made {
+        let score = &guesses.score;
+        rows.add_row([
+            guesses.grounds.to_string(),
+            score.loads.to_string(),
+            score.used_bytes.to_string(),
+            score.wasted_bytes.to_string(),
+            format!("{:.1} s", score.saved_s),
+            format!("{:.1} s", score.lost_s),
+            format!("{:.3} s", score.delayed_s),
+            (if guesses.on { "" } else { "off: they lose" }).to_owned(),
+        ]);
+    }
+    line(rows.to_string())
 }

@@ -10,6 +10,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hotset_core::decision::{Act, Decision, EvictCause};
+use hotset_core::predict::GuessResults;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -102,6 +103,7 @@ impl Metrics {
                     EvictCause::Watermark { .. } => "watermark",
                     EvictCause::Pressure => "pressure",
                     EvictCause::Requested => "requested",
+                    EvictCause::Guess { .. } => "guess",
                     EvictCause::Foreign { .. } => "foreign",
                     EvictCause::OutOfMemory { .. } => "out-of-memory",
                     EvictCause::KeptLongEnough { .. } => "kept-long-enough",
@@ -176,6 +178,31 @@ fn figures(registry: &mut Registry, prefix: &str, of: &impl serde::Serialize) {
             let help = format!("{prefix}: {}", name.replace('_', " "));
             registry.register(format!("{prefix}_{name}"), help, gauge);
         }
+    }
+}
+
+/// What came of loading what nobody had asked for, each figure under its own name, by grounds.
+fn guesses(registry: &mut Registry, results: &[GuessResults]) {
+    let mut families: BTreeMap<String, Family<Labels, Gauge<f64, AtomicU64>>> = BTreeMap::new();
+    for of in results {
+        let Ok(Value::Object(figures)) = serde_json::to_value(of) else {
+            continue;
+        };
+        for (name, value) in figures {
+            let number = match &value {
+                Value::Bool(on) => Some(f64::from(u8::from(*on))),
+                value => value.as_f64(),
+            };
+            if let Some(number) = number {
+                let labels = vec![("grounds", of.grounds.to_string())];
+                let family = families.entry(name).or_default();
+                family.get_or_create(&labels).set(number);
+            }
+        }
+    }
+    for (name, family) in families {
+        let help = format!("Loaded before anybody asked: {}", name.replace('_', " "));
+        registry.register(format!("guesses_{name}"), help, family);
     }
 }
 
@@ -352,6 +379,7 @@ fn registry(face: &Face, status: &Status) -> Registry {
         );
         figures(&mut all, "predictor", &predictor.stats);
     }
+    guesses(&mut all, &face.hotset.guesses());
     let unused = Gauges::default();
     for tier in &status.tiers {
         let guesses = tier.components.iter().filter(|c| c.prefetched).count();

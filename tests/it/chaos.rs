@@ -93,6 +93,19 @@ fn seeds_that_found_something_stay_clean() {
         let scenario = Scenario::of(profile);
         assert_clean(&scenario, &seed(&scenario, n));
     }
+    // A database that is corrupt inside; a GPU that breaks and is back while nobody looks.
+    for (profile, n, rate) in [
+        (Profile::Thrash, 105, 12),
+        (Profile::Diffusion, 24, 12),
+        (Profile::Diffusion, 32, 12),
+    ] {
+        let scenario = Scenario {
+            time: Duration::from_secs(30),
+            rate,
+            ..Scenario::of(profile)
+        };
+        assert_clean(&scenario, &seed(&scenario, n));
+    }
 }
 
 /// A build in which just one thing is broken is noticed by the invariant that is there for it.

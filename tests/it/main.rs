@@ -7,6 +7,7 @@ mod bridge;
 mod chaos;
 mod coordination;
 mod faults;
+mod guesses;
 mod library;
 mod loading;
 mod memory_limit;

@@ -13,7 +13,7 @@ use hotset_core::decision::Act;
 use hotset_core::memory::{
     Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
 };
-use hotset_core::plan::{ComponentSet, Plan, Priority, Step, There};
+use hotset_core::plan::{ComponentSet, Plan, Priority, Route, Step, There};
 use hotset_core::usage::Cause;
 use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
 use tokio::sync::{Mutex, watch};
@@ -239,10 +239,7 @@ impl Job {
         if !*shown {
             *shown = true;
             self.count_hits(&plan);
-            for tier in plan.tiers() {
-                let used = used(&plan, |step| step.tier == tier);
-                self.house.note_use(self.session, tier, used);
-            }
+            self.note_uses(&plan);
             self.note_place(&plan);
             self.note_loads(&plan);
             outlet.send(LoadEvent::Planned(plan.clone())).await;
@@ -274,7 +271,7 @@ impl Job {
             self.house.usage().waited(cause, began.elapsed());
         }
         handed.rest(&plan, outlet).await;
-        self.house.note_granted(self.session, used(&plan, |_| true));
+        self.house.note_granted(self.session, used(&plan));
         self.house.hot.remember(&self.set, generation, &plan);
         Ok(Attempt::Done)
     }
@@ -294,6 +291,32 @@ impl Job {
             .quotas
             .count(bounds, &self.house.ledger, &wanted)?;
         Ok(Some(counted))
+    }
+
+    /// Tells each tier's policy what is wanted of it. That is RAM as well where a GPU does not have something: then it comes
+    /// through RAM, and had better be there. What a GPU has is nothing to RAM, since nobody would miss it there.
+    fn note_uses(&self, plan: &Plan) {
+        let (ledger, mut tiers) = (&self.house.ledger, plan.tiers());
+        let through_ram = |step: &Step| {
+            step.tier != Tier::Ram && matches!(step.route, Route::ViaRam | Route::Ring)
+        };
+        if !tiers.contains(&Tier::Ram) && plan.steps.iter().any(through_ram) {
+            tiers.push(Tier::Ram);
+        }
+        for tier in tiers {
+            let wanted = plan.steps.iter().filter_map(|step| {
+                let component = step.component.clone();
+                if step.tier == tier {
+                    return Some((component, step.there != There::Absent));
+                }
+                let asked = tier == Tier::Ram && through_ram(step);
+                asked.then(|| {
+                    let wants = [Want::Component(component.clone(), component.ram_bytes())];
+                    (component, ledger.needed(tier, &wants).is_zero())
+                })
+            });
+            self.house.note_use(self.session, tier, wanted.collect());
+        }
     }
 
     /// Records where the set goes, unless it is all there.
@@ -671,8 +694,8 @@ fn in_order(plan: &Plan, own: Vec<Claim>, spilled: Vec<Claim>) -> Vec<Claim> {
 }
 
 /// What a plan uses.
-fn used(plan: &Plan, wanted: impl Fn(&Step) -> bool) -> UsedSet {
-    let steps = plan.steps.iter().filter(|step| wanted(step));
+fn used(plan: &Plan) -> UsedSet {
+    let steps = plan.steps.iter();
     steps
         .map(|step| (step.component.clone(), step.there != There::Absent))
         .collect()

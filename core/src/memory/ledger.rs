@@ -553,7 +553,7 @@ pub struct ResidencyView {
 }
 
 impl ResidencyView {
-    /// The residency as a candidate for eviction. Restoring it is taken to last as long as its load did.
+    /// The residency as a candidate for eviction, as if no other tier had it. Restoring it is taken to last as long as its load did.
     #[must_use]
     pub fn candidate(&self) -> Candidate {
         Candidate {
@@ -564,6 +564,7 @@ impl ResidencyView {
             uses: self.uses,
             restore_s: self.load_time.unwrap_or_default().as_secs_f64(),
             prefetched: self.prefetched,
+            above: false,
         }
     }
 }
@@ -1136,6 +1137,17 @@ impl Ledger {
                 .map(Entry::view)
                 .collect()
         })
+    }
+
+    /// What is resident in any of these tiers.
+    #[must_use]
+    pub fn resident(&self, tiers: impl Fn(Tier) -> bool) -> HashSet<ContentId> {
+        let books = self.lock();
+        let open = books.tiers.iter().filter(|(tier, _)| tiers(**tier));
+        open.flat_map(|(_, open)| open.entries.values())
+            .filter(|entry| matches!(entry.state, State::Resident { .. }))
+            .map(|entry| entry.component.content_id)
+            .collect()
     }
 
     /// One tier's books.

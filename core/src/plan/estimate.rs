@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Serialize, Serializer};
 
 use super::place::{Planner, there};
-use super::rates::Way;
+use super::rates::{Rates, Way};
 use super::steps::{Plan, Route, Step, There};
 use crate::catalog::Component;
 use crate::ids::{GpuIndex, Tier};
@@ -34,10 +34,7 @@ pub const LINK_PER_S: f64 = 10e9;
 impl Planner<'_> {
     /// The rate of a way, measured or assumed.
     pub(super) fn per_s(&self, way: Way) -> f64 {
-        self.rates.per_s(way).unwrap_or(match way {
-            Way::Disk(_) => DISK_PER_S,
-            Way::Link(_) | Way::Peer { .. } => LINK_PER_S,
-        })
+        per_s(self.rates, way)
     }
 
     /// Seconds until a component is in RAM, if nothing else is read.
@@ -126,6 +123,21 @@ impl Planner<'_> {
                 .collect(),
         }
     }
+}
+
+fn per_s(rates: &Rates, way: Way) -> f64 {
+    rates.per_s(way).unwrap_or(match way {
+        Way::Disk(_) => DISK_PER_S,
+        Way::Link(_) | Way::Peer { .. } => LINK_PER_S,
+    })
+}
+
+/// Seconds until a component would be on a GPU again, if nothing else moves: from RAM where that has it, else from its disk.
+#[must_use]
+pub fn restore_s(rates: &Rates, gpu: GpuIndex, component: &Component, in_ram: bool) -> f64 {
+    let link_s = component.bytes.as_f64() / per_s(rates, Way::Link(gpu));
+    let read_s = component.ram_bytes().as_f64() / per_s(rates, disk(component));
+    if in_ram { link_s } else { read_s.max(link_s) }
 }
 
 /// The disk that a component is read from. All files of one lie in one folder, and so on one file system but for links.

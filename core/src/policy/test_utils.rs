@@ -20,6 +20,7 @@ pub(crate) fn candidate(number: u8, bytes: u64, last_used_s: u64) -> Candidate {
         uses: 1,
         restore_s: 1.0,
         prefetched: false,
+        above: false,
     }
 }
 

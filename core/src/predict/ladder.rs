@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::challenger::{Studied, Study};
 use super::features::{FEATURES, Row};
 use super::learner::Learner;
 use crate::ids::ContentId;
@@ -102,6 +103,18 @@ impl Ladder {
         self.pending.drain(..through);
         for count in &mut self.learned {
             *count -= through;
+        }
+    }
+
+    /// What a model beside one of these is to be fitted to, where it is time.
+    pub(super) fn study(&mut self) -> Option<Study> {
+        let mut rungs = self.learners.iter_mut().enumerate();
+        rungs.find_map(|(rung, learner)| learner.challenger.study(rung))
+    }
+
+    pub(super) fn studied(&mut self, studied: Studied) {
+        if let Some(learner) = self.learners.get_mut(studied.rung) {
+            learner.challenger.take(studied);
         }
     }
 

@@ -14,6 +14,7 @@ use rand_xoshiro::Xoshiro256Plus;
 use rand_xoshiro::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
 
+use super::challenger::Challenger;
 use super::features::{FEATURES, Row};
 
 /// Learning rate; linfa's own default of 0.005 learns twenty times slower.
@@ -44,6 +45,8 @@ pub(super) struct Learner {
     pub(super) base_log_loss: f64,
     base_rate: f64,
     predicted_mean: f64,
+    #[serde(default)]
+    pub(super) challenger: Challenger,
 }
 
 impl Learner {
@@ -65,6 +68,7 @@ impl Learner {
             base_log_loss: std::f64::consts::LN_2,
             base_rate: 0.5,
             predicted_mean: 0.5,
+            challenger: Challenger::default(),
         }
     }
 
@@ -84,6 +88,7 @@ impl Learner {
             && self.model.n().iter().all(|n| n.is_finite() && *n >= 0.0)
             && numbers.iter().all(|x| x.is_finite())
             && self.positive <= self.labelled
+            && self.challenger.is_sound()
     }
 
     /// Whether it has seen enough of both classes to be believed, and does no worse than the mean rate would.
@@ -100,9 +105,7 @@ impl Learner {
     }
 
     pub(super) fn probability(&self, row: &Row) -> f64 {
-        let margin: f64 = self.weights.iter().zip(row).map(|(w, x)| w * x).sum();
-        let p = 1.0 / (1.0 + (-margin.clamp(-35.0, 35.0)).exp());
-        if p.is_finite() { p } else { 0.0 }
+        probability(self.challenger.leading().unwrap_or(&self.weights), row)
     }
 
     /// Learns one outcome. `predicted` is what was said when the row was taken, which is what the losses judge.
@@ -118,7 +121,11 @@ impl Learner {
         self.positive += u64::from(outcome);
 
         // The gradient at the weights of now, not of then: the label is late, the step need not be.
-        let current = self.probability(row).clamp(0.0, 1.0) as f32;
+        let online = probability(&self.weights, row);
+        let batch = self.challenger.weights().map(|w| probability(w, row));
+        let less = batch.map(|batch| log_loss(online, outcome) - log_loss(batch, outcome));
+        self.challenger.note(row, outcome, less);
+        let current = online.clamp(0.0, 1.0) as f32;
         let records = Array2::from_shape_fn((1, FEATURES), |(_, i)| row[i]);
         let dataset = DatasetBase::new(records, Array1::from_elem(1, outcome));
         let probabilities = Array1::from_elem(1, Pr::new(current));
@@ -126,6 +133,12 @@ impl Learner {
         self.weights.clear();
         self.weights.extend(self.model.get_weights().iter());
     }
+}
+
+fn probability(weights: &[f64], row: &Row) -> f64 {
+    let margin: f64 = weights.iter().zip(row).map(|(w, x)| w * x).sum();
+    let p = 1.0 / (1.0 + (-margin.clamp(-35.0, 35.0)).exp());
+    if p.is_finite() { p } else { 0.0 }
 }
 
 fn log_loss(p: f64, outcome: bool) -> f64 {

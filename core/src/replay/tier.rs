@@ -57,6 +57,13 @@ impl SimulatedTier {
         }
     }
 
+    /// Says of each resident whether it is in the tier above as well.
+    pub(super) fn mark_above(&mut self, has: impl Fn(&ContentId) -> bool) {
+        for (content, resident) in &mut self.residents {
+            resident.candidate.above = has(content);
+        }
+    }
+
     /// Makes the whole set resident; returns the places of those that were not.
     pub(super) fn request(
         &mut self,
@@ -68,8 +75,7 @@ impl SimulatedTier {
         self.request_some(now, request, set, &all)
     }
 
-    /// The tier learns of the whole request, but only `needed` of the set are read through it. All that are needed are
-    /// pinned together; one for which there is no room beside them is passed through.
+    /// Only `needed` of the set are read through this tier. All that are needed are pinned together; one for which there is no room beside them is passed through.
     pub(super) fn request_some(
         &mut self,
         now: Duration,
@@ -78,6 +84,9 @@ impl SimulatedTier {
         needed: &[usize],
     ) -> Vec<usize> {
         self.policy.observe(now, request);
+        while let Some(study) = self.policy.study() {
+            self.policy.studied(study.run());
+        }
         let (hits, misses): (Vec<usize>, Vec<usize>) =
             needed.iter().partition(|at| self.has(&set[**at].content));
         for at in hits {
@@ -152,6 +161,7 @@ impl SimulatedTier {
             uses: 1,
             restore_s: wanted.restore_s,
             prefetched: false,
+            above: false,
         };
         let resident = Resident {
             candidate,

@@ -186,3 +186,61 @@ fn few_rates_give_the_same_choice_as_all() {
         content(1)
     );
 }
+
+/// One that has learned from 4,000 requests, one each second: for 1 each other time, 2 each tenth, 20 and above now and then.
+fn trained() -> HotsetRetention {
+    let mut policy = HotsetRetention::new(1);
+    policy.on_capacity(Bytes(10_000));
+    for number in 0..4_000 {
+        let n = match number % 10 {
+            0 => 2,
+            odd if odd % 2 == 1 => 1,
+            _ => 20 + (number / 10 % 40) as u8,
+        };
+        let components = [Seen {
+            content: content(n),
+            kind: Kind::Checkpoint,
+            bytes: Bytes(1_000),
+        }];
+        let request = Observed {
+            session: SessionId(0),
+            components: &components,
+        };
+        policy.observe(Duration::from_secs(number), &request);
+    }
+    assert_eq!(policy.leader(), Leader::Predictor);
+    policy
+}
+
+#[test]
+fn what_a_tier_above_has_is_worth_less_here() {
+    let (mut policy, now) = (trained(), Duration::from_secs(4_000));
+    let mut held = candidate(1, 1_000, 3_999);
+    let alone = policy.rank(now, &[held.clone()])[0].score;
+    held.above = true;
+    let above = policy.rank(now, &[held])[0].score;
+    assert!(0.0 < above && above < alone, "{above} {alone}");
+}
+
+#[test]
+fn for_a_guess_only_what_is_worth_far_less_goes() {
+    let now = Duration::from_secs(4_000);
+    let guess = |n: u8, certain: bool| Guess {
+        content: content(n),
+        restore_s: 1.0,
+        certain,
+    };
+    let (hot, cold) = (candidate(1, 1_000, 3_999), candidate(25, 1_000, 3_800));
+    let both = [hot.clone(), cold];
+    let room = |policy: &mut HotsetRetention, guess: &Guess, residents: &[Candidate]| {
+        let victims = policy.room_for_guess(now, guess, residents, Bytes(1_000));
+        victims.map(|victims| order_of(&victims))
+    };
+    let knows_nothing = &mut HotsetRetention::new(1);
+    assert_eq!(room(knows_nothing, &guess(2, true), &both), None);
+    let policy = &mut trained();
+    assert_eq!(room(policy, &guess(2, false), &both), Some(vec![25]));
+    assert_eq!(room(policy, &guess(26, false), &both), None);
+    assert_eq!(room(policy, &guess(2, true), &[hot]), None);
+    assert_eq!(room(policy, &guess(2, true), &[]), None);
+}

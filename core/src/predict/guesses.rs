@@ -1,0 +1,175 @@
+//! Guesses of a running system: on what grounds each was made, and what came of all that had the same.
+//!
+//! Each kind of grounds has a [`Scoreboard`] of its own, so that bad predictions do not end what is certain.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::scoreboard::{Position, PrefetchScore, Scoreboard};
+use crate::ids::ContentId;
+
+/// Why a component is loaded before anybody asks for it. In the order in which guesses are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Grounds {
+    /// A session uses a part of its model, and the dependency graph says that the rest comes after it: the VAE while the
+    /// denoiser runs.
+    Declared,
+    /// It mostly goes with what was just asked for: the usual adapters of a base.
+    Usual,
+    /// The predictor expects it.
+    Predicted,
+}
+
+impl Grounds {
+    /// All of them, in their order.
+    pub const ALL: [Self; 3] = [Self::Declared, Self::Usual, Self::Predicted];
+}
+
+impl fmt::Display for Grounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Declared => "declared",
+            Self::Usual => "usual",
+            Self::Predicted => "predicted",
+        })
+    }
+}
+
+/// See the module's page.
+#[derive(Debug, Clone, Default)]
+pub struct Guesses {
+    boards: [Scoreboard; Grounds::ALL.len()],
+    /// Requests so far: what positions are timed by.
+    requests: u64,
+}
+
+impl Guesses {
+    /// A set was granted.
+    pub fn asked<'a>(&mut self, contents: impl Iterator<Item = &'a ContentId> + Clone) {
+        self.requests += 1;
+        for board in &mut self.boards {
+            board.asked(self.requests, contents.clone());
+        }
+    }
+
+    /// Whether somebody's guess is this component.
+    #[must_use]
+    pub fn holds(&self, content: &ContentId) -> bool {
+        self.boards.iter().any(|board| board.holds(content))
+    }
+
+    /// Opens a position, which has to be used within `within` requests; its `until` is set by that. Returns whether its bytes are
+    /// to be moved: not where such guesses have lost of late, where it is held already, or where there are too many.
+    pub fn open(&mut self, grounds: Grounds, within: u64, position: Position) -> bool {
+        if self.holds(&position.content) {
+            return false;
+        }
+        let until = self.requests.saturating_add(within.max(1));
+        let position = Position { until, ..position };
+        self.boards[grounds as usize].open(position) == Some(true)
+    }
+
+    /// The bytes of a guess went before they were used, or never came.
+    pub fn gone(&mut self, content: &ContentId) {
+        for board in &mut self.boards {
+            board.gone(content);
+        }
+    }
+
+    /// A demand waited until a guess had given back what it held.
+    pub fn delayed(&mut self, grounds: Grounds, seconds: f64) {
+        self.boards[grounds as usize].delayed(seconds);
+    }
+
+    /// What came of all, by their grounds.
+    #[must_use]
+    pub fn results(&self) -> Vec<GuessResults> {
+        let results = |grounds: Grounds| {
+            let board = &self.boards[grounds as usize];
+            GuessResults {
+                grounds,
+                on: board.is_on(),
+                score: board.score(),
+                precision: board.score().precision(),
+            }
+        };
+        Grounds::ALL.map(results).to_vec()
+    }
+}
+
+/// What came of the guesses with the same grounds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct GuessResults {
+    /// On which grounds.
+    pub grounds: Grounds,
+    /// Whether they are made; else they lost, and are held on paper until they would have won.
+    pub on: bool,
+    /// The sums of those that were really made.
+    #[serde(flatten)]
+    pub score: PrefetchScore,
+    /// Share of the bytes that were used, 0 to 1; `None` before the first one is settled.
+    pub precision: Option<f64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Bytes;
+
+    fn id(n: u8) -> ContentId {
+        ContentId::File([n; 32])
+    }
+
+    fn position(n: u8) -> Position {
+        Position {
+            content: id(n),
+            bytes: Bytes(10),
+            load_s: 1.0,
+            victims: Vec::new(),
+            until: 0,
+        }
+    }
+
+    #[test]
+    fn bad_predictions_do_not_end_what_is_certain() {
+        let mut guesses = Guesses::default();
+        for _ in 0..20 {
+            guesses.open(Grounds::Predicted, 1, position(1));
+            guesses.open(Grounds::Declared, 1, position(2));
+            assert!(
+                !guesses.open(Grounds::Usual, 1, position(2)),
+                "it is held already"
+            );
+            guesses.asked([id(2)].iter());
+            guesses.asked([id(3)].iter());
+        }
+        let results = guesses.results();
+        let of = |grounds: Grounds| results.iter().find(|r| r.grounds == grounds).unwrap();
+        assert!(of(Grounds::Declared).on && !of(Grounds::Predicted).on);
+        assert_eq!(of(Grounds::Declared).precision, Some(1.0));
+        assert_eq!(of(Grounds::Declared).score.saved_s, 20.0);
+        assert_eq!(of(Grounds::Predicted).precision, Some(0.0));
+        assert_eq!(of(Grounds::Usual).precision, None);
+    }
+
+    #[test]
+    fn a_guess_has_its_time_from_when_it_was_made() {
+        let mut guesses = Guesses::default();
+        (0..100).for_each(|_| guesses.asked([id(9)].iter()));
+        assert!(guesses.open(Grounds::Usual, 2, position(1)));
+        guesses.asked([id(9)].iter());
+        guesses.asked([id(9)].iter());
+        assert!(guesses.holds(&id(1)));
+        guesses.asked([id(9)].iter());
+        assert!(!guesses.holds(&id(1)));
+        guesses.delayed(Grounds::Usual, 0.25);
+        guesses.gone(&id(1));
+        let usual = guesses.results()[Grounds::Usual as usize];
+        assert_eq!(
+            (usual.score.wasted_bytes, usual.score.delayed_s),
+            (Bytes(10), 0.25)
+        );
+    }
+}

@@ -1,0 +1,301 @@
+//! What policies are told, and what is loaded before anybody asks: on what grounds, in whose place, and what came of it.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim, lru::Lru};
+use hotset::core::predict::{Grounds, GuessResults, Observed};
+use hotset::{Act, Bytes, ComponentSet, Config, EvictCause, GpuIndex, Hotset, Target, Tier};
+
+use crate::library::{Library, Rig, outcome, until};
+
+fn guessing(mut config: Config) -> Config {
+    config.predict.enabled = true;
+    config
+}
+
+fn in_ram(hotset: &Hotset) -> Vec<String> {
+    let view = hotset.ledger().view(Tier::Ram).unwrap();
+    let resident = view.residencies.iter().filter(|r| !r.loading);
+    let mut names: Vec<String> = resident.map(|r| r.component.id.to_string()).collect();
+    names.sort();
+    names
+}
+
+fn results(hotset: &Hotset, grounds: Grounds) -> GuessResults {
+    let all = hotset.guesses();
+    *all.iter().find(|of| of.grounds == grounds).unwrap()
+}
+
+async fn load(hotset: &Hotset, names: &[&str]) {
+    let session = hotset.session("test").await.unwrap();
+    let set = ComponentSet::new(names.iter().copied());
+    outcome(session.load(set)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rest_of_a_pipeline_comes_while_its_first_part_runs() {
+    let library = Library::new();
+    library.pipeline("base", 1, 100);
+    library.single("other", 2, 100);
+    let rig = Rig::start(guessing(library.config(Bytes::mib(8)))).await;
+    load(&rig.hotset, &["base/text_encoder", "base/text_encoder_2"]).await;
+    let all = ["text_encoder", "text_encoder_2", "unet", "vae"].map(|name| format!("base/{name}"));
+    until("the rest", async || in_ram(&rig.hotset) == all).await;
+    let opened = rig.reader.opened();
+    load(&rig.hotset, &["base/unet"]).await;
+    load(&rig.hotset, &["base/vae"]).await;
+    assert_eq!(rig.reader.opened(), opened, "nobody waits for the disk");
+    until("both to be counted", async || {
+        // Who asks for the figures has what was used counted first.
+        let _ = rig.hotset.analyse_usage().await;
+        results(&rig.hotset, Grounds::Declared).score.used_bytes > Bytes::kib(190)
+    })
+    .await;
+    let declared = results(&rig.hotset, Grounds::Declared);
+    assert!(declared.on);
+    assert_eq!(declared.score.loads, 2);
+    assert_eq!(declared.precision, Some(1.0));
+    assert!(declared.score.saved_s > 0.0);
+    let grounds = rig
+        .hotset
+        .decisions(100)
+        .into_iter()
+        .filter_map(|d| match d.act {
+            Act::Prefetch { grounds, .. } => Some(grounds),
+            _ => None,
+        });
+    assert_eq!(grounds.collect::<Vec<_>>(), [Grounds::Declared; 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_usually_goes_with_a_base_comes_with_it() {
+    let library = Library::new();
+    for (name, seed) in [("base", 1), ("style", 2), ("rare", 3)] {
+        library.single(name, seed, 100);
+    }
+    let rig = Rig::start(guessing(library.config(Bytes::mib(8)))).await;
+    for i in 0..6 {
+        let with = if i == 5 { "rare" } else { "style" };
+        load(&rig.hotset, &["base", with]).await;
+    }
+    let _ = rig.hotset.analyse_usage().await;
+    let _ = rig.hotset.optimise_cache(Tier::Ram, 0.0).await;
+    until("all to go", async || in_ram(&rig.hotset).is_empty()).await;
+    load(&rig.hotset, &["base"]).await;
+    let both = ["base/weights", "style/weights"];
+    until("what goes with it", async || in_ram(&rig.hotset) == both).await;
+    assert_eq!(results(&rig.hotset, Grounds::Usual).score.loads, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_guessed_where_that_is_off() {
+    let library = Library::new();
+    library.pipeline("base", 1, 100);
+    let rig = Rig::start(library.config(Bytes::mib(8))).await;
+    load(&rig.hotset, &["base/text_encoder"]).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(in_ram(&rig.hotset), ["base/text_encoder"]);
+    assert!(rig.hotset.guesses().iter().all(|of| of.score.loads == 0));
+}
+
+/// LRU, for whom a guess is worth everything, or nothing.
+struct Gambler {
+    generous: bool,
+}
+
+impl EvictionPolicy for Gambler {
+    fn name(&self) -> &'static str {
+        "gambler"
+    }
+
+    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        Lru.rank(now, candidates)
+    }
+
+    fn room_for_guess(
+        &mut self,
+        now: Duration,
+        guess: &Guess,
+        residents: &[Candidate],
+        needed: Bytes,
+    ) -> Option<Vec<Victim>> {
+        assert!(guess.certain && !needed.is_zero());
+        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
+        (self.generous && all >= needed).then(|| self.choose(now, residents, needed))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_what_is_worth_far_less_goes_for_a_guess() {
+    for generous in [true, false] {
+        let library = Library::new();
+        library.pipeline("base", 1, 300);
+        library.single("old", 2, 900);
+        let policy = move || -> Box<dyn EvictionPolicy> { Box::new(Gambler { generous }) };
+        let hotset = Hotset::builder()
+            .config(guessing(library.config(Bytes::kib(1_500))))
+            .eviction(Arc::new(policy))
+            .start()
+            .await
+            .unwrap();
+        load(&hotset, &["old"]).await;
+        load(&hotset, &["base/text_encoder"]).await;
+        let evicted = || {
+            let all = hotset.decisions(100);
+            let guessed = |act: &Act| match act {
+                Act::Evict { cause, .. } => matches!(cause, EvictCause::Guess { .. }),
+                _ => false,
+            };
+            all.iter().filter(|d| guessed(&d.act)).count()
+        };
+        if generous {
+            until("the rest", async || in_ram(&hotset).len() == 3).await;
+            assert_eq!(evicted(), 1, "{:?}", in_ram(&hotset));
+            assert!(!in_ram(&hotset).contains(&"old/weights".to_owned()));
+            // It was wanted after all, which counts against the guess.
+            load(&hotset, &["old"]).await;
+            let _ = hotset.analyse_usage().await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        } else {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            assert_eq!(evicted(), 0);
+            assert!(in_ram(&hotset).contains(&"old/weights".to_owned()));
+        }
+        hotset.drain().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guess_gives_way_to_whoever_waits() {
+    let library = Library::new();
+    library.pipeline_of(
+        "base",
+        1,
+        &[
+            ("text_encoder", "CLIPTextModel", 100),
+            ("unet", "UNet2DConditionModel", 600),
+        ],
+    );
+    library.single("wanted", 2, 800);
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    load(&rig.hotset, &["base/text_encoder"]).await;
+    // Whatever is read from now on stops half-way.
+    rig.reader.close();
+    rig.hotset.enable_predictive_caching(true).await.unwrap();
+    load(&rig.hotset, &["base/text_encoder"]).await;
+    until("the guess to be read", async || rig.reader.opened() == 2).await;
+    assert_eq!(results(&rig.hotset, Grounds::Declared).score.loads, 1);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let loading = session.load(ComponentSet::new(["wanted"]));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    rig.reader.open_wide();
+    let leases = outcome(loading).await.unwrap();
+    until("the guess to be over", async || {
+        !results(&rig.hotset, Grounds::Declared)
+            .score
+            .wasted_bytes
+            .is_zero()
+    })
+    .await;
+    let declared = results(&rig.hotset, Grounds::Declared);
+    assert_eq!(declared.score.delayed_loads, 1);
+    assert!(declared.score.delayed_s >= 0.009, "{declared:?}");
+    drop(leases);
+    rig.assert_empty().await;
+}
+
+/// Notes which tier, by its capacity, is told of how many components and how many of them were there.
+struct Noting {
+    capacity: Bytes,
+    told: Arc<Mutex<Vec<(Bytes, usize, usize)>>>,
+}
+
+impl EvictionPolicy for Noting {
+    fn name(&self) -> &'static str {
+        "noting"
+    }
+
+    fn on_capacity(&mut self, capacity: Bytes) {
+        self.capacity = capacity;
+    }
+
+    fn observe(&mut self, _now: Duration, request: &Observed<'_>) {
+        let told = (self.capacity, request.components.len(), 0);
+        self.told.lock().unwrap().push(told);
+    }
+
+    fn on_request(
+        &mut self,
+        _now: Duration,
+        _content: &hotset::ContentId,
+        _bytes: Bytes,
+        hit: bool,
+    ) {
+        if let Some(last) = self.told.lock().unwrap().last_mut() {
+            last.2 += usize::from(hit);
+        }
+    }
+
+    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        // A GPU's is soon there again as long as RAM has it; nobody asks RAM for what a GPU has.
+        for candidate in candidates {
+            assert_eq!(candidate.above, self.capacity == RAM);
+            assert!(candidate.restore_s > 0.0);
+        }
+        Lru.rank(now, candidates)
+    }
+}
+
+const RAM: Bytes = Bytes::mib(8);
+const VRAM: Bytes = Bytes::mib(4);
+
+#[tokio::test(start_paused = true)]
+async fn ram_is_told_of_what_a_gpu_does_not_have() {
+    let library = Library::new();
+    library.pipeline("base", 1, 100);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let noted = told.clone();
+    let policy = move || -> Box<dyn EvictionPolicy> {
+        Box::new(Noting {
+            capacity: Bytes::ZERO,
+            told: noted.clone(),
+        })
+    };
+    let hotset = Hotset::builder()
+        .config(library.config_with_gpu(RAM, VRAM))
+        .eviction(Arc::new(policy))
+        .start()
+        .await
+        .unwrap();
+    let gpu = Tier::Vram(GpuIndex(0));
+    let load = async |names: &[&str]| {
+        let session = hotset.session("test").await.unwrap();
+        let set = ComponentSet::new(names.iter().copied()).on(Target::AnyGpu);
+        outcome(session.load(set)).await.unwrap();
+        // Policies are told when they may have to choose.
+        for tier in [Tier::Ram, gpu] {
+            hotset.optimise_cache(tier, 1.0).await.unwrap();
+        }
+        let mut told = std::mem::take(&mut *told.lock().unwrap());
+        told.sort_unstable();
+        told
+    };
+    let (unet, all) = (["base/unet"], ["base"]);
+    assert_eq!(load(&unet).await, [(VRAM, 1, 0), (RAM, 1, 0)]);
+    assert_eq!(load(&unet).await, [(VRAM, 1, 1)], "RAM is not asked");
+    assert_eq!(load(&all).await, [(VRAM, 4, 1), (RAM, 3, 0)]);
+    hotset.optimise_cache(gpu, 0.1).await.unwrap();
+    until("it to go", async || {
+        hotset.ledger().view(gpu).unwrap().residencies.len() < 4
+    })
+    .await;
+    let again = load(&all).await;
+    let missing = again.iter().find(|told| told.0 == RAM).unwrap();
+    assert!(
+        missing.1 > 0 && missing.1 == missing.2,
+        "RAM has them: {again:?}"
+    );
+    hotset.drain().await;
+}
