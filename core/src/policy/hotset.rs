@@ -38,9 +38,10 @@ const HORIZON_SHARE: f64 = 0.7;
 const HORIZONS: (f64, f64) = (4.0, 96.0);
 /// Share of the latest eviction in the mean time that LRU keeps things.
 const AGE_STEP: f64 = 1.0 / 64.0;
-/// Share of a difference between two shadows that is remembered from one request to the next: half is forgotten after
-/// about 700.
-const MEMORY: f64 = 0.999;
+/// Share of the differences between two shadows that is remembered from one request that any of them loads for to the next: half
+/// is forgotten after about 350. Counted in loads and not in requests, since in a large tier few loads say anything, and what they
+/// say is not to be forgotten before the next.
+const MEMORY: f64 = 0.998;
 /// A challenger must be ahead of the leader by so many standard deviations of their differences, were these of random sign:
 /// few loads decide much, and following luck costs more than waiting. The predictor is given up more slowly than it is
 /// taken up again, since in the end it does better nearly everywhere.
@@ -222,6 +223,9 @@ impl HotsetRetention {
     }
 
     fn elect(&mut self, paid_s: [f64; 3]) {
+        if paid_s.iter().all(|paid| *paid <= 0.0) {
+            return;
+        }
         for (lags, paid) in self.lags.iter_mut().zip(paid_s) {
             for (lag, other) in lags.iter_mut().zip(paid_s) {
                 lag.note(paid - other);
