@@ -120,6 +120,12 @@ impl Admission {
         self.waiting.len()
     }
 
+    /// Whether a set that waits needs this component.
+    pub(crate) fn is_waited_for(&self, content: &ContentId) -> bool {
+        let mut wants = self.waiting.iter().flat_map(|request| &request.wants);
+        wants.any(|want| want.content() == Some(*content))
+    }
+
     /// Grants a set its memory, or queues it.
     pub(crate) fn submit(&mut self, request: Request) {
         let place = self.place(&request);
@@ -436,7 +442,13 @@ impl Admission {
     /// What may go for a guess; `None` where it is not worth that.
     pub(crate) fn room_for(&mut self, guess: &Guess, needed: Bytes) -> Option<Room> {
         self.learn();
-        let candidates = self.candidates(&HashSet::from([guess.content]));
+        let mut candidates = self.candidates(&HashSet::from([guess.content]));
+        {
+            // One guess is not to drive out the other, which would then drive out the one.
+            let mut usage = self.house.usage();
+            let guesses = usage.guesses();
+            candidates.retain(|candidate| !guesses.holds(&candidate.content));
+        }
         let now = self.house.ledger.now();
         let policy = self.policy.as_mut();
         let victims = policy.room_for_guess(now, guess, &candidates, needed)?;
@@ -483,7 +495,7 @@ impl Admission {
             let Some(evicted) = self.house.ledger.evict(self.tier, &victim.content) else {
                 continue;
             };
-            if evicted.prefetched() {
+            if evicted.prefetched() && self.tier == Tier::Ram {
                 self.house.usage().guesses().gone(&victim.content);
             }
             self.policy

@@ -13,7 +13,7 @@ use hotset_core::plan::{DISK_PER_S, disk, resolve};
 use hotset_core::predict::{
     Candidate, Grounds, Observed, Predictor, PredictorStats, Seen, Studied,
 };
-use hotset_core::{ComponentId, ContentId, ModelName};
+use hotset_core::{ComponentId, ContentId, ModelName, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -57,8 +57,8 @@ pub(crate) struct State {
     studied: (UnboundedSender<Studied>, UnboundedReceiver<Studied>),
 }
 
-/// Prefetches proposed after one request: more would only queue behind the first.
-const PROPOSALS: usize = 2;
+/// Prefetches proposed after one request, since some may not be worth what would go for them: more would only queue behind the first.
+const PROPOSALS: usize = 4;
 /// Requests that a guess has at least until it was wrong.
 const LEAST_WITHIN: f64 = 64.0;
 
@@ -204,7 +204,18 @@ fn propose(state: &mut State, used: &Used) {
         let component = catalogue.get(&id.model)?.component(&id.component)?.clone();
         Some((component, Grounds::Usual, share))
     }));
-    proposals.retain(|(component, ..)| is_absent(component));
+    {
+        // Nor what is guessed already, on paper or not, or can't be.
+        let high = house.ledger.budget(Tier::Ram).unwrap_or_default();
+        let high = high.share(house.config.ram.high_watermark);
+        let mut usage = house.usage();
+        let guesses = usage.guesses();
+        proposals.retain(|(component, ..)| {
+            is_absent(component)
+                && component.ram_bytes() <= high
+                && !guesses.holds(&component.content_id)
+        });
+    }
     let load_s = {
         let rates = house.rates().clone();
         move |component: &Component| {

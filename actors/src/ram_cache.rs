@@ -38,8 +38,8 @@ pub(crate) enum RamCacheMessage {
     Prefetch(Arc<GuessedRead>),
     /// What went for a guess has given its memory back.
     Emptied(Arc<GuessedRead>),
-    /// The prefetch of this content has ended, one way or the other.
-    Prefetched(ContentId),
+    /// This prefetch has ended, one way or the other.
+    Prefetched(Arc<GuessedRead>),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Others need memory: evict down to this share of the budget.
@@ -90,29 +90,31 @@ pub(crate) struct State {
     /// Holds each prefetch until it lands.
     guesses: BTreeMap<ContentId, Guessing>,
     /// The guess for which others went whose memory is not back yet, and those after it.
-    emptying: Option<ContentId>,
+    emptying: Option<Arc<GuessedRead>>,
     next: VecDeque<Arc<GuessedRead>>,
     _wake: AbortOnDropHandle<()>,
 }
 
 impl State {
-    /// Guesses give back their memory as soon as somebody waits for some.
+    /// Guesses give back their memory as soon as somebody waits for some, but for what is waited for itself.
     fn yield_to_demand(&mut self) {
-        if self.admission.waiting() > 0 {
-            let now = self.house.ledger.now();
-            for guess in self.guesses.values_mut() {
-                if guess.reservation.take().is_some() {
-                    guess.in_the_way = Some(now);
-                }
-            }
-            self.give_up_emptying();
+        if self.admission.waiting() == 0 {
+            return;
         }
+        let now = self.house.ledger.now();
+        for (content, guessing) in &mut self.guesses {
+            if !self.admission.is_waited_for(content) && guessing.reservation.take().is_some() {
+                guessing.in_the_way = Some(now);
+            }
+        }
+        self.give_up_emptying();
     }
 
     fn give_up_emptying(&mut self) {
         self.next.clear();
-        if let Some(content) = self.emptying.take() {
-            self.house.usage().guesses().gone(&content);
+        if let Some(guess) = self.emptying.take() {
+            let content = guess.component.content_id;
+            self.house.usage().guesses().withdraw(&content);
         }
     }
 
@@ -134,15 +136,16 @@ impl State {
         let Some(view) = house.ledger.view(Tier::Ram) else {
             return;
         };
+        // What is on its way out has to be back before anything can be told.
         if *house.pressure.borrow() == Pressure::High
+            || !view.evicting.is_zero()
             || house.ledger.needed(Tier::Ram, &wants).is_zero()
             || house.usage().guesses().holds(&component.content_id)
         {
             return;
         }
         let high = view.budget.share(house.config.ram.high_watermark);
-        let used = view.committed.saturating_sub(view.evicting);
-        let over = used.saturating_add(bytes).saturating_sub(high);
+        let over = view.committed.saturating_add(bytes).saturating_sub(high);
         let asked = Guess {
             content: component.content_id,
             restore_s: guess.load_s,
@@ -174,7 +177,7 @@ impl State {
             return;
         }
         let evicted = self.admission.make(room, &component.id);
-        self.emptying = Some(component.content_id);
+        self.emptying = Some(guess.clone());
         let dropped = house.off_thread(move || drop(evicted));
         let myself = myself.clone();
         house.tasks.spawn(async move {
@@ -188,11 +191,16 @@ impl State {
         let component = guess.component.clone();
         let (content, bytes) = (component.content_id, component.ram_bytes());
         let wants = [Want::Component(component.clone(), bytes)];
-        let reserved = house.ledger.reserve(Tier::Ram, &wants, true);
-        let (Ok(Reserved::Granted(reservation)), Some(ticket)) =
-            (reserved, house.ledger.start(Tier::Ram, &content))
-        else {
-            house.usage().guesses().gone(&content);
+        let begun = match house.ledger.reserve(Tier::Ram, &wants, true) {
+            Ok(Reserved::Granted(reservation)) => {
+                let ticket = house.ledger.start(Tier::Ram, &content);
+                ticket.map(|ticket| (reservation, ticket))
+            }
+            _ => None,
+        };
+        // Others were faster: with the memory, or with the component itself.
+        let Some((reservation, ticket)) = begun else {
+            house.usage().guesses().withdraw(&content);
             return;
         };
         add(&house.counters.prefetches, 1);
@@ -204,7 +212,7 @@ impl State {
             grounds: guess.grounds,
         });
         let guessing = Guessing {
-            guess,
+            guess: guess.clone(),
             reservation: Some(reservation),
             in_the_way: None,
         };
@@ -213,8 +221,19 @@ impl State {
         let myself = myself.clone();
         house.tasks.spawn(async move {
             read.await;
-            let _ = myself.send_message(RamCacheMessage::Prefetched(content));
+            let _ = myself.send_message(RamCacheMessage::Prefetched(guess));
         });
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // What is read for them ends with their reservations, and nobody hears of it.
+        self.give_up_emptying();
+        let mut usage = self.house.usage();
+        for content in self.guesses.keys() {
+            usage.guesses().withdraw(content);
+        }
     }
 }
 
@@ -273,7 +292,8 @@ impl RamCache {
         state: &mut State,
     ) {
         // Never while somebody waits.
-        let many = state.guesses.len() + state.next.len() >= MOST_GUESSES;
+        let emptying = usize::from(state.emptying.is_some());
+        let many = state.guesses.len() + state.next.len() + emptying >= MOST_GUESSES;
         if many || state.admission.waiting() > 0 {
             return;
         }
@@ -289,31 +309,41 @@ impl RamCache {
         state: &mut State,
     ) {
         // Unless it was given up meanwhile.
-        if state.emptying == Some(guess.component.content_id) {
+        let is_it = |emptying: &Arc<GuessedRead>| Arc::ptr_eq(emptying, &guess);
+        if state.emptying.as_ref().is_some_and(is_it) {
             state.emptying = None;
             state.begin(&myself, guess);
             state.consider_next(&myself);
         }
     }
 
-    #[ractor::message(RamCacheMessage::Prefetched(content))]
-    fn prefetched(&self, content: ContentId, state: &mut State) {
+    #[ractor::message(RamCacheMessage::Prefetched(guess))]
+    fn prefetched(&self, guess: Arc<GuessedRead>, state: &mut State) {
+        let component = guess.component.clone();
+        let content = component.content_id;
+        let is_it = |guessing: &Guessing| Arc::ptr_eq(&guessing.guess, &guess);
+        if !state.guesses.get(&content).is_some_and(is_it) {
+            return;
+        }
         // What has landed may be evicted at any time.
-        let Some(guess) = state.guesses.remove(&content) else {
+        let Some(guessing) = state.guesses.remove(&content) else {
             return;
         };
         let house = &state.house;
-        let component = guess.guess.component.clone();
         let bytes = component.ram_bytes();
         let wants = [Want::Component(component, bytes)];
-        if house.ledger.needed(Tier::Ram, &wants).is_zero() {
-            return;
-        }
+        let there = house.ledger.needed(Tier::Ram, &wants).is_zero();
         let now = house.ledger.now();
         let mut usage = house.usage();
-        if let Some(since) = guess.in_the_way {
+        if there {
+            usage.guesses().landed(&content);
+            return;
+        }
+        // Whoever waited did so for all of them together: until the last.
+        let others = state.guesses.values().any(|g| g.in_the_way.is_some());
+        if let Some(since) = guessing.in_the_way.filter(|_| !others) {
             let held_s = now.saturating_sub(since).as_secs_f64();
-            usage.guesses().delayed(guess.guess.grounds, held_s);
+            usage.guesses().delayed(guess.grounds, held_s);
         }
         usage.guesses().gone(&content);
     }

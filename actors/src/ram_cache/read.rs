@@ -68,7 +68,7 @@ async fn read(
     // The identity check in `open` makes this the size that was promised.
     debug_assert!(open.image_bytes() <= ticket.promised(), "{}", component.id);
     let image_bytes = open.image_bytes();
-    let mut writer = slab(house, component, image_bytes, near).await?;
+    let mut writer = slab(house, component, image_bytes, near, urgency).await?;
     ticket.settle(writer.slab().held());
     let table = open.table().clone();
     ticket.show(Image {
@@ -104,7 +104,7 @@ pub(super) async fn twice(house: Arc<House>, component: Arc<Component>) {
         return;
     };
     let bytes = open.image_bytes();
-    let Ok(mut writer) = slab(&house, &component, bytes, None).await else {
+    let Ok(mut writer) = slab(&house, &component, bytes, None, &Urgency::default()).await else {
         return;
     };
     while writer.filled() < bytes {
@@ -144,12 +144,17 @@ async fn slab(
     component: &Component,
     bytes: Bytes,
     near: Option<NumaNode>,
+    urgency: &Urgency,
 ) -> Result<SlabWriter, FlightFailure> {
     let mut pause = FIRST_PAUSE;
     for left in (0..TRIES).rev() {
         let (arena, label) = (house.arena.clone(), component.id.to_string());
         let making = house.off_thread(move || arena.slab_near(&label, bytes, near));
         match making.await.map_err(|_| FlightFailure::Interrupted)? {
+            // Nothing goes for a guess where the machine itself is short.
+            Err(SlabError::NoRoom { .. }) if urgency.is_prefetch() => {
+                return Err(FlightFailure::Interrupted);
+            }
             Err(SlabError::NoRoom { room, .. }) if left > 0 => {
                 relieve(house, bytes.saturating_sub(room));
                 tokio::time::sleep(pause).await;

@@ -2,7 +2,9 @@
 //!
 //! The online model weighs all that it has seen, and so changes slowly once it has seen much. Every so many labels a logistic
 //! regression (L-BFGS, linfa-logistic) is fitted to the latest alone, away from whoever asks for predictions. It is scored on each
-//! label that comes after its fit, as the online model is, and is used only while its log loss is lower by more than chance.
+//! label that comes after its fit, as the online model is, and is used only while its log loss is lower by more than chance. The
+//! record goes on from one fit to the next, as the online model's does from one step to the next: it is the way of learning that is
+//! judged.
 
 use std::collections::VecDeque;
 

@@ -67,8 +67,25 @@ impl Guesses {
             return false;
         }
         let until = self.requests.saturating_add(within.max(1));
-        let position = Position { until, ..position };
-        self.boards[grounds as usize].open(position) == Some(true)
+        let content = position.content;
+        let board = &mut self.boards[grounds as usize];
+        let real = board.open(Position { until, ..position }) == Some(true);
+        board.set_landed(&content, false);
+        real
+    }
+
+    /// The bytes of a guess are there.
+    pub fn landed(&mut self, content: &ContentId) {
+        for board in &mut self.boards {
+            board.set_landed(content, true);
+        }
+    }
+
+    /// Nothing was read for a guess, since others were faster.
+    pub fn withdraw(&mut self, content: &ContentId) {
+        for board in &mut self.boards {
+            board.withdraw(content);
+        }
     }
 
     /// The bytes of a guess went before they were used, or never came.
@@ -142,6 +159,7 @@ mod tests {
                 !guesses.open(Grounds::Usual, 1, position(2)),
                 "it is held already"
             );
+            guesses.landed(&id(2));
             guesses.asked([id(2)].iter());
             guesses.asked([id(3)].iter());
         }
@@ -152,6 +170,35 @@ mod tests {
         assert_eq!(of(Grounds::Declared).score.saved_s, 20.0);
         assert_eq!(of(Grounds::Predicted).precision, Some(0.0));
         assert_eq!(of(Grounds::Usual).precision, None);
+    }
+
+    #[test]
+    fn what_comes_too_late_saves_nothing_and_what_never_began_counts_for_nothing() {
+        let mut guesses = Guesses::default();
+        guesses.open(Grounds::Declared, 9, position(1));
+        guesses.asked([id(1)].iter());
+        guesses.open(Grounds::Declared, 9, position(2));
+        guesses.withdraw(&id(2));
+        let declared = guesses.results()[Grounds::Declared as usize].score;
+        assert_eq!((declared.loads, declared.used_bytes), (1, Bytes(10)));
+        assert_eq!(
+            (declared.saved_s, declared.wasted_bytes),
+            (0.0, Bytes::ZERO)
+        );
+        // Others went for it in vain.
+        let victims = vec![(id(9), 2.0)];
+        guesses.open(
+            Grounds::Declared,
+            9,
+            Position {
+                victims,
+                ..position(3)
+            },
+        );
+        guesses.asked([id(9)].iter());
+        guesses.withdraw(&id(3));
+        let declared = guesses.results()[Grounds::Declared as usize].score;
+        assert_eq!((declared.wasted_bytes, declared.lost_s), (Bytes(10), 2.0));
     }
 
     #[test]

@@ -83,6 +83,8 @@ impl PrefetchScore {
 struct Open {
     position: Position,
     real: bool,
+    /// Its bytes are there: whoever asks waits for nothing.
+    landed: bool,
     lost_s: f64,
 }
 
@@ -145,9 +147,34 @@ impl Scoreboard {
         self.open.push(Open {
             position,
             real: self.on,
+            landed: true,
             lost_s: 0.0,
         });
         Some(self.on)
+    }
+
+    /// Says whether the bytes of a real position are there; as long as they are not, whoever asks saves nothing. They are taken to
+    /// be there where nobody says so.
+    pub fn set_landed(&mut self, content: &ContentId, landed: bool) {
+        let found = self.open.iter_mut();
+        let mut real = found.filter(|open| open.real && open.position.content == *content);
+        if let Some(open) = real.next() {
+            open.landed = landed;
+        }
+    }
+
+    /// Takes a real position back of which no byte was moved; where others went for it, it was wasted all the same.
+    pub fn withdraw(&mut self, content: &ContentId) {
+        let place = |open: &Open| open.real && open.position.content == *content;
+        let Some(at) = self.open.iter().position(place) else {
+            return;
+        };
+        if self.open[at].position.victims.is_empty() {
+            self.open.swap_remove(at);
+            self.score.loads = self.score.loads.saturating_sub(1);
+        } else {
+            self.settle(at, false);
+        }
     }
 
     /// A demand load found the link busy with a prefetch.
@@ -199,9 +226,10 @@ impl Scoreboard {
         let Open {
             position,
             real,
+            landed,
             lost_s,
         } = self.open.swap_remove(at);
-        let saved_s = if used { position.load_s } else { 0.0 };
+        let saved_s = if used && landed { position.load_s } else { 0.0 };
         if real {
             let to = if used {
                 &mut self.score.used_bytes
