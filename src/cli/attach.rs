@@ -167,9 +167,10 @@ pub(crate) async fn run(args: &AttachArgs, global: &Global) -> Result<(), CliErr
     config.catalog.watch = false;
     config.cuda.detect = args.tier != Tier::Ram;
     config.sessions.max_sessions = args.sessions + args.connections + 16;
-    config.ram.budget = Some(Bytes(
-        args.size.get() * args.components as u64 * 2 + file.as_ref().map_or(0, |f| f.1) + (1 << 26),
-    ));
+    // With as much again as a quarter, so that nothing has to go to stay below the high watermark.
+    let wanted =
+        args.size.get() * args.components as u64 * 2 + file.as_ref().map_or(0, |f| f.1) + (1 << 26);
+    config.ram.budget = Some(Bytes(wanted + wanted / 4));
     let socket = folder.path().join("run/hotset.sock");
     config.bridge.socket = Some(socket.clone());
     let hotset = Arc::new(serve::start(config).await?);
