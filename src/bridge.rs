@@ -213,5 +213,7 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> Option<Connection> {
         );
         return None;
     }
-    Some(Connection::new(shared.clone(), stream, peer.pid()))
+    Connection::new(shared.clone(), stream, peer.pid())
+        .inspect_err(|error| tracing::warn!(%error, "a client's connection cannot be watched"))
+        .ok()
 }

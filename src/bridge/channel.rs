@@ -1,17 +1,23 @@
 //! Frames and descriptors over a Unix stream socket, without blocking: what both ends of a connection have in common.
+//!
+//! The runtime watches a socket for what comes in, and for room to write only while something waits to be written. A socket that is
+//! watched for both, as tokio's own is, wakes its owner each time that the other end reads: a wake-up for nothing with each message, as
+//! dear as the one that brings the answer.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
 use tokio::io::Interest;
-use tokio::net::UnixStream;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 use super::frame::{FrameBuffer, FrameError};
@@ -22,6 +28,8 @@ const DESCRIPTORS_AT_ONCE: usize = 128;
 const DESCRIPTORS_AHEAD: usize = 1024;
 /// What one read takes at most.
 const READ_BYTES: usize = 64 << 10;
+/// How long to wait for room where no descriptor is left to watch for it with.
+const BLIND: Duration = Duration::from_millis(5);
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -52,57 +60,87 @@ pub enum ChannelError {
     },
 }
 
+/// The halves of a connection: one that takes frames of at most `longest` bytes, and one behind which at most `behind` bytes wait.
+///
+/// # Errors
+/// Where the runtime cannot watch the socket.
+pub(crate) fn halves(
+    stream: tokio::net::UnixStream,
+    longest: usize,
+    behind: usize,
+) -> io::Result<(Inbox, Outbox)> {
+    let socket = Arc::new(stream.into_std()?);
+    let inbox = Inbox {
+        socket: watch(socket.clone(), Interest::READABLE)?,
+        frames: FrameBuffer::new(longest),
+        scratch: vec![0; READ_BYTES].into_boxed_slice(),
+        descriptors: VecDeque::new(),
+    };
+    let outbox = Outbox {
+        socket,
+        queue: Mutex::default(),
+        left: Notify::new(),
+        limit: behind,
+    };
+    Ok((inbox, outbox))
+}
+
+/// Has the runtime watch a socket.
+fn watch(socket: Arc<UnixStream>, interest: Interest) -> io::Result<AsyncFd<Arc<UnixStream>>> {
+    // SAFETY: the `AsyncFd` owns a share of the socket, which keeps its one descriptor open, and the same, until all shares are gone.
+    let watched = unsafe { AsyncFd::register_with_interest(socket, interest) };
+    Ok(watched?)
+}
+
 /// The receiving half.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    socket: Arc<UnixStream>,
+    socket: AsyncFd<Arc<UnixStream>>,
     frames: FrameBuffer,
     scratch: Box<[u8]>,
     descriptors: VecDeque<OwnedFd>,
 }
 
 impl Inbox {
-    pub(crate) fn new(socket: Arc<UnixStream>, limit: usize) -> Self {
-        Self {
-            socket,
-            frames: FrameBuffer::new(limit),
-            scratch: vec![0; READ_BYTES].into_boxed_slice(),
-            descriptors: VecDeque::new(),
-        }
-    }
-
     /// Waits until more has come in. Safe to drop at any time: nothing is lost.
     pub(crate) async fn receive(&mut self) -> Result<(), ChannelError> {
         let Self {
             socket,
-            frames,
             scratch,
             descriptors,
+            ..
         } = self;
         let read = socket
-            .async_io(Interest::READABLE, || {
-                let mut space = [MaybeUninit::uninit();
-                    rustix::cmsg_space!(ScmRights(DESCRIPTORS_AT_ONCE * 2))];
-                let mut control = RecvAncillaryBuffer::new(&mut space);
-                let received = rustix::net::recvmsg(
-                    socket.as_fd(),
-                    &mut [IoSliceMut::new(scratch)],
-                    &mut control,
-                    RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-                )?;
-                for message in control.drain() {
-                    if let RecvAncillaryMessage::ScmRights(more) = message {
-                        descriptors.extend(more);
-                    }
-                }
-                Ok(received.bytes)
+            .async_io(Interest::READABLE, |socket| {
+                receive_some(socket, scratch, descriptors)
             })
             .await?;
+        self.received(read)
+    }
+
+    /// Takes what has come in already; `false` where that is nothing. Asks the kernel, whatever the runtime knows of the socket.
+    pub(crate) fn try_receive(&mut self) -> Result<bool, ChannelError> {
+        let Self {
+            socket,
+            scratch,
+            descriptors,
+            ..
+        } = self;
+        match receive_some(socket.get_ref(), scratch, descriptors) {
+            Ok(read) => self.received(read).map(|()| true),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(false),
+                _ => Err(error.into()),
+            },
+        }
+    }
+
+    fn received(&mut self, read: usize) -> Result<(), ChannelError> {
         if read == 0 {
             return Err(ChannelError::Closed);
         }
-        frames.extend(&scratch[..read]);
-        if descriptors.len() > DESCRIPTORS_AHEAD {
+        self.frames.extend(&self.scratch[..read]);
+        if self.descriptors.len() > DESCRIPTORS_AHEAD {
             return Err(ChannelError::Descriptors {
                 limit: DESCRIPTORS_AHEAD,
             });
@@ -156,16 +194,6 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// At most `limit` bytes wait for the reader at the other end.
-    pub(crate) fn new(socket: Arc<UnixStream>, limit: usize) -> Self {
-        Self {
-            socket,
-            queue: Mutex::default(),
-            left: Notify::new(),
-            limit,
-        }
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -222,10 +250,7 @@ impl Outbox {
     /// Writes as much as the socket takes; `true` where nothing is left.
     fn write(&self, queue: &mut Queue) -> Result<bool, ChannelError> {
         while let Some(frame) = queue.frames.front_mut() {
-            match self
-                .socket
-                .try_io(Interest::WRITABLE, || send_some(&self.socket, frame))
-            {
+            match send_some(&self.socket, frame) {
                 Ok(sent) => {
                     frame.sent += sent;
                     queue.bytes -= sent;
@@ -244,6 +269,17 @@ impl Outbox {
         Ok(true)
     }
 
+    /// Waits until the socket takes more, or its other end is gone.
+    async fn writable(&self) -> io::Result<()> {
+        // A descriptor of its own, since the runtime watches the other one already.
+        let Ok(watched) = self.socket.try_clone() else {
+            tokio::time::sleep(BLIND).await;
+            return Ok(());
+        };
+        let watched = watch(Arc::new(watched), Interest::WRITABLE)?;
+        watched.writable().await.map(drop)
+    }
+
     /// Writes what waits, whenever the socket takes it. Ends with an error alone.
     pub(crate) async fn flush(&self) -> ChannelError {
         loop {
@@ -253,7 +289,7 @@ impl Outbox {
             };
             if empty {
                 self.left.notified().await;
-            } else if let Err(error) = self.socket.writable().await {
+            } else if let Err(error) = self.writable().await {
                 return error.into();
             }
         }
@@ -266,11 +302,34 @@ impl Outbox {
                 Ok(true) | Err(_) => return,
                 Ok(false) => {}
             }
-            if self.socket.writable().await.is_err() {
+            if self.writable().await.is_err() {
                 return;
             }
         }
     }
+}
+
+/// One `recvmsg`: bytes, and the descriptors that came with them.
+fn receive_some(
+    socket: &UnixStream,
+    scratch: &mut [u8],
+    descriptors: &mut VecDeque<OwnedFd>,
+) -> io::Result<usize> {
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_AT_ONCE * 2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        socket.as_fd(),
+        &mut [IoSliceMut::new(scratch)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(more) = message {
+            descriptors.extend(more);
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// One `sendmsg`: bytes of the frame, and some of its descriptors with the first of them.
@@ -310,6 +369,14 @@ mod tests {
     use super::*;
     use crate::bridge::wire::{ClientMessage, Empty, MAX_REQUEST_BYTES, Release};
 
+    type Half = (Inbox, Outbox);
+
+    fn pair(behind: usize) -> (Half, Half) {
+        let (here, there) = tokio::net::UnixStream::pair().unwrap();
+        let half = |stream| halves(stream, MAX_REQUEST_BYTES, behind).unwrap();
+        (half(here), half(there))
+    }
+
     async fn next(inbox: &mut Inbox) -> Vec<u8> {
         loop {
             if let Some(frame) = inbox.next_frame().unwrap() {
@@ -321,9 +388,7 @@ mod tests {
 
     #[tokio::test]
     async fn descriptors_arrive_with_their_message_however_many() {
-        let (here, there) = UnixStream::pair().unwrap();
-        let outbox = Outbox::new(Arc::new(here), 1 << 20);
-        let mut inbox = Inbox::new(Arc::new(there), MAX_REQUEST_BYTES);
+        let ((_, outbox), (mut inbox, _)) = pair(1 << 20);
         let leases = Release {
             leases: (0..400).collect(),
         };
@@ -344,8 +409,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_for_a_reader_is_bounded() {
-        let (here, _there) = UnixStream::pair().unwrap();
-        let outbox = Outbox::new(Arc::new(here), 10_000);
+        let ((_, outbox), _there) = pair(10_000);
         let frame = ClientMessage::Ping(Empty {}).encode(1).unwrap();
         let refused = (0..1_000_000).find_map(|_| outbox.send(frame.clone()).err());
         assert!(matches!(
@@ -356,12 +420,36 @@ mod tests {
 
     #[tokio::test]
     async fn an_end_that_closes_is_noticed_on_both_sides() {
-        let (here, there) = UnixStream::pair().unwrap();
-        let mut inbox = Inbox::new(Arc::new(here), 100);
+        let ((mut inbox, outbox), there) = pair(100);
         drop(there);
+        let frame = ClientMessage::Ping(Empty {}).encode(1).unwrap();
+        assert!(matches!(outbox.send(frame), Err(ChannelError::Closed)));
         assert!(matches!(
             inbox.receive().await.unwrap_err(),
             ChannelError::Closed
         ));
+    }
+
+    #[tokio::test]
+    async fn what_waits_goes_out_as_it_is_read() {
+        let ((_, outbox), (mut inbox, _)) = pair(1 << 30);
+        let leases = Release {
+            leases: (0..10_000).map(|lease| lease << 32).collect(),
+        };
+        let frame = ClientMessage::Release(leases).encode(1).unwrap();
+        for _ in 0..200 {
+            outbox.send(frame.clone()).unwrap();
+        }
+        assert!(outbox.is_behind(), "no socket takes that much at once");
+        let reading = async {
+            for _ in 0..200 {
+                assert_eq!(next(&mut inbox).await, frame[4..]);
+            }
+        };
+        tokio::select! {
+            error = outbox.flush() => panic!("{error}"),
+            () = reading => {}
+        }
+        assert!(!outbox.is_behind());
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::future::pending;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::answers::{self, document, refusal};
-use super::channel::{ChannelError, Inbox, Outbox};
+use super::channel::{ChannelError, Inbox, Outbox, halves};
 use super::events::{Event, Events};
 use super::leases::{Exported, Leases, exported};
 use super::mapped::{Mapped, Took};
@@ -68,15 +69,20 @@ impl From<ChannelError> for End {
 }
 
 impl Connection {
-    pub(super) fn new(shared: Arc<Shared>, stream: UnixStream, pid: Option<i32>) -> Self {
-        let socket = Arc::new(stream);
+    /// Fails where the runtime cannot watch the socket.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        stream: UnixStream,
+        pid: Option<i32>,
+    ) -> io::Result<Self> {
         let behind = usize::try_from(shared.config.max_behind.get()).unwrap_or(usize::MAX);
-        Self {
-            inbox: Inbox::new(socket.clone(), MAX_REQUEST_BYTES),
-            outbox: Arc::new(Outbox::new(socket, behind)),
+        let (inbox, outbox) = halves(stream, MAX_REQUEST_BYTES, behind)?;
+        Ok(Self {
+            inbox,
+            outbox: Arc::new(outbox),
             shared,
             pid,
-        }
+        })
     }
 
     /// The whole of it. What the connection holds is dropped with it.

@@ -74,9 +74,30 @@ pub(crate) fn read<'a, T: Deserialize<'a>>(
 
 /// Reads the head of a payload.
 pub(crate) fn split(payload: &[u8]) -> Result<Head<'_>, FrameError> {
+    if let Some(head) = in_front(payload) {
+        return Ok(head);
+    }
     read(payload).map_err(|error| FrameError::Head {
         reason: error.to_string(),
     })
+}
+
+/// The head where it comes first, as [`join`] writes it: the rest need not be walked through for it.
+fn in_front(payload: &[u8]) -> Option<Head<'_>> {
+    let mut rest = payload;
+    if rmp::decode::read_map_len(&mut rest).ok()? < 2 {
+        return None;
+    }
+    let mut rest = text(rest).and_then(|(key, rest)| (key == "id").then_some(rest))?;
+    let id = rmp::decode::read_int(&mut rest).ok()?;
+    let rest = text(rest).and_then(|(key, rest)| (key == "type").then_some(rest))?;
+    let (kind, _) = text(rest)?;
+    Some(Head { id, kind })
+}
+
+/// A string at the start, and what follows it.
+fn text(bytes: &[u8]) -> Option<(&str, &[u8])> {
+    rmp::decode::read_str_from_slice(bytes).ok()
 }
 
 /// Writes a whole frame: its length, then the body's map with `id` and `type` put in front.
@@ -246,6 +267,16 @@ mod tests {
             ClientMessage::decode(&frame[PREFIX..]).unwrap(),
             (1, ClientMessage::Release(Release { leases: vec![9] }))
         );
+    }
+
+    #[test]
+    fn a_head_may_stand_anywhere() {
+        let scattered = b"\x83\xa6leases\x91\x05\xa4type\xa7release\xa2id\x07";
+        let front = b"\x83\xa2id\x07\xa4type\xa7release\xa6leases\x91\x05";
+        assert!(in_front(scattered).is_none() && in_front(front).is_some());
+        let expected = (7, ClientMessage::Release(Release { leases: vec![5] }));
+        assert_eq!(ClientMessage::decode(scattered).unwrap(), expected);
+        assert_eq!(ClientMessage::decode(front).unwrap(), expected);
     }
 
     proptest::proptest! {

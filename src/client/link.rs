@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use hotset_core::Bytes;
 use hotset_core::device::Export;
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::ClientError;
 use super::lease::{Memory, RemoteLease, Table};
 use super::mapping::{Identity, Mapping};
-use crate::bridge::channel::{Inbox, Outbox};
+use crate::bridge::channel::{ChannelError, Inbox, Outbox, halves};
 use crate::bridge::wire::{
     self, ClientMessage, Empty, Hello, Leased, MAX_REPLY_BYTES, Release, ServerMessage,
     StillMapped, Unmapped, Welcome,
@@ -28,6 +29,9 @@ use crate::bridge::wire::{
 const MAX_BEHIND: usize = 64 << 20;
 /// Mappings that one message tells of: as many descriptors as travel at once.
 const MAPPED_AT_ONCE: usize = 128;
+/// How long the answer to a request is looked for before the thread sleeps. What is resident is answered sooner, and to be woken
+/// costs as much again as the answer.
+const LOOKED_FOR: Duration = Duration::from_micros(100);
 
 /// What comes for a request.
 #[derive(Debug)]
@@ -72,6 +76,8 @@ pub(super) struct Link {
     told_lost: AtomicBool,
     /// Told when leases were dropped.
     dropped: Arc<Notify>,
+    /// Told when a request was sent whose answer is waited for.
+    asked: Arc<Notify>,
     /// The connection is lost.
     gone: CancellationToken,
     /// Ends the reading task with the last handle.
@@ -92,15 +98,15 @@ impl Link {
         events: broadcast::Sender<ServerMessage>,
         mapped: Vec<Arc<Mapping>>,
     ) -> Result<Arc<Self>, ClientError> {
-        let stream = UnixStream::connect(path)
-            .await
+        let stream = UnixStream::connect(path).await;
+        let (inbox, outbox) = stream
+            .and_then(|stream| halves(stream, MAX_REPLY_BYTES, MAX_BEHIND))
             .map_err(|source| ClientError::Connect {
                 path: path.to_owned(),
                 source,
             })?;
-        let socket = Arc::new(stream);
         let link = Arc::new(Self {
-            outbox: Arc::new(Outbox::new(socket.clone(), MAX_BEHIND)),
+            outbox: Arc::new(outbox),
             known: Mutex::default(),
             ended: Mutex::default(),
             next: AtomicU64::new(1),
@@ -108,14 +114,16 @@ impl Link {
             events,
             told_lost: AtomicBool::new(false),
             dropped: Arc::new(Notify::new()),
+            asked: Arc::new(Notify::new()),
             gone: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
         tokio::spawn(read(
             Arc::downgrade(&link),
             link.outbox.clone(),
-            Inbox::new(socket, MAX_REPLY_BYTES),
+            inbox,
             link.dropped.clone(),
+            link.asked.clone(),
             link.closed.clone(),
         ));
         let (_, mut replies) = link.ask(&ClientMessage::Hello(hello))?;
@@ -246,6 +254,7 @@ impl Link {
             self.told_lost.store(true, Ordering::Relaxed);
             return Err(error.into());
         }
+        self.asked.notify_one();
         Ok((id, receiver))
     }
 
@@ -481,6 +490,7 @@ async fn read(
     outbox: Arc<Outbox>,
     mut inbox: Inbox,
     dropped: Arc<Notify>,
+    asked: Arc<Notify>,
     closed: CancellationToken,
 ) {
     let mut flushing = std::pin::pin!(outbox.flush());
@@ -489,6 +499,11 @@ async fn read(
             () = closed.cancelled() => return,
             received = inbox.receive() => received,
             error = &mut flushing => Err(error),
+            () = asked.notified() => match look_for(&mut inbox).await {
+                Ok(false) => continue,
+                Ok(true) => Ok(()),
+                Err(error) => Err(error),
+            },
             () = dropped.notified() => {
                 let Some(link) = link.upgrade() else { return };
                 link.tell_dropped();
@@ -526,4 +541,21 @@ async fn read(
     if let Some(link) = link.upgrade() {
         link.lose(&reason);
     }
+}
+
+/// Looks for an answer for a moment without sleeping; other tasks run meanwhile. One connection of a process at a time does.
+async fn look_for(inbox: &mut Inbox) -> Result<bool, ChannelError> {
+    static LOOKING: AtomicBool = AtomicBool::new(false);
+    if LOOKING.swap(true, Ordering::Relaxed) {
+        return Ok(false);
+    }
+    let end = Instant::now() + LOOKED_FOR;
+    let outcome = loop {
+        match inbox.try_receive() {
+            Ok(false) if Instant::now() < end => tokio::task::yield_now().await,
+            outcome => break outcome,
+        }
+    };
+    LOOKING.store(false, Ordering::Relaxed);
+    outcome
 }

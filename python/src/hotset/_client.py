@@ -6,6 +6,7 @@ any thread, so a dropped lease is put on a queue first, and sent by whoever hold
 
 from __future__ import annotations
 
+import array
 import os
 import select
 import socket
@@ -22,7 +23,10 @@ from ._wire import EVENTS, MAPPED_AT_ONCE, VERSION, State, StillMapped, checked,
 ProgressCallback = Callable[[Progress], None]
 ComponentCallback = Callable[[Component], None]
 _READ = 1 << 16
-_DESCRIPTORS = 253
+# Room for as many descriptors as the kernel sends at once.
+_ANCILLARY = socket.CMSG_SPACE(253 * array.array("i").itemsize)
+# How long a reply is looked for before the thread sleeps. What is resident is answered sooner, and to be woken costs as much again.
+_LOOKED_FOR = 100e-6
 # Events that nobody has asked for yet.
 _EVENTS_KEPT = 256
 
@@ -211,10 +215,10 @@ class Client:
 
     def _read_some(self, state: State, link: socket.socket) -> bool:
         """Reads once. The lock for reading is held."""
-        data, descriptors, _, _ = socket.recv_fds(link, _READ, _DESCRIPTORS)
+        data, descriptors = _receive(link)
         if not data:
             return False
-        for message in state.feed(data, list(descriptors)):
+        for message in state.feed(data, descriptors):
             kind, number = message["type"], message["id"]
             if kind in EVENTS:
                 if kind == "goodbye":
@@ -381,6 +385,27 @@ class Client:
                 yield self._events.popleft()
             if failure:
                 raise self._lose(state, failure)
+
+
+def _receive(link: socket.socket) -> tuple[bytes, list[int]]:
+    """What comes in. Looks for it for a moment before the thread sleeps."""
+    until = time.perf_counter() + _LOOKED_FOR
+    while time.perf_counter() < until:
+        try:
+            return received(link, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+    return received(link)
+
+
+def received(link: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """One `recvmsg`: bytes, and the descriptors that came with them, which children of this process do not inherit."""
+    data, ancillary, _, _ = link.recvmsg(_READ, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    descriptors = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+    return data, descriptors.tolist()
 
 
 def _shut(link: socket.socket) -> None:

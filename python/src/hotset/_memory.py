@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping as AbstractMapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_READ, _MAP_SHARED = 1, 1
+# Held while memory is mapped.
+_mapping = threading.Lock()
 _FAILED = ctypes.c_void_p(-1).value
 _F_GET_SEALS, _SEAL_SHRINK, _SEAL_FUTURE_WRITE = 1034, 0x2, 0x10
 
@@ -48,31 +51,42 @@ _TORCH = {
 
 
 class Mapping:
-    """Read-only memory of the server. Unmapped when the last reference goes."""
+    """Read-only memory of the server, mapped at the first look at it. Unmapped when the last reference goes."""
 
     __slots__ = (
-        "__weakref__", "_munmap", "address", "bytes", "component", "content", "descriptor", "identity", "number", "on_end", "tier",
+        "__weakref__", "_address", "_munmap", "bytes", "component", "content", "descriptor", "number", "offset", "on_end", "tier",
     )
 
     def __init__(self, descriptor: int, offset: int, size: int, tier: str) -> None:
-        self.address = 0
-        self.descriptor = descriptor
+        self._address = 0
         self._munmap = _libc.munmap
+        self.descriptor = descriptor
+        self.offset = offset
         self.bytes = size
         self.tier = tier
         self.component = self.content = ""
         # Set after a reconnection: under what number the new server counts it, and who wants to hear of the end.
         self.number: int | None = None
-        self.identity = Mapping.identity_of(descriptor, offset, size)
         self.on_end: Callable[[int], None] | None = None
-        seals = fcntl.fcntl(descriptor, _F_GET_SEALS)
+
+    @property
+    def address(self) -> int:
+        """Where it is mapped. Raises `NotMappable` where that cannot be, or would not be safe."""
+        if not self._address:
+            with _mapping:
+                # Another thread may have been faster.
+                self._address = self._address or self._map()
+        return self._address
+
+    def _map(self) -> int:
+        seals = fcntl.fcntl(self.descriptor, _F_GET_SEALS)
         if not (seals & _SEAL_SHRINK and seals & _SEAL_FUTURE_WRITE):
             raise NotMappable("the server's memory is not sealed")
-        address = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, descriptor, offset)
+        address: int | None = _libc.mmap(None, self.bytes, _PROT_READ, _MAP_SHARED, self.descriptor, self.offset)
         if address == _FAILED or address is None:
             error = ctypes.get_errno()
-            raise NotMappable(f"cannot map {size} bytes: {os.strerror(error)}")
-        self.address = address
+            raise NotMappable(f"cannot map {self.bytes} bytes: {os.strerror(error)}")
+        return address
 
     @staticmethod
     def identity_of(descriptor: int, offset: int, size: int) -> tuple[int, ...]:
@@ -81,8 +95,8 @@ class Mapping:
         return found.st_dev, found.st_ino, offset, size
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        if self.address:
-            self._munmap(self.address, self.bytes)
+        if self._address:
+            self._munmap(self._address, self.bytes)
         _close(self.descriptor)
         if self.number is not None and self.on_end is not None:
             self.on_end(self.number)

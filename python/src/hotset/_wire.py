@@ -218,7 +218,8 @@ class StillMapped:
         if not self._mappings:
             return None
         identity = Mapping.identity_of(descriptor, offset, size)
-        return next((mapping for mapping in self.take() if mapping.identity == identity), None)
+        same = (m for m in self.take() if Mapping.identity_of(m.descriptor, m.offset, m.bytes) == identity)
+        return next(same, None)
 
     @staticmethod
     def told(mappings: list[Mapping]) -> tuple[dict[str, Any], list[int]]:

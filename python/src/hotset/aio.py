@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from ._client import ComponentCallback, ProgressCallback
+from ._client import ComponentCallback, ProgressCallback, received
 from ._errors import ConnectionLost, HotsetError, Refused
 from ._memory import Component, LoadedSet, Progress
 from ._wire import EVENTS, MAPPED_AT_ONCE, VERSION, State, StillMapped, checked, default_socket, frame, load_fields
 
-_READ = 1 << 16
-_DESCRIPTORS = 253
 _EVENTS_KEPT = 256
 
 
@@ -45,7 +43,7 @@ class _Link:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.socket, _READ, _DESCRIPTORS)
+            data, descriptors = received(self.socket)
         except BlockingIOError:
             return
         except OSError as error:
@@ -54,7 +52,7 @@ class _Link:
         if not data:
             self.lose("the server is gone")
             return
-        for message in self.state.feed(data, list(descriptors)):
+        for message in self.state.feed(data, descriptors):
             number = message["id"]
             if message["type"] in EVENTS:
                 if message["type"] == "goodbye":

@@ -141,7 +141,7 @@ def _open(client: Client, filename: str) -> _File | None:
                 client._files.pop(filename, None)
                 return None
         try:
-            components = list(client.load(*known.names, device="ram", dependencies=False).values())
+            components = client.load(*known.names, device="ram", dependencies=False).components
         except Refused:
             # It may be gone from the catalogue under that name.
             if asked:
