@@ -9,12 +9,14 @@
 //! Everything is bounded: components, sessions, and examples that wait for their label. The same seed and stream give the
 //! same model.
 
+mod calibration;
 mod challenger;
 mod features;
 mod guesses;
 mod ladder;
 mod learned;
 mod learner;
+mod record;
 mod scoreboard;
 mod sessions;
 mod state;
@@ -31,10 +33,10 @@ use crate::config::PredictConfig;
 use crate::ids::{ContentId, SessionId};
 use crate::random::scramble;
 use crate::units::Bytes;
-pub use challenger::{Studied, Study};
 use features::{Moment, Row, Tracked, Users};
 pub use guesses::{Grounds, GuessResults, Guesses};
 use ladder::Ladder;
+pub use ladder::{Studied, Study};
 pub use learned::Learned;
 pub use scoreboard::{Position, PrefetchScore, Scoreboard};
 use sessions::Sessions;

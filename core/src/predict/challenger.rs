@@ -15,6 +15,7 @@ use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 
 use super::features::{FEATURES, Row};
+use super::record::Record;
 
 /// Labels that a fit is made on.
 const KEPT: usize = 2_048;
@@ -22,10 +23,6 @@ const KEPT: usize = 2_048;
 const EVERY: u64 = 4_096;
 /// Labels of the rarer class that a fit needs.
 const MIN_OF_EACH: usize = 20;
-/// Share of a difference between the losses that is remembered from one label to the next.
-const MEMORY: f64 = 0.999;
-/// It must be ahead by so many standard deviations of the differences, were these of random sign.
-const AHEAD: f64 = 2.0;
 /// Weight of the squares of the weights, as scikit-learn's default.
 const L2: f64 = 1.0;
 const MAX_ITERATIONS: u64 = 50;
@@ -39,48 +36,38 @@ pub(super) struct Challenger {
     recent: VecDeque<(Box<[f32]>, bool)>,
     since_fit: u64,
     weights: Option<Vec<f64>>,
-    /// By how much less it lost than the online model of late.
-    ahead: f64,
-    squares: f64,
-    leads: bool,
+    record: Record,
 }
 
-/// Labels to fit a model to: [`Study::run`] takes some ten milliseconds, wherever that may be.
+/// Labels to fit a model to.
 #[derive(Debug)]
-pub struct Study {
-    pub(super) rung: usize,
+pub(super) struct Labels {
     rows: Array2<f64>,
     outcomes: Array1<bool>,
+    /// Where the search begins.
+    from: Array1<f64>,
 }
 
-/// A fitted model.
-#[derive(Debug, Clone)]
-pub struct Studied {
-    pub(super) rung: usize,
-    weights: Option<Vec<f64>>,
-}
-
-impl Study {
-    /// Fits a model.
-    #[must_use]
-    pub fn run(self) -> Studied {
-        let rung = self.rung;
+impl Labels {
+    /// Fits a model; `None` where that does not come to an end.
+    pub(super) fn fit(self) -> Option<Vec<f64>> {
+        // linfa takes the more frequent class as the positive one; of two as frequent, the one that it sees first.
+        let first = *self.outcomes.first()?;
+        let as_first = self.outcomes.iter().filter(|came| **came == first).count();
+        let positive = first == (as_first * 2 >= self.outcomes.len());
         let dataset = DatasetBase::new(self.rows, self.outcomes);
         let fitted = LogisticRegression::default()
             .alpha(L2)
             .with_intercept(false)
             .max_iterations(MAX_ITERATIONS)
             .gradient_tolerance(TOLERANCE)
+            .initial_params(if positive { self.from } else { -self.from })
             .fit(&dataset);
         let weights = fitted.ok().map(|model| {
-            // linfa takes the more frequent class as the positive one.
             let sign = if model.labels().pos.class { 1.0 } else { -1.0 };
             model.params().iter().map(|w| sign * w).collect::<Vec<_>>()
         });
-        Studied {
-            rung,
-            weights: weights.filter(|weights| weights.iter().all(|w| w.is_finite())),
-        }
+        weights.filter(|weights| weights.iter().all(|w| w.is_finite()))
     }
 }
 
@@ -88,10 +75,7 @@ impl Challenger {
     pub(super) fn is_sound(&self) -> bool {
         let sound =
             |weights: &Vec<f64>| weights.len() == FEATURES && weights.iter().all(|w| w.is_finite());
-        self.weights.as_ref().is_none_or(sound)
-            && self.ahead.is_finite()
-            && self.squares.is_finite()
-            && self.squares >= 0.0
+        self.weights.as_ref().is_none_or(sound) && self.record.is_sound()
     }
 
     /// Its weights.
@@ -101,7 +85,7 @@ impl Challenger {
 
     /// Its weights, where they are to be used.
     pub(super) fn leading(&self) -> Option<&[f64]> {
-        self.weights().filter(|_| self.leads)
+        self.weights().filter(|_| self.record.leads())
     }
 
     /// A label came, for which it would have lost so much less than the online model.
@@ -112,18 +96,13 @@ impl Challenger {
         self.recent
             .push_back((row.iter().map(|x| *x as f32).collect(), outcome));
         self.since_fit += 1;
-        let Some(less) = less.filter(|less| less.is_finite()) else {
-            return;
-        };
-        self.ahead = self.ahead * MEMORY + less;
-        self.squares = self.squares * MEMORY * MEMORY + less * less;
-        // Once it leads, it does so until it is behind.
-        let needed = if self.leads { 0.0 } else { AHEAD };
-        self.leads = self.ahead > needed * self.squares.sqrt();
+        if let Some(less) = less {
+            self.record.note(less);
+        }
     }
 
-    /// What to fit next, where it is time.
-    pub(super) fn study(&mut self, rung: usize) -> Option<Study> {
+    /// What to fit next, where it is time, beginning with these weights.
+    pub(super) fn study(&mut self, from: &[f64]) -> Option<Labels> {
         if self.since_fit < EVERY || self.recent.len() < KEPT {
             return None;
         }
@@ -133,16 +112,16 @@ impl Challenger {
             return None;
         }
         let value = |(row, column): (usize, usize)| f64::from(self.recent[row].0[column]);
-        Some(Study {
-            rung,
+        Some(Labels {
             rows: Array2::from_shape_fn((KEPT, FEATURES), value),
             outcomes: self.recent.iter().map(|(_, outcome)| *outcome).collect(),
+            from: Array1::from_vec(from.to_vec()),
         })
     }
 
-    pub(super) fn take(&mut self, studied: Studied) {
-        if studied.weights.is_some() {
-            self.weights = studied.weights;
+    pub(super) fn take(&mut self, weights: Option<Vec<f64>>) {
+        if weights.is_some() {
+            self.weights = weights;
         }
     }
 }
@@ -176,10 +155,10 @@ mod tests {
                 challenger.note(&row(on), outcome, None);
                 assert!(challenger.leading().is_none());
             }
-            let studied = challenger.study(3).unwrap().run();
-            assert_eq!(studied.rung, 3);
-            assert!(challenger.study(3).is_none(), "once is enough");
-            challenger.take(studied);
+            let from = [0.1; FEATURES];
+            let fitted = challenger.study(&from).unwrap().fit();
+            assert!(challenger.study(&from).is_none(), "once is enough");
+            challenger.take(fitted);
             let weights = challenger.weights().unwrap();
             let (on, off) = (
                 probability(weights, &row(true)),
@@ -194,30 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn it_leads_only_while_it_is_plainly_better() {
-        let mut challenger = Challenger {
-            weights: Some(vec![0.0; FEATURES]),
-            ..Challenger::default()
-        };
-        let note = |challenger: &mut Challenger, less: f64| {
-            challenger.note(&row(true), true, Some(less));
-        };
-        for i in 0..5_000 {
-            note(&mut challenger, if i % 2 == 0 { 0.5 } else { -0.49 });
-            assert!(challenger.leading().is_none(), "luck is not enough");
-        }
-        (0..1_000).for_each(|_| note(&mut challenger, 0.1));
-        assert!(challenger.leading().is_some());
-        (0..5_000).for_each(|_| note(&mut challenger, -0.1));
-        assert!(challenger.leading().is_none());
-        note(&mut challenger, f64::NAN);
-        assert!(challenger.is_sound());
-    }
-
-    #[test]
     fn one_class_alone_is_nothing_to_fit() {
         let mut challenger = Challenger::default();
         (0..EVERY).for_each(|_| challenger.note(&row(true), true, None));
-        assert!(challenger.study(0).is_none());
+        assert!(challenger.study(&[0.0; FEATURES]).is_none());
     }
 }

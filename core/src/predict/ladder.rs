@@ -8,9 +8,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use super::challenger::{Studied, Study};
 use super::features::{FEATURES, Row};
-use super::learner::Learner;
+use super::learner::{Learned, Learner, Lesson};
 use crate::ids::ContentId;
 
 /// Requests ahead: powers of four, from what the next clients want to what a large tier keeps for half a day.
@@ -27,6 +26,31 @@ pub(super) struct Pending {
     /// What each model said then.
     pub(super) predicted: [f64; HORIZONS.len()],
     pub(super) row: Vec<f64>,
+}
+
+/// What a model is to be fitted to: [`Study::run`] takes some milliseconds, wherever that may be.
+#[derive(Debug)]
+pub struct Study {
+    rung: usize,
+    lesson: Lesson,
+}
+
+/// What came of it.
+#[derive(Debug, Clone)]
+pub struct Studied {
+    rung: usize,
+    learned: Learned,
+}
+
+impl Study {
+    /// Fits the model.
+    #[must_use]
+    pub fn run(self) -> Studied {
+        Studied {
+            rung: self.rung,
+            learned: self.lesson.run(),
+        }
+    }
 }
 
 /// The models, from the shortest horizon to the longest.
@@ -109,12 +133,12 @@ impl Ladder {
     /// What a model beside one of these is to be fitted to, where it is time.
     pub(super) fn study(&mut self) -> Option<Study> {
         let mut rungs = self.learners.iter_mut().enumerate();
-        rungs.find_map(|(rung, learner)| learner.challenger.study(rung))
+        rungs.find_map(|(rung, learner)| learner.lesson().map(|lesson| Study { rung, lesson }))
     }
 
     pub(super) fn studied(&mut self, studied: Studied) {
         if let Some(learner) = self.learners.get_mut(studied.rung) {
-            learner.challenger.take(studied);
+            learner.take(studied.learned);
         }
     }
 

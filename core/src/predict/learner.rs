@@ -14,7 +14,8 @@ use rand_xoshiro::Xoshiro256Plus;
 use rand_xoshiro::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
 
-use super::challenger::Challenger;
+use super::calibration::{Calibration, Map};
+use super::challenger::{Challenger, Labels};
 use super::features::{FEATURES, Row};
 
 /// Learning rate; linfa's own default of 0.005 learns twenty times slower.
@@ -46,7 +47,32 @@ pub(super) struct Learner {
     base_rate: f64,
     predicted_mean: f64,
     #[serde(default)]
-    pub(super) challenger: Challenger,
+    challenger: Challenger,
+    #[serde(default)]
+    calibration: Calibration,
+}
+
+/// What one of the models beside an online one is to be fitted to.
+#[derive(Debug)]
+pub(super) enum Lesson {
+    Weights(Labels),
+    Calibration(Vec<(f32, bool)>),
+}
+
+/// What came of it.
+#[derive(Debug, Clone)]
+pub(super) enum Learned {
+    Weights(Option<Vec<f64>>),
+    Calibration(Option<Map>),
+}
+
+impl Lesson {
+    pub(super) fn run(self) -> Learned {
+        match self {
+            Self::Weights(labels) => Learned::Weights(labels.fit()),
+            Self::Calibration(recent) => Learned::Calibration(Map::fit(recent)),
+        }
+    }
 }
 
 impl Learner {
@@ -69,6 +95,7 @@ impl Learner {
             base_rate: 0.5,
             predicted_mean: 0.5,
             challenger: Challenger::default(),
+            calibration: Calibration::default(),
         }
     }
 
@@ -89,6 +116,7 @@ impl Learner {
             && numbers.iter().all(|x| x.is_finite())
             && self.positive <= self.labelled
             && self.challenger.is_sound()
+            && self.calibration.is_sound()
     }
 
     /// Whether it has seen enough of both classes to be believed, and does no worse than the mean rate would.
@@ -105,7 +133,25 @@ impl Learner {
     }
 
     pub(super) fn probability(&self, row: &Row) -> f64 {
+        self.calibration.told(self.plain(row))
+    }
+
+    /// Before it is calibrated.
+    fn plain(&self, row: &Row) -> f64 {
         probability(self.challenger.leading().unwrap_or(&self.weights), row)
+    }
+
+    /// What a model beside it is to be fitted to, where it is time.
+    pub(super) fn lesson(&mut self) -> Option<Lesson> {
+        let labels = self.challenger.study(&self.weights).map(Lesson::Weights);
+        labels.or_else(|| self.calibration.study().map(Lesson::Calibration))
+    }
+
+    pub(super) fn take(&mut self, learned: Learned) {
+        match learned {
+            Learned::Weights(weights) => self.challenger.take(weights),
+            Learned::Calibration(map) => self.calibration.take(map),
+        }
     }
 
     /// Learns one outcome. `predicted` is what was said when the row was taken, which is what the losses judge.
@@ -124,6 +170,9 @@ impl Learner {
         let online = probability(&self.weights, row);
         let batch = self.challenger.weights().map(|w| probability(w, row));
         let less = batch.map(|batch| log_loss(online, outcome) - log_loss(batch, outcome));
+        let plain = self.plain(row);
+        self.calibration
+            .note(plain, outcome, |p| log_loss(p, outcome));
         self.challenger.note(row, outcome, less);
         let current = online.clamp(0.0, 1.0) as f32;
         let records = Array2::from_shape_fn((1, FEATURES), |(_, i)| row[i]);
