@@ -185,6 +185,12 @@ pub(crate) enum CliError {
         /// How many.
         violated: u64,
     },
+    /// A signal came before the end.
+    #[error("{why}: ended early, without a report")]
+    Stopped {
+        /// The signal.
+        why: &'static str,
+    },
     /// Standard output is gone.
     #[error("cannot write the output: {0}")]
     Output(io::Error),

@@ -23,6 +23,7 @@ use clap::Args;
 use hotset::bridge::default_socket;
 use hotset::client::ClientError;
 
+use super::serve::Stop;
 use super::{CliError, Global, output};
 use report::Report;
 use run::Run;
@@ -105,20 +106,26 @@ pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliEr
         };
         return super::simulate::simulate(&simulation, global);
     }
-    let report = match (args.processes, args.soak) {
-        (_, Some(time)) => {
-            let config = super::config(global)?;
-            let socket = config.bridge.socket.clone().or_else(default_socket);
-            let socket = socket.ok_or(ClientError::NoPlace)?;
-            Run::soak(args, socket, time).await?
-        }
-        (true, None) => Run::processes(args).await?,
-        (false, None) => {
-            return Err(CliError::Usage(
+    let run = async {
+        match (args.processes, args.soak) {
+            (_, Some(time)) => {
+                let config = super::config(global)?;
+                let socket = config.bridge.socket.clone().or_else(default_socket);
+                let socket = socket.ok_or(ClientError::NoPlace)?;
+                Run::soak(args, socket, time).await
+            }
+            (true, None) => Run::processes(args).await,
+            (false, None) => Err(CliError::Usage(
                 "say what to put under chaos: --seeds 0..1000, a simulation; --processes, a server of its own; or --soak 30m, the running server"
                     .into(),
-            ));
+            )),
         }
+    };
+    let mut stop = Stop::listen()?;
+    let report = tokio::select! {
+        report = run => report?,
+        // Who drops a run ends its processes, unmounts what it mounted and removes its control group.
+        why = stop.told() => return Err(CliError::Stopped { why }),
     };
     if global.json {
         output::json(&report)?;

@@ -51,6 +51,40 @@ fn sessions_are_back_after_each_kill_of_their_server() {
     assert!(crowd["requests"].as_u64().unwrap() > 100, "{report}");
 }
 
+/// Mounts, processes and control groups are gone with a run that is ended before its time.
+#[test]
+fn a_run_that_is_told_to_stop_cleans_up() {
+    let home = Home::new();
+    let folder = home.path().join("kept");
+    let kept = folder.to_str().unwrap();
+    let mut run = home
+        .command(&["chaos", "--processes", "--minutes", "10", "--keep", kept])
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mounts = || {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        mounts.lines().filter(|line| line.contains(kept)).count()
+    };
+    let processes = || {
+        let all = std::fs::read_dir("/proc").unwrap();
+        let lines = all.filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok());
+        let named = |line: &Vec<u8>| line.windows(kept.len()).any(|at| at == kept.as_bytes());
+        lines.filter(named).count()
+    };
+    until("the run, its server and workers", || processes() > 3);
+    let pid = Pid::from_child(&run);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(1));
+    assert_eq!((mounts(), processes()), (0, 0));
+    let groups = Cgroup::of_this_process().and_then(|own| own.folder().map(Path::to_owned));
+    if let Some(groups) = groups {
+        let left = groups.join(format!("hotset-chaos-{}", pid.as_raw_nonzero()));
+        assert!(!left.exists(), "{}", left.display());
+    }
+}
+
 /// The memfds that a process has open.
 fn memories(pid: u32) -> usize {
     let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();

@@ -365,6 +365,43 @@ fn a_reader_that_goes_away_is_no_error() {
 }
 
 #[test]
+fn bench_attach_measures_each_kind_of_client() {
+    let home = Home::new();
+    let report = home.json(&[
+        "bench",
+        "attach",
+        "--components",
+        "3",
+        "--tensors",
+        "4",
+        "--size",
+        "64KiB",
+        "--connections",
+        "2",
+        "--sessions",
+        "3",
+        "--requests",
+        "30",
+        "--time",
+        "50ms",
+        "--file",
+        "0",
+        "--python",
+        "/nonexistent/python",
+        "--json",
+    ]);
+    assert_eq!(report["embedded"]["count"], 30, "{report}");
+    for who in ["embedded", "bridge", "killed"] {
+        assert!(report[who]["p50_us"].as_f64().unwrap() > 0.0, "{report}");
+        assert!(report[who]["count"].as_u64().unwrap() > 0, "{report}");
+    }
+    assert!(report["bridge"]["requests_per_s"].as_f64().unwrap() > 0.0);
+    // What cannot be measured is said, and is no failure.
+    let missing = report["python_missing"].as_str().unwrap();
+    assert!(report["python"].is_null() && missing.contains("/nonexistent/python"));
+}
+
+#[test]
 fn bench_load_states_its_rate_beside_the_disks_own() {
     let home = Home::new();
     let arguments = [
