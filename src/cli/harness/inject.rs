@@ -182,13 +182,17 @@ impl Run {
     /// The server's group is allowed less and less, a little more than it uses at each step. An administrator who cuts below what is in use has the kernel kill the server, whatever it does: the memory of
     /// slabs cannot be swapped out where there is no swap.
     async fn shrink_memory(&mut self) {
-        let Some(group) = self.own.as_ref().and_then(|own| own.group.as_ref()) else {
-            return;
-        };
+        let Some(own) = &self.own else { return };
+        let Some(group) = &own.group else { return };
+        // The memory of a doubled GPU counts in the group, and no limit of the host's lowers what may lie there.
+        let doubled = own
+            .doubles
+            .as_ref()
+            .map_or(Bytes::ZERO, |_| doubles::MEMORY);
         let mut limit: Option<Bytes> = None;
         for room in SHRINKING {
             let Ok(used) = group.used() else { break };
-            let next = Bytes(used.get().saturating_add(room.get()));
+            let next = used.saturating_add(room).saturating_add(doubled);
             let next = limit.map_or(next, |limit| next.min(limit));
             // Where it can be had, the gentle limit goes first. It is below what is in use: nobody is killed for that.
             let _ = group.slow_above(Some(used.saturating_sub(Bytes::mib(8))));

@@ -218,9 +218,19 @@ extern "C" fn cuMemImportFromShareableHandle(
 ) -> Code {
     answer(Call::cuMemImportFromShareableHandle, |machine| {
         let fd = os as usize as c_int;
-        let row = inode(fd)
-            .and_then(|inode| machine.row(inode))
-            .ok_or_else(|| misuse(machine, INVALID_VALUE, "an import of no device memory"))?;
+        let Some(row) = inode(fd).and_then(|inode| machine.row(inode)) else {
+            // The driver would have kept it for a descriptor that is still on its way when all who had it let go, as they do when
+            // their GPU is lost. The books do not see such a descriptor: who comes that late is refused.
+            let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap_or_default();
+            return match path.to_string_lossy().starts_with(DEVICE_MEMORY) {
+                true => Err(INVALID_VALUE),
+                false => Err(misuse(
+                    machine,
+                    INVALID_VALUE,
+                    "an import of no device memory",
+                )),
+            };
+        };
         let gpu = row.gpu.load(SeqCst) as usize;
         fault(machine, gpu)?;
         // SAFETY: `inode` has just used the descriptor, and the caller keeps it open through the call.
@@ -233,6 +243,9 @@ extern "C" fn cuMemImportFromShareableHandle(
         store(machine, handle, number)
     })
 }
+
+/// What the kernel calls the files that `cuMemCreate` makes.
+const DEVICE_MEMORY: &str = "/memfd:device memory";
 
 /// Maps nothing that anybody may touch, at an address that is the caller's, or where there is room.
 fn reserve_host(at: u64, bytes: u64) -> Option<u64> {
