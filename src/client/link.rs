@@ -543,19 +543,33 @@ async fn read(
     }
 }
 
-/// Looks for an answer for a moment without sleeping; other tasks run meanwhile. One connection of a process at a time does.
-async fn look_for(inbox: &mut Inbox) -> Result<bool, ChannelError> {
-    static LOOKING: AtomicBool = AtomicBool::new(false);
-    if LOOKING.swap(true, Ordering::Relaxed) {
-        return Ok(false);
+/// The right to look for an answer: one connection of a process at a time does, the others sleep at once.
+struct Looking;
+
+static LOOKING: AtomicBool = AtomicBool::new(false);
+
+impl Looking {
+    fn begin() -> Option<Self> {
+        (!LOOKING.swap(true, Ordering::Relaxed)).then_some(Self)
     }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        LOOKING.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Looks for an answer for a moment without sleeping; other tasks run meanwhile. Gives whether something came.
+async fn look_for(inbox: &mut Inbox) -> Result<bool, ChannelError> {
+    let Some(_looking) = Looking::begin() else {
+        return Ok(false);
+    };
     let end = Instant::now() + LOOKED_FOR;
-    let outcome = loop {
+    loop {
         match inbox.try_receive() {
             Ok(false) if Instant::now() < end => tokio::task::yield_now().await,
-            outcome => break outcome,
+            outcome => return outcome,
         }
-    };
-    LOOKING.store(false, Ordering::Relaxed);
-    outcome
+    }
 }

@@ -401,6 +401,8 @@ def _receive(link: socket.socket) -> tuple[bytes, list[int]]:
 def received(link: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """One `recvmsg`: bytes, and the descriptors that came with them, which children of this process do not inherit."""
     data, ancillary, _, _ = link.recvmsg(_READ, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    if not ancillary:
+        return data, []
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
