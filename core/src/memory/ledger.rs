@@ -5,110 +5,37 @@
 //! a reservation holds it first, then the flight, then the memory itself ([`Held`]). So the books never say "free" while
 //! the memory still exists, and no path, not even a killed actor, can lose bytes.
 
+mod charge;
+mod claim;
+#[cfg(all(test, feature = "models"))]
+mod models;
+mod resident;
+#[cfg(test)]
+mod tests;
+mod views;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+pub use self::charge::{Charge, Held, Memory};
+pub use self::claim::{
+    Claim, Evicted, Never, Reservation, Reserved, ResidencyState, Shortfall, Want,
+};
+pub use self::views::{ResidencyView, TierView};
 use super::flight::{Flight, FlightTicket};
-use super::lease::Lease;
-use super::slab::Slab;
 use crate::breaks::{self, Break};
 use crate::catalog::Component;
-use crate::device::Allocation;
 use crate::ids::{ContentId, LeaseId, SessionId, Tier};
 use crate::io::Urgency;
 use crate::plan::KeepAlive;
-use crate::policy::Candidate;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::tensor::TensorTable;
 use crate::units::Bytes;
-
-/// The memory behind a residency.
-#[derive(Debug)]
-pub enum Memory {
-    /// Host memory.
-    Host(Arc<Slab>),
-    /// Device memory.
-    Device(Allocation),
-}
-
-/// Memory together with the bytes that it is charged for: when the last holder lets go, first the memory is freed, then
-/// the bytes come back.
-#[derive(Debug)]
-pub struct Held {
-    // The order of the fields is the order of their drops.
-    memory: Memory,
-    charge: Arc<Charge>,
-}
-
-impl Held {
-    pub(super) fn new(memory: Memory, mut charge: Charge) -> Self {
-        if breaks::is(Break::FreedTooEarly) && matches!(memory, Memory::Device(_)) {
-            drop(charge.split());
-        }
-        let charge = Arc::new(charge);
-        // A device frees later than it is told to; the bytes come back when it has.
-        if let Memory::Device(allocation) = &memory {
-            allocation.keep_until_freed(Box::new(charge.clone()));
-        }
-        Self { memory, charge }
-    }
-
-    /// The memory.
-    #[must_use]
-    pub const fn memory(&self) -> &Memory {
-        &self.memory
-    }
-}
-
-/// Bytes of a tier's budget, given back when this is dropped.
-#[derive(Debug)]
-pub struct Charge {
-    ledger: Arc<Ledger>,
-    tier: Tier,
-    bytes: Bytes,
-    /// Its memory was evicted and is about to be freed.
-    evicting: AtomicBool,
-}
-
-impl Charge {
-    /// How many.
-    #[must_use]
-    pub const fn bytes(&self) -> Bytes {
-        self.bytes
-    }
-}
-
-impl Charge {
-    /// All its bytes as another charge, so that nothing is left here.
-    fn split(&mut self) -> Self {
-        Self {
-            ledger: self.ledger.clone(),
-            tier: self.tier,
-            bytes: std::mem::take(&mut self.bytes),
-            evicting: AtomicBool::new(false),
-        }
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        let mut books = self.ledger.lock();
-        if let Some(tier) = books.tiers.get_mut(&self.tier) {
-            debug_assert!(tier.committed >= self.bytes, "more returned than charged");
-            tier.committed = tier.committed.saturating_sub(self.bytes);
-            if self.evicting.load(Ordering::Relaxed) {
-                tier.evicting = tier.evicting.saturating_sub(self.bytes);
-            }
-            tier.wake_if_wanted();
-        }
-    }
-}
 
 /// Which entry of which tier: an entry that failed and came again has another number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -285,313 +212,6 @@ struct LeaseRow {
 pub struct Ledger {
     books: Mutex<Books>,
     started: Instant,
-}
-
-/// What a reservation asks for.
-#[derive(Debug, Clone)]
-pub enum Want {
-    /// This component, which takes this many bytes of the tier.
-    Component(Arc<Component>, Bytes),
-    /// Memory that belongs to no component, such as the ring through which a large one is streamed.
-    Scratch(Bytes),
-}
-
-impl Want {
-    /// What it takes.
-    #[must_use]
-    pub const fn bytes(&self) -> Bytes {
-        match self {
-            Self::Component(_, bytes) | Self::Scratch(bytes) => *bytes,
-        }
-    }
-
-    /// Which bytes it is about, where it is about a component.
-    #[must_use]
-    pub fn content(&self) -> Option<ContentId> {
-        match self {
-            Self::Component(component, _) => Some(component.content_id),
-            Self::Scratch(_) => None,
-        }
-    }
-}
-
-/// Bytes that are missing now, but could come back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shortfall {
-    /// What the set needs beyond what is resident or promised already.
-    pub needed: Bytes,
-    /// What is free.
-    pub free: Bytes,
-    /// What is evicted already and about to be freed.
-    pub evicting: Bytes,
-    /// What could be freed at once, since nobody holds it; without the components that the set itself wants.
-    pub evictable: Bytes,
-}
-
-impl Shortfall {
-    /// What has to be evicted beyond what is about to be freed anyhow.
-    #[must_use]
-    pub const fn missing(&self) -> Bytes {
-        self.needed
-            .saturating_sub(self.free)
-            .saturating_sub(self.evicting)
-    }
-}
-
-/// Why a reservation can never be granted.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Never {
-    /// The set is larger than the budget.
-    #[error("{tier} has a budget of {budget}, and the set needs {needed}")]
-    TooLarge {
-        /// The tier.
-        tier: Tier,
-        /// What the whole set takes there.
-        needed: Bytes,
-        /// What hotset may use there.
-        budget: Bytes,
-    },
-    /// The tier does not exist or no longer works.
-    #[error("{tier} is out of service: {reason}")]
-    OutOfService {
-        /// The tier.
-        tier: Tier,
-        /// Why.
-        reason: Arc<str>,
-    },
-}
-
-/// What [`Ledger::reserve`] found.
-#[derive(Debug)]
-pub enum Reserved {
-    /// Granted.
-    Granted(Reservation),
-    /// Not now.
-    Short(Shortfall),
-}
-
-/// Bytes promised in one tier for one set: a claim on each component, and scratch memory where it was asked for.
-/// Dropping it gives everything back that nobody else claims.
-#[derive(Debug)]
-pub struct Reservation {
-    /// One claim for each component, in the order of the wants.
-    pub claims: Vec<Claim>,
-    /// The scratch memory.
-    pub scratch: Option<Charge>,
-}
-
-/// A pin on one component in one tier: while it lives, the component's bytes there are not evicted, or, where they are
-/// still to come, their promise stands.
-#[derive(Debug)]
-pub struct Claim {
-    ledger: Arc<Ledger>,
-    key: EntryKey,
-    component: Arc<Component>,
-}
-
-/// A component that was evicted, and whose memory is freed when this is dropped.
-#[derive(Debug)]
-pub struct Evicted {
-    /// The component.
-    pub component: Arc<Component>,
-    /// Its bytes in the tier.
-    pub bytes: Bytes,
-    entry: Entry,
-}
-
-impl Evicted {
-    /// Whether it was loaded on a guess and never used.
-    #[must_use]
-    pub const fn prefetched(&self) -> bool {
-        self.entry.prefetched
-    }
-}
-
-/// How a claimed component is there.
-#[derive(Debug)]
-pub enum ResidencyState {
-    /// It is not: the load failed, and the promise is gone.
-    Absent,
-    /// On its way, or about to be.
-    Loading(Arc<Flight>),
-    /// There.
-    Resident {
-        /// The memory.
-        held: Arc<Held>,
-        /// The tensors in it.
-        table: Arc<TensorTable>,
-    },
-}
-
-impl Claim {
-    /// The component.
-    #[must_use]
-    pub const fn component(&self) -> &Arc<Component> {
-        &self.component
-    }
-
-    /// The tier.
-    #[must_use]
-    pub const fn tier(&self) -> Tier {
-        self.key.tier
-    }
-
-    /// The ledger that keeps it.
-    #[must_use]
-    pub const fn ledger(&self) -> &Arc<Ledger> {
-        &self.ledger
-    }
-
-    /// How the component is there now.
-    #[must_use]
-    pub fn state(&self) -> ResidencyState {
-        let books = self.ledger.lock();
-        match books.entry(&self.key).map(|entry| &entry.state) {
-            None => ResidencyState::Absent,
-            Some(State::Reserved { flight, .. } | State::Loading { flight }) => {
-                ResidencyState::Loading(flight.clone())
-            }
-            Some(State::Resident { held, table }) => ResidencyState::Resident {
-                held: held.clone(),
-                table: table.clone(),
-            },
-        }
-    }
-
-    pub(super) fn lease_opened(&self, owner: SessionId) -> LeaseId {
-        let mut books = self.ledger.lock();
-        let id = LeaseId(books.next_lease);
-        books.next_lease += 1;
-        // It was forgotten after the claim was looked at: its tier is lost.
-        let gone = books.entry(&self.key).is_none();
-        let revoked = gone.then(|| "its memory is lost".into());
-        books.leases.insert(
-            id,
-            LeaseRow {
-                owner,
-                key: self.key,
-                bytes: self.component.bytes,
-                revoked,
-            },
-        );
-        if let Some(entry) = books.entry_mut(&self.key) {
-            entry.leases += 1;
-        }
-        id
-    }
-
-    pub(super) fn lease_closed(&self, id: LeaseId) {
-        let mut books = self.ledger.lock();
-        books.leases.remove(&id);
-        if let Some(entry) = books.entry_mut(&self.key) {
-            entry.leases -= 1;
-        }
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        if breaks::is(Break::LostRelease) {
-            return;
-        }
-        let gone = {
-            let mut books = self.ledger.lock();
-            let Some(tier) = books.tiers.get_mut(&self.key.tier) else {
-                return;
-            };
-            let Some(entry) = tier.entries.get_mut(&self.key.number) else {
-                return;
-            };
-            entry.pins -= 1;
-            let mut gone = None;
-            if entry.pins == 0 {
-                match &entry.state {
-                    // Nobody has begun, nobody waits: the promise ends.
-                    State::Reserved { .. } => gone = tier.remove(self.key.number),
-                    State::Loading { flight } => flight.cancel(),
-                    State::Resident { .. } => {
-                        if entry.keep_alive == KeepAlive::Unlimited {
-                            tier.wake_if_wanted();
-                        } else {
-                            entry.released = self.ledger.now();
-                            tier.wake.notify_one();
-                        }
-                    }
-                }
-            }
-            gone
-        };
-        // The charge inside gives its bytes back under the lock, so it is dropped outside of it.
-        drop(gone);
-    }
-}
-
-/// One residency, as status and policies see it.
-#[derive(Clone, Debug)]
-pub struct ResidencyView {
-    /// The component.
-    pub component: Arc<Component>,
-    /// Its bytes in this tier.
-    pub bytes: Bytes,
-    /// Still on its way, or promised.
-    pub loading: bool,
-    /// Reservations and leases that hold it.
-    pub pins: u32,
-    /// Leases alone.
-    pub leases: u32,
-    /// How often it was asked for since it came.
-    pub uses: u64,
-    /// When it was admitted, since the start of the system.
-    pub admitted: Duration,
-    /// When it was last asked for, since the start of the system.
-    pub last_used: Duration,
-    /// How long its load took.
-    pub load_time: Option<Duration>,
-    /// Loaded on a guess, and never asked for since.
-    pub prefetched: bool,
-}
-
-impl ResidencyView {
-    /// The residency as a candidate for eviction, as if no other tier had it. Restoring it is taken to last as long as its load did.
-    #[must_use]
-    pub fn candidate(&self) -> Candidate {
-        Candidate {
-            content: self.component.content_id,
-            bytes: self.bytes,
-            admitted: self.admitted,
-            last_used: self.last_used,
-            uses: self.uses,
-            restore_s: self.load_time.unwrap_or_default().as_secs_f64(),
-            prefetched: self.prefetched,
-            above: false,
-        }
-    }
-}
-
-/// One tier, as status and policies see it.
-#[derive(Clone, Debug)]
-pub struct TierView {
-    /// The tier.
-    pub tier: Tier,
-    /// The most that hotset may use.
-    pub budget: Bytes,
-    /// What is promised or occupied.
-    pub committed: Bytes,
-    /// The part of it that is evicted and about to be freed.
-    pub evicting: Bytes,
-    /// Why it is out of service, where it is.
-    pub out_of_service: Option<Arc<str>>,
-    /// What is there or on its way, largest first.
-    pub residencies: Vec<ResidencyView>,
-}
-
-impl TierView {
-    /// Bytes that are not promised.
-    #[must_use]
-    pub const fn free(&self) -> Bytes {
-        self.budget.saturating_sub(self.committed)
-    }
 }
 
 impl Books {
@@ -796,124 +416,6 @@ impl Ledger {
             reservation.scratch = Some(charge(scratch));
         }
         Ok(Reserved::Granted(reservation))
-    }
-
-    /// What these wants need in this tier beyond what is there or promised.
-    #[must_use]
-    pub fn needed(&self, tier: Tier, wants: &[Want]) -> Bytes {
-        let books = self.lock();
-        books
-            .tiers
-            .get(&tier)
-            .map_or(Bytes(u64::MAX), |open| open.need(wants).new)
-    }
-
-    /// Claims on all these components, if each of them is resident in this tier: the fast path, without a promise. `None` too
-    /// where they are for a session that [must wait](Self::must_wait).
-    #[must_use]
-    pub fn claim_resident(
-        self: &Arc<Self>,
-        tier: Tier,
-        components: &[Arc<Component>],
-        session: Option<SessionId>,
-    ) -> Option<Vec<Claim>> {
-        let now = self.now();
-        let mut books = self.lock();
-        if session.is_some_and(|session| books.must_wait(tier, session)) {
-            return None;
-        }
-        let open = books.tiers.get_mut(&tier)?;
-        if open.out_of_service.is_some() {
-            return None;
-        }
-        let resident = |component: &Arc<Component>| {
-            open.entry(&component.content_id)
-                .is_some_and(|entry| matches!(entry.state, State::Resident { .. }))
-        };
-        if !components.iter().all(resident) {
-            return None;
-        }
-        components
-            .iter()
-            .map(|component| {
-                let entry = open.entry_mut(&component.content_id)?;
-                entry.pins += 1;
-                entry.uses += 1;
-                entry.last_used = now;
-                entry.prefetched = false;
-                Some(Claim {
-                    ledger: self.clone(),
-                    key: EntryKey {
-                        tier,
-                        number: entry.number,
-                    },
-                    component: component.clone(),
-                })
-            })
-            .collect()
-    }
-
-    /// Leases on all these components, if each of them is resident in this tier: the whole way at once, for a set that costs
-    /// nobody anything.
-    #[must_use]
-    pub fn lease_resident(
-        self: &Arc<Self>,
-        tier: Tier,
-        components: &[Arc<Component>],
-        session: SessionId,
-        keep_alive: KeepAlive,
-    ) -> Option<Vec<Lease>> {
-        let now = self.now();
-        let mut guard = self.lock();
-        let books = &mut *guard;
-        if books.must_wait(tier, session) {
-            return None;
-        }
-        let open = books.tiers.get_mut(&tier)?;
-        if open.out_of_service.is_some() {
-            return None;
-        }
-        let mut found: SmallVec<[Found; 8]> = SmallVec::new();
-        for component in components {
-            let entry = open.entry(&component.content_id)?;
-            let State::Resident { held, table } = &entry.state else {
-                return None;
-            };
-            found.push((entry.number, held.clone(), table.clone()));
-        }
-        let mut leases = Vec::with_capacity(components.len());
-        for ((number, held, table), component) in found.into_iter().zip(components) {
-            if let Some(entry) = open.entries.get_mut(&number) {
-                entry.pins += 1;
-                entry.leases += 1;
-                entry.uses += 1;
-                entry.last_used = now;
-                entry.prefetched = false;
-                entry.keep_alive = keep_alive;
-            }
-            let id = LeaseId(books.next_lease);
-            books.next_lease += 1;
-            let row = LeaseRow {
-                owner: session,
-                key: EntryKey { tier, number },
-                bytes: component.bytes,
-                revoked: None,
-            };
-            books.leases.insert(id, row);
-            let claim = Claim {
-                ledger: self.clone(),
-                key: EntryKey { tier, number },
-                component: component.clone(),
-            };
-            leases.push(Lease::opened(id, session, claim, held, table));
-        }
-        Some(leases)
-    }
-
-    /// The budget of a tier.
-    #[must_use]
-    pub fn budget(&self, tier: Tier) -> Option<Bytes> {
-        Some(self.lock().tiers.get(&tier)?.budget)
     }
 
     /// Begins the flight of a component that is promised in this tier. `None` where it is under way, there, or not
@@ -1126,91 +628,6 @@ impl Ledger {
         }
     }
 
-    /// The components in this tier that could be evicted now.
-    #[must_use]
-    pub fn evictable(&self, tier: Tier) -> Vec<ResidencyView> {
-        let books = self.lock();
-        books.tiers.get(&tier).map_or_else(Vec::new, |open| {
-            open.entries
-                .values()
-                .filter(|entry| entry.is_evictable())
-                .map(Entry::view)
-                .collect()
-        })
-    }
-
-    /// What is resident in any of these tiers.
-    #[must_use]
-    pub fn resident(&self, tiers: impl Fn(Tier) -> bool) -> HashSet<ContentId> {
-        let books = self.lock();
-        let open = books.tiers.iter().filter(|(tier, _)| tiers(**tier));
-        open.flat_map(|(_, open)| open.entries.values())
-            .filter(|entry| matches!(entry.state, State::Resident { .. }))
-            .map(|entry| entry.component.content_id)
-            .collect()
-    }
-
-    /// One tier's books.
-    #[must_use]
-    pub fn view(&self, tier: Tier) -> Option<TierView> {
-        let books = self.lock();
-        books.tiers.get(&tier).map(|open| open.view(tier))
-    }
-
-    /// All tiers' books, in the global order, taken at one instant.
-    #[must_use]
-    pub fn views(&self) -> Vec<TierView> {
-        let books = self.lock();
-        books
-            .tiers
-            .iter()
-            .map(|(tier, open)| open.view(*tier))
-            .collect()
-    }
-
-    /// How many leases each session holds.
-    #[must_use]
-    pub fn leases(&self) -> BTreeMap<SessionId, usize> {
-        let books = self.lock();
-        let mut counts = BTreeMap::new();
-        for lease in books.leases.values() {
-            *counts.entry(lease.owner).or_insert(0) += 1;
-        }
-        counts
-    }
-
-    /// What these sessions have leased, in bytes of tensors: what several of them share counts once. `more` are components that
-    /// they want beside that.
-    #[must_use]
-    pub fn leased_by(
-        &self,
-        sessions: &HashSet<SessionId>,
-        more: &[(Tier, Arc<Component>)],
-    ) -> Bytes {
-        let books = self.lock();
-        let mut seen: HashSet<EntryKey> = HashSet::new();
-        let mut bytes = Bytes::ZERO;
-        for lease in books.leases.values() {
-            if sessions.contains(&lease.owner) && seen.insert(lease.key) {
-                bytes = bytes.saturating_add(lease.bytes);
-            }
-        }
-        for (tier, component) in more {
-            let known = books
-                .tiers
-                .get(tier)
-                .and_then(|open| open.entry(&component.content_id));
-            let key = known.map(|entry| EntryKey {
-                tier: *tier,
-                number: entry.number,
-            });
-            if key.is_none_or(|key| seen.insert(key)) {
-                bytes = bytes.saturating_add(component.bytes);
-            }
-        }
-        bytes
-    }
-
     /// Sets how long components stay in a tier once nobody holds them. What is not there is passed over.
     pub fn set_keep_alive(&self, tier: Tier, components: &[Arc<Component>], keep: KeepAlive) {
         let mut books = self.lock();
@@ -1224,58 +641,11 @@ impl Ledger {
         }
     }
 
-    /// What nobody has held for longer than it was to be kept, with the time since then; and when the next of its kind has
-    /// been idle for that long, since the start of the system.
-    #[must_use]
-    pub fn outlived(&self, tier: Tier) -> (Vec<(ContentId, Duration)>, Option<Duration>) {
-        let now = self.now();
-        let books = self.lock();
-        let (mut gone, mut next) = (Vec::new(), None::<Duration>);
-        let entries = books
-            .tiers
-            .get(&tier)
-            .into_iter()
-            .flat_map(|open| open.entries.values());
-        for entry in entries.filter(|entry| entry.is_evictable()) {
-            match entry.keep_alive.until(entry.released) {
-                None => {}
-                Some(until) if until <= now => {
-                    let idle = now.saturating_sub(entry.released);
-                    gone.push((entry.component.content_id, idle));
-                }
-                Some(until) => next = Some(next.map_or(until, |next| next.min(until))),
-            }
-        }
-        (gone, next)
-    }
-
     /// The place in the queue of the first set that waits for memory in a tier, for those that could give way to it.
     pub fn set_first_waiting(&self, tier: Tier, place: Option<Duration>) {
         if let Some(books) = self.lock().tiers.get_mut(&tier) {
             books.first_waiting = place;
         }
-    }
-
-    /// Whether a set that comes before this place waits for memory in one of these tiers.
-    #[must_use]
-    pub fn somebody_waits_before(&self, tiers: &[Tier], place: Duration) -> bool {
-        let books = self.lock();
-        let first = |tier| books.tiers.get(tier).and_then(|open| open.first_waiting);
-        tiers.iter().filter_map(first).any(|first| first < place)
-    }
-
-    /// The live leases in a tier, with their owners.
-    #[must_use]
-    pub fn leases_in(&self, tier: Tier) -> Vec<(LeaseId, SessionId)> {
-        let books = self.lock();
-        let mut leases: Vec<_> = books
-            .leases
-            .iter()
-            .filter(|(_, lease)| lease.key.tier == tier && lease.revoked.is_none())
-            .map(|(id, lease)| (*id, lease.owner))
-            .collect();
-        leases.sort_unstable();
-        leases
     }
 
     /// Revokes all leases in a tier whose memory is lost, and forgets what was there. Gives the leases, with their owners.
@@ -1302,39 +672,4 @@ impl Entry {
         (self.pins == 0 || breaks::is(Break::LeasesIgnored))
             && matches!(self.state, State::Resident { .. })
     }
-
-    fn view(&self) -> ResidencyView {
-        ResidencyView {
-            component: self.component.clone(),
-            bytes: self.bytes,
-            loading: !matches!(self.state, State::Resident { .. }),
-            pins: self.pins,
-            leases: self.leases,
-            uses: self.uses,
-            admitted: self.admitted,
-            last_used: self.last_used,
-            load_time: self.load_time,
-            prefetched: self.prefetched,
-        }
-    }
 }
-
-impl TierBooks {
-    fn view(&self, tier: Tier) -> TierView {
-        let mut residencies: Vec<_> = self.entries.values().map(Entry::view).collect();
-        residencies.sort_by(|a, b| (b.bytes, &a.component.id).cmp(&(a.bytes, &b.component.id)));
-        TierView {
-            tier,
-            budget: self.budget,
-            committed: self.committed,
-            evicting: self.evicting,
-            out_of_service: self.out_of_service.clone(),
-            residencies,
-        }
-    }
-}
-
-#[cfg(all(test, feature = "models"))]
-mod models;
-#[cfg(test)]
-mod tests;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::catalog::{FileIdentity, Kind, SourceFile};
 use crate::ids::ComponentId;
-use crate::memory::{FlightFailure, FlightState, Lease};
+use crate::memory::{FlightFailure, FlightState, Lease, Slab};
 
 /// A component of this many bytes; equal numbers are equal content.
 pub(super) fn component(number: u8, bytes: u64) -> Arc<Component> {
