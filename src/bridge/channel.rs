@@ -12,8 +12,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
 use tokio::io::Interest;
@@ -28,7 +29,7 @@ const DESCRIPTORS_AT_ONCE: usize = 128;
 const DESCRIPTORS_AHEAD: usize = 1024;
 /// What one read takes at most.
 const READ_BYTES: usize = 64 << 10;
-/// How long to wait for room where no descriptor is left to watch for it with.
+/// How long to wait for room where there is nothing left to watch for it with.
 const BLIND: Duration = Duration::from_millis(5);
 
 /// Why a connection ended.
@@ -272,11 +273,11 @@ impl Outbox {
     /// Waits until the socket takes more, or its other end is gone.
     async fn writable(&self) -> io::Result<()> {
         // A descriptor of its own, since the runtime watches the other one already.
-        let Ok(watched) = self.socket.try_clone() else {
+        let own = self.socket.try_clone().map(Arc::new);
+        let Ok(watched) = own.and_then(|own| watch(own, Interest::WRITABLE)) else {
             tokio::time::sleep(BLIND).await;
             return Ok(());
         };
-        let watched = watch(Arc::new(watched), Interest::WRITABLE)?;
         watched.writable().await.map(drop)
     }
 
@@ -328,6 +329,10 @@ fn receive_some(
         if let RecvAncillaryMessage::ScmRights(more) = message {
             descriptors.extend(more);
         }
+    }
+    // Those that this process had no room for are gone, and no later message would get its own any more.
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Errno::MFILE.into());
     }
     Ok(received.bytes)
 }

@@ -496,19 +496,27 @@ async fn read(
     let mut flushing = std::pin::pin!(outbox.flush());
     let reason = loop {
         let received = tokio::select! {
+            biased;
             () = closed.cancelled() => return,
-            received = inbox.receive() => received,
             error = &mut flushing => Err(error),
-            () = asked.notified() => match look_for(&mut inbox).await {
-                Ok(false) => continue,
-                Ok(true) => Ok(()),
-                Err(error) => Err(error),
-            },
             () = dropped.notified() => {
                 let Some(link) = link.upgrade() else { return };
                 link.tell_dropped();
                 continue;
             }
+            () = asked.notified() => {
+                // It may have been answered meanwhile, and before the request is out no answer can come.
+                let waits = |link: Arc<Link>| !link.lock().waiting.is_empty();
+                if outbox.is_behind() || !link.upgrade().is_some_and(waits) {
+                    continue;
+                }
+                match look_for(&mut inbox).await {
+                    Ok(false) => continue,
+                    Ok(true) => Ok(()),
+                    Err(error) => Err(error),
+                }
+            }
+            received = inbox.receive() => received,
         };
         if let Err(error) = received {
             break error.to_string();
@@ -546,11 +554,13 @@ async fn read(
 /// The right to look for an answer: one connection of a process at a time does, the others sleep at once.
 struct Looking;
 
+/// Of the process, as its processors are: what is counted is who keeps one of them busy.
 static LOOKING: AtomicBool = AtomicBool::new(false);
 
 impl Looking {
     fn begin() -> Option<Self> {
-        (!LOOKING.swap(true, Ordering::Relaxed)).then_some(Self)
+        // Made only where it is the right's: dropping it gives the right back.
+        (!LOOKING.swap(true, Ordering::Relaxed)).then(|| Self)
     }
 }
 
@@ -571,5 +581,19 @@ async fn look_for(inbox: &mut Inbox) -> Result<bool, ChannelError> {
             Ok(false) if Instant::now() < end => tokio::task::yield_now().await,
             outcome => return outcome,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_looks_at_a_time() {
+        let looking = Looking::begin();
+        assert!(looking.is_some());
+        assert!(Looking::begin().is_none() && Looking::begin().is_none());
+        drop(looking);
+        assert!(Looking::begin().is_some());
     }
 }

@@ -51,18 +51,39 @@ fn sessions_are_back_after_each_kill_of_their_server() {
     assert!(crowd["requests"].as_u64().unwrap() > 100, "{report}");
 }
 
+/// A run that is told to stop, however the test ends.
+struct Told(std::process::Child);
+
+impl Told {
+    fn stop(&mut self) -> std::process::ExitStatus {
+        let _ =
+            rustix::process::kill_process(Pid::from_child(&self.0), rustix::process::Signal::TERM);
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        // Once it has been waited for, its number may be another's.
+        if let Ok(None) = self.0.try_wait() {
+            self.stop();
+        }
+    }
+}
+
 /// Mounts, processes and control groups are gone with a run that is ended before its time.
 #[test]
 fn a_run_that_is_told_to_stop_cleans_up() {
     let home = Home::new();
     let folder = home.path().join("kept");
     let kept = folder.to_str().unwrap();
-    let mut run = home
-        .command(&["chaos", "--processes", "--minutes", "10", "--keep", kept])
-        .stderr(std::process::Stdio::null())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut run = Told(
+        home.command(&["chaos", "--processes", "--minutes", "10", "--keep", kept])
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
     let mounts = || {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         mounts.lines().filter(|line| line.contains(kept)).count()
@@ -74,9 +95,8 @@ fn a_run_that_is_told_to_stop_cleans_up() {
         lines.filter(named).count()
     };
     until("the run, its server and workers", || processes() > 3);
-    let pid = Pid::from_child(&run);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    assert_eq!(run.wait().unwrap().code(), Some(1));
+    let pid = Pid::from_child(&run.0);
+    assert_eq!(run.stop().code(), Some(1));
     assert_eq!((mounts(), processes()), (0, 0));
     let groups = Cgroup::of_this_process().and_then(|own| own.folder().map(Path::to_owned));
     if let Some(groups) = groups {

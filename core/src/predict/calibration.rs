@@ -37,6 +37,18 @@ pub(super) struct Calibration {
     since: u64,
     map: Option<Map>,
     record: Record,
+    /// Which model's predictions these are: another one's mean something else.
+    #[serde(default)]
+    of: Model,
+}
+
+/// A model whose predictions are told.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Model {
+    #[default]
+    Online,
+    /// The batch model of this fit.
+    Batch(u64),
 }
 
 /// A rising curve through [`KNOTS`] points.
@@ -54,7 +66,8 @@ fn knot(at: usize) -> f64 {
 
 impl Map {
     fn is_sound(&self) -> bool {
-        self.0.len() == KNOTS && self.0.iter().all(|p| (0.0..=1.0).contains(p))
+        let all = self.0.iter().all(|p| (0.0..=1.0).contains(p));
+        self.0.len() == KNOTS && all && self.0.is_sorted()
     }
 
     /// What a probability means.
@@ -72,15 +85,20 @@ impl Map {
     pub(super) fn fit(mut recent: Vec<(f32, bool)>) -> Option<Self> {
         recent.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
         let blocks = pooled(&recent);
-        let (first, last) = (blocks.first()?, blocks.last()?);
+        let mut points: Vec<(f64, f64)> = blocks.iter().map(|b| (b.place(), b.mean())).collect();
+        if let ([first, .., last], [low, inner @ .., high]) = (&*blocks, &mut *points) {
+            let [lowest, highest] = [inner.first(), inner.last()].map(|p| p.map(|p| p.1));
+            low.1 = first.cautious().min(lowest.unwrap_or(1.0));
+            high.1 = last.cautious().max(highest.unwrap_or(0.0)).max(low.1);
+        }
+        let (first, last) = (points.first()?, points.last()?);
         let curve = (0..KNOTS).map(knot).map(|at| {
-            let above = blocks.partition_point(|block| block.place() < at);
-            match (above.checked_sub(1).map(|i| &blocks[i]), blocks.get(above)) {
-                (None, _) => first.mean(),
-                (_, None) => last.mean(),
+            let above = points.partition_point(|point| point.0 < at);
+            match (above.checked_sub(1).map(|i| points[i]), points.get(above)) {
+                (None, _) => first.1,
+                (_, None) => last.1,
                 (Some(low), Some(high)) => {
-                    let share = (at - low.place()) / (high.place() - low.place());
-                    low.mean() + share * (high.mean() - low.mean())
+                    low.1 + (at - low.0) / (high.0 - low.0) * (high.1 - low.1)
                 }
             }
         });
@@ -105,6 +123,11 @@ impl Block {
 
     fn mean(&self) -> f64 {
         self.came / self.count
+    }
+
+    /// The mean, as far as so many labels can tell: that all went one way makes nothing certain (Jeffreys' prior).
+    fn cautious(&self) -> f64 {
+        (self.came + 0.5) / (self.count + 1.0)
     }
 }
 
@@ -149,15 +172,27 @@ impl Calibration {
     }
 
     /// The probability that is to be told for a model's own.
-    pub(super) fn told(&self, p: f64) -> f64 {
+    pub(super) fn told(&self, of: Model, p: f64) -> f64 {
         match &self.map {
-            Some(map) if self.record.leads() => map.of(p),
+            Some(map) if self.record.leads() && of == self.of => map.of(p),
             _ => p,
         }
     }
 
-    /// A label came for what the model predicted. `loss` judges a probability.
-    pub(super) fn note(&mut self, predicted: f64, came: bool, loss: impl Fn(f64) -> f64) {
+    /// A label came for what this model predicted. `loss` judges a probability.
+    pub(super) fn note(
+        &mut self,
+        of: Model,
+        predicted: f64,
+        came: bool,
+        loss: impl Fn(f64) -> f64,
+    ) {
+        if of != self.of {
+            *self = Self {
+                of,
+                ..Self::default()
+            };
+        }
         if self.recent.len() == KEPT {
             self.recent.pop_front();
         }
@@ -205,7 +240,7 @@ mod tests {
         for i in 0..labels {
             let said = uniform(2 * i);
             let came = uniform(2 * i + 1) < truth(said);
-            calibration.note(said, came, |p| loss(p, came));
+            calibration.note(Model::Online, said, came, |p| loss(p, came));
             if let Some(recent) = calibration.study() {
                 calibration.take(Map::fit(recent));
                 fits += 1;
@@ -221,12 +256,12 @@ mod tests {
         let truth = |p: f64| 0.3 + 0.3 * p;
         assert!(told_to(&mut calibration, 10_000, truth) > 5);
         for p in [0.1, 0.3, 0.5, 0.7, 0.9] {
-            let told = calibration.told(p);
+            let told = calibration.told(Model::Online, p);
             assert!((told - truth(p)).abs() < 0.08, "{p}: {told}");
         }
         // The order is kept even where the curve is flat.
         let told: Vec<f64> = (1..1000)
-            .map(|i| calibration.told(f64::from(i) / 1e3))
+            .map(|i| calibration.told(Model::Online, f64::from(i) / 1e3))
             .collect();
         assert!(told.windows(2).all(|pair| pair[0] < pair[1]));
         assert!(told.iter().all(|p| (0.0..=1.0).contains(p)));
@@ -239,8 +274,19 @@ mod tests {
         assert!(
             [0.0, 0.2, 0.99, 1.0]
                 .iter()
-                .all(|p| (calibration.told(*p) - p).abs() < 1e-12)
+                .all(|p| (calibration.told(Model::Online, *p) - p).abs() < 1e-12)
         );
+    }
+
+    #[test]
+    fn what_was_learned_of_one_model_is_not_told_of_another() {
+        let mut calibration = Calibration::default();
+        told_to(&mut calibration, 10_000, |p| 0.3 + 0.3 * p);
+        let far = |calibration: &Calibration, of| (calibration.told(of, 0.9) - 0.9).abs() > 0.1;
+        assert!(far(&calibration, Model::Online));
+        assert!(!far(&calibration, Model::Batch(1)));
+        calibration.note(Model::Batch(1), 0.9, true, |p| loss(p, true));
+        assert!(!far(&calibration, Model::Batch(1)) && !far(&calibration, Model::Online));
     }
 
     #[test]
@@ -255,7 +301,7 @@ mod tests {
     #[test]
     fn blocks_are_pooled_as_by_hand() {
         // 0 at 0.1, then 1 and 0 at 0.4 and 0.5, then 1 at 0.9, in any order.
-        let given = [(0.9, true), (0.5, false), (0.1, false), (0.4, true)].repeat(10);
+        let given = [(0.9, true), (0.5, false), (0.1, false), (0.4, true)].repeat(100);
         let map = Map::fit(given).unwrap();
         let plain = |p: f64| (map.of(p) - KEEPS * p) / (1.0 - KEEPS);
         // Between the blocks at 0.1, 0.45 and 0.9, whose means are 0, a half and 1.

@@ -36,6 +36,10 @@ pub(super) struct Challenger {
     recent: VecDeque<(Box<[f32]>, bool)>,
     since_fit: u64,
     weights: Option<Vec<f64>>,
+    /// How many there were.
+    #[serde(default)]
+    fits: u64,
+    #[serde(flatten)]
     record: Record,
 }
 
@@ -83,9 +87,10 @@ impl Challenger {
         self.weights.as_deref()
     }
 
-    /// Its weights, where they are to be used.
-    pub(super) fn leading(&self) -> Option<&[f64]> {
-        self.weights().filter(|_| self.record.leads())
+    /// Its weights, where they are to be used, and which fit they are of.
+    pub(super) fn leading(&self) -> Option<(u64, &[f64])> {
+        let weights = self.weights().filter(|_| self.record.leads())?;
+        Some((self.fits, weights))
     }
 
     /// A label came, for which it would have lost so much less than the online model.
@@ -122,6 +127,7 @@ impl Challenger {
     pub(super) fn take(&mut self, weights: Option<Vec<f64>>) {
         if weights.is_some() {
             self.weights = weights;
+            self.fits += 1;
         }
     }
 }
@@ -170,6 +176,14 @@ mod tests {
             );
             assert!(challenger.is_sound());
         }
+    }
+
+    #[test]
+    fn what_earlier_versions_kept_is_read() {
+        let kept = r#"{"since_fit":7,"weights":[0.5],"ahead":1.5,"squares":0.25,"leads":true}"#;
+        let challenger: Challenger = serde_json::from_str(kept).unwrap();
+        assert_eq!(challenger.leading(), Some((0, &[0.5][..])));
+        assert_eq!(challenger.since_fit, 7);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use rand_xoshiro::Xoshiro256Plus;
 use rand_xoshiro::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
 
-use super::calibration::{Calibration, Map};
+use super::calibration::{Calibration, Map, Model};
 use super::challenger::{Challenger, Labels};
 use super::features::{FEATURES, Row};
 
@@ -133,12 +133,16 @@ impl Learner {
     }
 
     pub(super) fn probability(&self, row: &Row) -> f64 {
-        self.calibration.told(self.plain(row))
+        let (of, plain) = self.plain(row);
+        self.calibration.told(of, plain)
     }
 
-    /// Before it is calibrated.
-    fn plain(&self, row: &Row) -> f64 {
-        probability(self.challenger.leading().unwrap_or(&self.weights), row)
+    /// Before it is calibrated, and whose it is.
+    fn plain(&self, row: &Row) -> (Model, f64) {
+        match self.challenger.leading() {
+            Some((fit, weights)) => (Model::Batch(fit), probability(weights, row)),
+            None => (Model::Online, probability(&self.weights, row)),
+        }
     }
 
     /// What a model beside it is to be fitted to, where it is time.
@@ -170,9 +174,9 @@ impl Learner {
         let online = probability(&self.weights, row);
         let batch = self.challenger.weights().map(|w| probability(w, row));
         let less = batch.map(|batch| log_loss(online, outcome) - log_loss(batch, outcome));
-        let plain = self.plain(row);
+        let (of, plain) = self.plain(row);
         self.calibration
-            .note(plain, outcome, |p| log_loss(p, outcome));
+            .note(of, plain, outcome, |p| log_loss(p, outcome));
         self.challenger.note(row, outcome, less);
         let current = online.clamp(0.0, 1.0) as f32;
         let records = Array2::from_shape_fn((1, FEATURES), |(_, i)| row[i]);

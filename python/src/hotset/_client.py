@@ -7,6 +7,7 @@ any thread, so a dropped lease is put on a queue first, and sent by whoever hold
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
@@ -114,7 +115,9 @@ class Client:
                 self._state = None
                 link, self._socket = self._socket, None
                 state.close()
-                if link is not None:
+                if link is not None and self._pid != os.getpid():
+                    link.close()  # The parent goes on with it.
+                elif link is not None:
                     _shut(link)
         reason = self._farewell or reason
         return ConnectionLost(f"connection lost: {reason}; what is mapped stays valid, the next request connects again")
@@ -149,6 +152,8 @@ class Client:
 
     def _drop(self, state: State, kind: str, number: int) -> None:
         """A lease or a mapping is used no more. Called from finalisers: waits for no lock."""
+        if self._pid != os.getpid():
+            return  # They are the parent's, and so is the connection.
         if kind == "release":
             state.live.discard(number)
         self._dropped.append((state, kind, number))
@@ -394,19 +399,25 @@ def _receive(link: socket.socket) -> tuple[bytes, list[int]]:
         try:
             return received(link, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            pass
+            # The server may need this processor to answer.
+            os.sched_yield()
     return received(link)
 
 
 def received(link: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """One `recvmsg`: bytes, and the descriptors that came with them, which children of this process do not inherit."""
-    data, ancillary, _, _ = link.recvmsg(_READ, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
-    if not ancillary:
+    data, ancillary, got, _ = link.recvmsg(_READ, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    if not ancillary and not got & socket.MSG_CTRUNC:
         return data, []
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+    if got & socket.MSG_CTRUNC:
+        # Those that this process had no room for are gone, and no later message would get its own any more.
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise OSError(errno.EMFILE, "this process has no room for more descriptors (ulimit -n)")
     return data, descriptors.tolist()
 
 

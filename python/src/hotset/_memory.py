@@ -32,8 +32,17 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_READ, _MAP_SHARED = 1, 1
-# Held while memory is mapped.
-_mapping = threading.Lock()
+# Held while memory is mapped; by a finaliser that looks at a tensor meanwhile, too.
+_mapping = threading.RLock()
+
+
+def _after_fork() -> None:
+    # A thread of the parent may have held it, and is not here to let go.
+    global _mapping
+    _mapping = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _FAILED = ctypes.c_void_p(-1).value
 _F_GET_SEALS, _SEAL_SHRINK, _SEAL_FUTURE_WRITE = 1034, 0x2, 0x10
 
@@ -54,7 +63,7 @@ class Mapping:
     """Read-only memory of the server, mapped at the first look at it. Unmapped when the last reference goes."""
 
     __slots__ = (
-        "__weakref__", "_address", "_munmap", "bytes", "component", "content", "descriptor", "number", "offset", "on_end", "tier",
+        "__weakref__", "_address", "_munmap", "bytes", "component", "content", "descriptor", "identity", "number", "offset", "on_end", "tier",
     )
 
     def __init__(self, descriptor: int, offset: int, size: int, tier: str) -> None:
@@ -68,6 +77,8 @@ class Mapping:
         # Set after a reconnection: under what number the new server counts it, and who wants to hear of the end.
         self.number: int | None = None
         self.on_end: Callable[[int], None] | None = None
+        # Which memory it is, once a later connection may bring it again.
+        self.identity: tuple[int, ...] = ()
 
     @property
     def address(self) -> int:
@@ -81,11 +92,13 @@ class Mapping:
     def _map(self) -> int:
         seals = fcntl.fcntl(self.descriptor, _F_GET_SEALS)
         if not (seals & _SEAL_SHRINK and seals & _SEAL_FUTURE_WRITE):
-            raise NotMappable("the server's memory is not sealed")
+            raise NotMappable(f"{self.component}: the server's memory is not sealed")
+        if self.offset + self.bytes > os.fstat(self.descriptor).st_size:
+            raise NotMappable(f"{self.component}: the server's memory is shorter than {self.bytes} bytes")
         address: int | None = _libc.mmap(None, self.bytes, _PROT_READ, _MAP_SHARED, self.descriptor, self.offset)
         if address == _FAILED or address is None:
             error = ctypes.get_errno()
-            raise NotMappable(f"cannot map {self.bytes} bytes: {os.strerror(error)}")
+            raise NotMappable(f"{self.component}: cannot map {self.bytes} bytes: {os.strerror(error)}")
         return address
 
     @staticmethod

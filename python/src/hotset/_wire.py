@@ -145,10 +145,7 @@ class State:
             if memory["descriptor"]:
                 descriptor = self._descriptors.popleft()
                 if memory["tier"] == "ram":
-                    try:
-                        mapping = self._map(descriptor, memory)
-                    except HotsetError as error:
-                        reason = str(error)
+                    mapping = self._map(descriptor, memory)
                 else:
                     try:
                         mapping = DeviceMapping.take(descriptor, memory)
@@ -207,6 +204,8 @@ class StillMapped:
 
     def add(self, mappings: list[Mapping]) -> None:
         """These outlive their connection, as long as somebody uses them."""
+        for mapping in mappings:
+            mapping.identity = Mapping.identity_of(mapping.descriptor, mapping.offset, mapping.bytes)
         self._mappings.update(mappings)
 
     def take(self) -> list[Mapping]:
@@ -218,8 +217,7 @@ class StillMapped:
         if not self._mappings:
             return None
         identity = Mapping.identity_of(descriptor, offset, size)
-        same = (m for m in self.take() if Mapping.identity_of(m.descriptor, m.offset, m.bytes) == identity)
-        return next(same, None)
+        return next((mapping for mapping in self.take() if mapping.identity == identity), None)
 
     @staticmethod
     def told(mappings: list[Mapping]) -> tuple[dict[str, Any], list[int]]:

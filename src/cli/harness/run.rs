@@ -57,9 +57,10 @@ pub(super) struct Run {
     pub(super) rng: Xoshiro256PlusPlus,
     pub(super) findings: Findings,
     pub(super) socket: PathBuf,
+    // Where a run is told to stop they are dropped in this order: workers first, then what they work on.
+    pub(super) workers: Vec<Worker>,
     /// `None` in a soak: then the server is somebody's.
     pub(super) own: Option<OwnServer>,
-    pub(super) workers: Vec<Worker>,
     wanted: usize,
     python: Option<PathBuf>,
     started: u64,

@@ -15,9 +15,25 @@ use crate::{
 /// `CU_MEMHOSTREGISTER_PORTABLE`: registered for all GPUs.
 const PORTABLE: c_uint = 1;
 
-/// What is mapped at this address now: file, offset into it, and permissions, by the kernel's own list.
-fn backing(at: u64, bytes: u64) -> Option<String> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+/// What is mapped at an address.
+enum Backing {
+    /// The kernel's list could not be read: the process has no descriptor left for it.
+    Unseen,
+    /// Nothing, or not all of it.
+    Nothing,
+    /// Files and offsets into them.
+    Files(String),
+}
+
+/// What is mapped at this address now, by the kernel's own list.
+fn backing(at: u64, bytes: u64) -> Backing {
+    match std::fs::read_to_string("/proc/self/maps") {
+        Err(_) => Backing::Unseen,
+        Ok(maps) => files(&maps, at, bytes).map_or(Backing::Nothing, Backing::Files),
+    }
+}
+
+fn files(maps: &str, at: u64, bytes: u64) -> Option<String> {
     let mut found = Vec::new();
     let mut reached = at;
     for line in maps.lines() {
@@ -64,12 +80,16 @@ extern "C" fn cuMemHostRegister_v2(at: *mut c_void, bytes: usize, flags: c_uint)
                 "cuMemHostRegister of nothing",
             ));
         }
-        let Some(backing) = backing(at, bytes) else {
-            return Err(misuse(
-                machine,
-                INVALID_VALUE,
-                "cuMemHostRegister of memory that is not mapped",
-            ));
+        let backing = match backing(at, bytes) {
+            Backing::Files(files) => Some(files),
+            Backing::Unseen => None,
+            Backing::Nothing => {
+                return Err(misuse(
+                    machine,
+                    INVALID_VALUE,
+                    "cuMemHostRegister of memory that is not mapped",
+                ));
+            }
         };
         if State::touches(&state.registrations, |known| known.bytes, at, bytes) {
             return Err(misuse(
@@ -120,7 +140,13 @@ extern "C" fn cuMemHostUnregister(at: *mut c_void) -> Code {
 /// The driver holds the pages that it pinned, not the address: memory that was unmapped or replaced in the meantime would
 /// be read from where it was.
 fn check_backing(machine: &Machine, at: u64, known: &Registration) {
-    if !known.owned && backing(at, known.bytes).as_ref() != Some(&known.backing) {
+    let Some(before) = &known.backing else { return };
+    let same = match backing(at, known.bytes) {
+        Backing::Files(now) => now == *before,
+        Backing::Unseen => true,
+        Backing::Nothing => false,
+    };
+    if !same {
         machine.report("memory was unmapped or replaced while it was registered");
     }
 }
@@ -149,7 +175,7 @@ extern "C" fn cuMemHostAlloc(to: *mut *mut c_void, bytes: usize, _flags: c_uint)
             bytes: bytes as u64,
             owned: true,
             portable: false,
-            backing: String::new(),
+            backing: None,
             gpu,
         };
         state.registrations.insert(start as u64, registration);

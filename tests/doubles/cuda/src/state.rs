@@ -49,7 +49,7 @@ pub(crate) struct Registration {
     /// Whether it is registered for all GPUs.
     pub(crate) portable: bool,
     /// What was mapped there when it was registered.
-    pub(crate) backing: String,
+    pub(crate) backing: Option<String>,
     pub(crate) gpu: usize,
 }
 
