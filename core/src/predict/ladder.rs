@@ -151,7 +151,8 @@ impl Ladder {
     /// or from the nearest that can be believed. `None` where none can.
     pub(super) fn rate(&self, row: &Row, horizon: f64) -> Option<f64> {
         let rate_of = |rung: usize| {
-            let p = self.learners[rung].probability(row);
+            // Retention goes by the order, which a calibrated model's blocks blur.
+            let p = self.learners[rung].uncalibrated(row);
             uses_of(p) / HORIZONS[rung] as f64
         };
         let above = HORIZONS.partition_point(|h| (*h as f64) < horizon);

@@ -137,6 +137,11 @@ impl Learner {
         self.calibration.told(of, plain)
     }
 
+    /// The model's own probability: its order is finer than what is told.
+    pub(super) fn uncalibrated(&self, row: &Row) -> f64 {
+        self.plain(row).1
+    }
+
     /// Before it is calibrated, and whose it is.
     fn plain(&self, row: &Row) -> (Model, f64) {
         match self.challenger.leading() {
