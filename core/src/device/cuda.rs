@@ -30,7 +30,7 @@ use tokio::sync::oneshot;
 use self::copier::Part;
 use self::driver::Driver;
 use self::engine::{Block, Engine, Shared};
-use self::pins::Pins;
+use self::pins::{Pinned, Pins};
 use super::nvml::{Answer, NvmlWatch, Reading};
 use super::{
     Allocation, Device, DeviceDescription, DeviceError, Export, FigureSource, Figures, Kept, Link,
@@ -250,20 +250,24 @@ impl CudaDevice {
         Ok(block)
     }
 
-    /// Whether `from` can be read by DMA; registers its mapping at first.
-    async fn registered(&self, engine: &Engine, from: &HostRange) -> Result<bool, DeviceError> {
+    /// What lets `from` be read by DMA, where it can be; registers its mapping at first.
+    async fn pinned(
+        &self,
+        engine: &Engine,
+        from: &HostRange,
+    ) -> Result<Option<Pinned>, DeviceError> {
         let pins = &self.fleet.pins;
         if let Some(known) = pins.known(from) {
             return Ok(known);
         }
         let (pins, from) = (pins.clone(), from.clone());
         let asked = engine.control.ask(move |control| {
-            let registered = pins.register(&from, control);
+            let pinned = pins.register(&from, control);
             control.let_go(from);
-            registered
+            pinned
         });
-        let registered = engine.shared.answer(asked).await?;
-        registered.map_err(|fault| engine.shared.error(&fault))
+        let pinned = engine.shared.answer(asked).await?;
+        pinned.map_err(|fault| engine.shared.error(&fault))
     }
 
     /// A reading during which nothing was allocated or freed, with what was allocated then.
@@ -431,15 +435,15 @@ impl Device for CudaDevice {
                     continue;
                 }
                 let before = parts.last();
-                let registered = match before {
+                let pinned = match before {
                     // Most pieces come from one slab.
-                    Some(part) if part.from.mapping() == from.mapping() => part.registered,
-                    _ => self.registered(&engine, &from).await?,
+                    Some(part) if part.from.mapping() == from.mapping() => part.pinned.clone(),
+                    _ => self.pinned(&engine, &from).await?,
                 };
                 parts.push(Part {
                     to: block.place.address() + offset,
                     from,
-                    registered,
+                    pinned,
                 });
             }
             if parts.is_empty() {

@@ -36,7 +36,7 @@ pub(super) struct Challenger {
     recent: VecDeque<(Box<[f32]>, bool)>,
     since_fit: u64,
     weights: Option<Vec<f64>>,
-    /// How many there were.
+    /// Fits so far.
     #[serde(default)]
     fits: u64,
     #[serde(flatten)]

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use super::features::{FEATURES, Row};
-use super::learner::{Learned, Learner, Lesson};
+use super::learner::{Learner, Lesson, Taught};
 use crate::ids::ContentId;
 
 /// Requests ahead: powers of four, from what the next clients want to what a large tier keeps for half a day.
@@ -39,7 +39,7 @@ pub struct Study {
 #[derive(Debug, Clone)]
 pub struct Studied {
     rung: usize,
-    learned: Learned,
+    taught: Taught,
 }
 
 impl Study {
@@ -48,7 +48,7 @@ impl Study {
     pub fn run(self) -> Studied {
         Studied {
             rung: self.rung,
-            learned: self.lesson.run(),
+            taught: self.lesson.run(),
         }
     }
 }
@@ -138,7 +138,7 @@ impl Ladder {
 
     pub(super) fn studied(&mut self, studied: Studied) {
         if let Some(learner) = self.learners.get_mut(studied.rung) {
-            learner.take(studied.learned);
+            learner.take(studied.taught);
         }
     }
 

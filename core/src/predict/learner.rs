@@ -61,16 +61,16 @@ pub(super) enum Lesson {
 
 /// What came of it.
 #[derive(Debug, Clone)]
-pub(super) enum Learned {
+pub(super) enum Taught {
     Weights(Option<Vec<f64>>),
     Calibration(Option<Map>),
 }
 
 impl Lesson {
-    pub(super) fn run(self) -> Learned {
+    pub(super) fn run(self) -> Taught {
         match self {
-            Self::Weights(labels) => Learned::Weights(labels.fit()),
-            Self::Calibration(recent) => Learned::Calibration(Map::fit(recent)),
+            Self::Weights(labels) => Taught::Weights(labels.fit()),
+            Self::Calibration(recent) => Taught::Calibration(Map::fit(recent)),
         }
     }
 }
@@ -156,10 +156,10 @@ impl Learner {
         labels.or_else(|| self.calibration.study().map(Lesson::Calibration))
     }
 
-    pub(super) fn take(&mut self, learned: Learned) {
-        match learned {
-            Learned::Weights(weights) => self.challenger.take(weights),
-            Learned::Calibration(map) => self.calibration.take(map),
+    pub(super) fn take(&mut self, taught: Taught) {
+        match taught {
+            Taught::Weights(weights) => self.challenger.take(weights),
+            Taught::Calibration(map) => self.calibration.take(map),
         }
     }
 

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use super::driver::{Fault, Opaque, Outcome};
 use super::engine::{Control, Shared};
+use super::pins::Pinned;
 use super::worker::{Pulse, Worker};
 use crate::catalog::DEVICE_TENSOR_ALIGN;
 use crate::memory::HostRange;
@@ -34,11 +35,11 @@ struct Buffer {
     busy: bool,
 }
 
-/// A part of an upload: host bytes, where they go, and whether the GPU reads them by itself.
+/// A part of an upload: host bytes, where they go, and what lets the GPU read them by itself.
 pub(super) struct Part {
     pub(super) to: u64,
     pub(super) from: HostRange,
-    pub(super) registered: bool,
+    pub(super) pinned: Option<Pinned>,
 }
 
 impl Part {
@@ -170,12 +171,14 @@ impl Copier {
     /// Copies parts, in rising order of their places, and calls `done` when all are there. Until then their bytes live.
     pub(super) fn upload(
         &mut self,
-        parts: Vec<Part>,
+        mut parts: Vec<Part>,
         done: impl FnOnce(Outcome<()>) + Send + 'static,
     ) {
         let queued = self.queue(&parts);
         // Also after a failure: some may be under way.
         self.report(self.up, move |waited| {
+            // First: to let go of host memory may wait for an engine that ends, which waits for these.
+            parts.iter_mut().for_each(|part| part.pinned = None);
             drop(parts);
             done(queued.and(waited));
         });
@@ -184,7 +187,7 @@ impl Copier {
     fn queue(&mut self, mut parts: &[Part]) -> Outcome<()> {
         while let Some(part) = parts.first() {
             let (near, rest) = parts.split_at(neighbours(parts));
-            if part.registered && near.len() == 1 {
+            if part.pinned.is_some() && near.len() == 1 {
                 let bytes = part.from.as_slice();
                 let driver = &self.shared.driver;
                 driver.upload(part.to, bytes.as_ptr() as usize, bytes.len(), self.up)?;
@@ -342,7 +345,7 @@ impl Copier {
 /// How many parts at the beginning go as one copy: small ones, and those that the GPU cannot read by itself, which lie so
 /// close together on the GPU that nothing else is between them.
 fn neighbours(parts: &[Part]) -> usize {
-    let small = |part: &Part| !part.registered || part.from.bytes().get() <= SMALL;
+    let small = |part: &Part| part.pinned.is_none() || part.from.bytes().get() <= SMALL;
     let near = |pair: &&[Part]| {
         small(&pair[0])
             && small(&pair[1])

@@ -198,8 +198,9 @@ impl Control {
         let driver = self.shared.driver.clone();
         self.pins.forget(self.shared.number);
         let stranded = self.change(Heap::clear);
-        if let Err(fault) = driver.release_context(self.shared.device) {
-            tracing::error!(?fault, "cannot release a context");
+        match driver.release_context(self.shared.device) {
+            Ok(()) => self.pins.context_gone(self.shared.gpu),
+            Err(fault) => tracing::error!(?fault, "cannot release a context"),
         }
         for (address, bytes) in stranded {
             if let Err(fault) = driver.unreserve(address, bytes) {
@@ -314,6 +315,7 @@ fn begin(
     let device = driver.device(shared.device)?;
     if reset {
         driver.reset_context(device)?;
+        pins.context_gone(shared.gpu);
     }
     let context = driver.retain_context(device)?;
     let begun = driver.enter(context).and_then(|()| {

@@ -1,16 +1,21 @@
 //! Host memory that the GPUs read by themselves: each mapping is registered with the driver once, at its first use, for
 //! all GPUs, and unregistered before it is unmapped.
+//!
+//! A registration for all GPUs lives in the context of one of them, and ends with it. So a copy holds a [`Pinned`] as long as it lasts,
+//! an engine that ends waits for the copies of the others, and what it cannot unregister on a GPU that is lost is used by nobody
+//! until its context is gone.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::ThreadId;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::driver::{Driver, Fault, Outcome};
 use super::engine::{Control, Shared};
 use super::worker::Worker;
+use crate::ids::GpuIndex;
 use crate::machine::Machine;
 use crate::memory::{HostRange, MappedRange, MappingId, MappingObserver};
 use crate::units::MIB;
@@ -20,6 +25,9 @@ pub(super) const SMALLEST: usize = MIB as usize;
 
 /// How often one who waits for memory to be unregistered looks whether the driver still returns from its calls.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How long an engine that ends waits for copies of others from what was registered in its context. One of them may hang.
+const COPIES_END: Duration = Duration::from_secs(2);
 
 /// How often a lock is tried that is held for an instant, or else by a registration.
 const TRIES: u32 = 100;
@@ -34,6 +42,8 @@ pub(super) struct Pins {
 struct Slot {
     range: MappedRange,
     state: Mutex<Option<Pin>>,
+    /// One more holder for each copy that relies on the registration.
+    copies: Arc<()>,
 }
 
 #[derive(Debug)]
@@ -41,6 +51,14 @@ enum Pin {
     Registered(Registered),
     /// The driver does not want it; it is not asked again.
     Refused,
+    /// Its engine has ended, and this GPU could not undo it: it is there until the context is gone.
+    Stranded(GpuIndex),
+}
+
+/// Host memory that every GPU reads by itself, as long as this lives.
+#[derive(Debug, Clone)]
+pub(super) struct Pinned {
+    _copies: Arc<()>,
 }
 
 #[derive(Debug)]
@@ -62,13 +80,37 @@ impl Slot {
             Err(TryLockError::WouldBlock) => None,
         }
     }
+
+    /// The same, where a lock that is held for an instant is waited for.
+    fn lock_soon(&self) -> Option<MutexGuard<'_, Option<Pin>>> {
+        (0..TRIES).find_map(|_| {
+            let state = self.try_lock();
+            if state.is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            state
+        })
+    }
+
+    /// For a copy, under the lock of the state.
+    fn pinned(&self, pin: &Pin) -> Option<Pinned> {
+        match pin {
+            Pin::Registered(_) => Some(Pinned {
+                _copies: self.copies.clone(),
+            }),
+            Pin::Refused | Pin::Stranded(_) => None,
+        }
+    }
 }
 
 impl Registered {
-    fn end(&self, range: MappedRange) {
-        if let Err(fault) = self.driver.unregister(range.address) {
+    /// Gives whether it is registered no more.
+    fn end(&self, range: MappedRange) -> bool {
+        let ended = self.driver.unregister(range.address);
+        if let Err(fault) = &ended {
             tracing::error!(?range, ?fault, "cannot unregister host memory");
         }
+        ended.is_ok()
     }
 }
 
@@ -82,6 +124,7 @@ impl Pins {
                 Arc::new(Slot {
                     range,
                     state: Mutex::new(None),
+                    copies: Arc::default(),
                 })
             });
             (slot.clone(), slots.len() > before)
@@ -92,25 +135,29 @@ impl Pins {
         slot
     }
 
-    /// Whether this memory is registered or not, where that is known already.
-    pub(super) fn known(self: &Arc<Self>, from: &HostRange) -> Option<bool> {
+    /// This memory for a copy, and `None` where it goes through buffers; nothing at all where that is not known yet.
+    pub(super) fn known(self: &Arc<Self>, from: &HostRange) -> Option<Option<Pinned>> {
         if from.mapping().bytes < SMALLEST {
-            return Some(false);
+            return Some(None);
         }
         let slot = self.slot(from);
         let state = slot.try_lock()?;
-        state.as_ref().map(|pin| matches!(pin, Pin::Registered(_)))
+        state.as_ref().map(|pin| slot.pinned(pin))
     }
 
-    /// Registers the mapping of `from` in the context of this engine, on whose thread this runs; gives whether it is
+    /// Registers the mapping of `from` in the context of this engine, on whose thread this runs; gives it for a copy where it is
     /// registered now. While the thread of another GPU is about it, it is not: its driver may hang.
-    pub(super) fn register(self: &Arc<Self>, from: &HostRange, control: &Control) -> Outcome<bool> {
+    pub(super) fn register(
+        self: &Arc<Self>,
+        from: &HostRange,
+        control: &Control,
+    ) -> Outcome<Option<Pinned>> {
         let slot = self.slot(from);
         let Some(mut state) = slot.try_lock() else {
-            return Ok(false);
+            return Ok(None);
         };
         if let Some(pin) = &*state {
-            return Ok(matches!(pin, Pin::Registered(_)));
+            return Ok(slot.pinned(pin));
         }
         let driver = control.driver();
         let pin = match driver.register(slot.range.address, slot.range.bytes) {
@@ -135,33 +182,45 @@ impl Pins {
                 Pin::Refused
             }
         };
-        let registered = matches!(pin, Pin::Registered(_));
-        *state = Some(pin);
-        Ok(registered)
+        Ok(slot.pinned(state.insert(pin)))
+    }
+
+    fn all(&self) -> Vec<Arc<Slot>> {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.values().cloned().collect()
     }
 
     /// An engine ends: what was registered in its context is registered no more. Runs on its thread, in its context.
     pub(super) fn forget(&self, engine: u64) {
-        let slots: Vec<Arc<Slot>> = {
-            let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-            slots.values().cloned().collect()
-        };
-        for slot in slots {
-            let locked = (0..TRIES).find_map(|_| {
-                let state = slot.try_lock();
-                if state.is_none() {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                state
-            });
+        let until = Instant::now() + COPIES_END;
+        for slot in self.all() {
             // Another engine is registering it, so it is not this one's.
-            let Some(mut state) = locked else {
+            let Some(mut state) = slot.lock_soon() else {
                 continue;
             };
-            if let Some(Pin::Registered(pin)) = &*state
-                && pin.engine == engine
+            let Some(Pin::Registered(pin)) = &*state else {
+                continue;
+            };
+            if pin.engine != engine {
+                continue;
+            }
+            // No copy begins while the lock is held.
+            while Arc::strong_count(&slot.copies) > 1 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            *state = match pin.end(slot.range) {
+                true => None,
+                false => Some(Pin::Stranded(pin.shared.gpu)),
+            };
+        }
+    }
+
+    /// The context of an engine that has ended is gone, and all registrations in it.
+    pub(super) fn context_gone(&self, gpu: GpuIndex) {
+        for slot in self.all() {
+            if let Some(mut state) = slot.lock_soon()
+                && matches!(&*state, Some(Pin::Stranded(of)) if *of == gpu)
             {
-                pin.end(slot.range);
                 *state = None;
             }
         }

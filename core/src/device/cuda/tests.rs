@@ -413,6 +413,64 @@ fn a_gpu_that_fell_off_the_bus_stays_lost() {
     });
 }
 
+/// What is pinned for both GPUs is registered in the context of one, which may end at any time.
+#[test]
+fn host_memory_stays_pinned_for_the_copies_of_others_when_its_gpu_is_lost() {
+    let two = Isolated {
+        gpus: 2,
+        ..Isolated::default()
+    };
+    run(this_test!(), two, |machine| {
+        block_on(async {
+            let cuda = Cuda::detect().unwrap();
+            let (a, b) = (open(&cuda, 0).await, open(&cuda, 1).await);
+            let bytes = contents(7, 4 << 20);
+            let slab = host_slab(&bytes);
+            let from = || HostRange::new(slab.clone(), 0, bytes.len() as u64).unwrap();
+            let own = a.clone().allocate(Bytes::mib(4)).await.unwrap();
+            a.upload(&own, 0, from()).await.unwrap();
+            assert_eq!(machine.calls(Call::cuMemHostRegister), 1);
+            let mut to = b.clone().allocate(Bytes::mib(4)).await.unwrap();
+            for broken in [&machine.gpu(0).sticky, &machine.gpu(0).lost] {
+                let before = machine.calls(Call::cuEventRecord);
+                machine.gpu(1).hold_copies.store(1, SeqCst);
+                let upload = tokio::spawn({
+                    let (b, to, from) = (b.clone(), to, from());
+                    async move {
+                        b.upload(&to, 0, from).await.unwrap();
+                        to
+                    }
+                });
+                until("the copy to be queued", || {
+                    machine.calls(Call::cuEventRecord) > before
+                })
+                .await;
+                broken.store(700, SeqCst);
+                assert!(a.figures().await.is_err());
+                let recovering = tokio::spawn({
+                    let a = a.clone();
+                    async move { a.recover().await }
+                });
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                machine.gpu(1).hold_copies.store(0, SeqCst);
+                to = upload.await.unwrap();
+                assert!(read(&b, &to, bytes.len()).await == bytes);
+                // Lost for good for now, or back: the other one goes on all the same.
+                let _ = recovering.await.unwrap();
+                b.upload(&to, 0, from()).await.unwrap();
+                machine.gpu(0).lost.store(0, SeqCst);
+                if a.lost().is_some() {
+                    a.recover().await.unwrap();
+                }
+                let again = a.clone().allocate(Bytes::mib(4)).await.unwrap();
+                a.upload(&again, 0, from()).await.unwrap();
+                b.upload(&to, 0, from()).await.unwrap();
+                assert!(read(&a, &again, bytes.len()).await == bytes);
+            }
+        });
+    });
+}
+
 #[test]
 fn a_component_comes_from_a_neighbour_without_the_host() {
     let two = Isolated {

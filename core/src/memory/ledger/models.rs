@@ -7,7 +7,7 @@ use shuttle::{check_pct, check_random, thread};
 
 use super::tests::{component, ledger, want};
 use super::*;
-use crate::memory::Lease;
+use crate::memory::{Lease, Slab};
 
 /// Interleavings by chance, and as many with few, well-placed switches, which find what needs a certain order.
 const RUNS: usize = 2_000;
