@@ -33,13 +33,13 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_READ, _MAP_SHARED = 1, 1
 # Held while memory is mapped; by a finaliser that looks at a tensor meanwhile, too.
-_mapping = threading.RLock()
+_mapping_now = threading.RLock()
 
 
 def _after_fork() -> None:
     # A thread of the parent may have held it, and is not here to let go.
-    global _mapping
-    _mapping = threading.RLock()
+    global _mapping_now
+    _mapping_now = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -84,7 +84,7 @@ class Mapping:
     def address(self) -> int:
         """Where it is mapped. Raises `NotMappable` where that cannot be, or would not be safe."""
         if not self._address:
-            with _mapping:
+            with _mapping_now:
                 # Another thread may have been faster.
                 self._address = self._address or self._map()
         return self._address
