@@ -47,6 +47,8 @@ pub(crate) struct Admission {
     low_watermark: f64,
     /// By place, which is by priority and age. Bounded by `sessions.max_loads`, since each load waits in one queue at most.
     waiting: VecDeque<Request>,
+    /// A guess waits for memory that is on its way out.
+    guess_waits: bool,
     /// Wakes the keeper when the first who waits has aged.
     alarm: Option<AbortOnDropHandle<()>>,
     /// Requests that the policy can still be told of, as of then.
@@ -105,6 +107,7 @@ impl Admission {
             high_watermark,
             low_watermark,
             waiting: VecDeque::new(),
+            guess_waits: false,
             alarm: None,
             allowance: f64::MAX,
             counted: Duration::ZERO,
@@ -118,6 +121,14 @@ impl Admission {
     /// How many sets wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// From now on the keeper is woken for a guess, too, when bytes come back, or no longer.
+    pub(crate) fn wake_for_guess(&mut self, wake: bool) {
+        if self.guess_waits != wake {
+            self.guess_waits = wake;
+            self.set_wake();
+        }
     }
 
     /// Whether a set that waits needs this component.
@@ -551,7 +562,7 @@ impl Admission {
         self.house.ledger.set_wake_when(
             self.tier,
             WakeWhen {
-                waiting: !self.waiting.is_empty(),
+                waiting: self.guess_waits || !self.waiting.is_empty(),
                 above: high,
             },
         );

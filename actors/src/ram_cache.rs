@@ -112,6 +112,7 @@ impl State {
 
     fn give_up_emptying(&mut self) {
         self.next.clear();
+        self.admission.wake_for_guess(false);
         if let Some(guess) = self.emptying.take() {
             let content = guess.component.content_id;
             self.house.usage().guesses().withdraw(&content);
@@ -123,8 +124,23 @@ impl State {
         while self.emptying.is_none()
             && let Some(guess) = self.next.pop_front()
         {
+            if self.is_evicting() {
+                // It has to be back before anything can be told. Looked at again, since what came back before the flag woke nobody.
+                self.admission.wake_for_guess(true);
+                if self.is_evicting() {
+                    self.next.push_front(guess);
+                    return;
+                }
+            }
             self.consider(myself, guess);
         }
+        self.admission.wake_for_guess(false);
+    }
+
+    /// Whether memory is on its way out.
+    fn is_evicting(&self) -> bool {
+        let view = self.house.ledger.view(Tier::Ram);
+        view.is_some_and(|view| !view.evicting.is_zero())
     }
 
     /// Makes room for a guess and begins to read it, where it is worth that.
@@ -136,9 +152,7 @@ impl State {
         let Some(view) = house.ledger.view(Tier::Ram) else {
             return;
         };
-        // What is on its way out has to be back before anything can be told.
         if *house.pressure.borrow() == Pressure::High
-            || !view.evicting.is_zero()
             || house.ledger.needed(Tier::Ram, &wants).is_zero()
             || house.usage().guesses().holds(&component.content_id)
         {
@@ -349,9 +363,10 @@ impl RamCache {
     }
 
     #[ractor::message(RamCacheMessage::Woken)]
-    fn woken(&self, state: &mut State) {
+    fn woken(&self, myself: ActorRef<RamCacheMessage>, state: &mut State) {
         state.admission.retry();
         state.yield_to_demand();
+        state.consider_next(&myself);
     }
 
     #[ractor::message(RamCacheMessage::Relieve { keep, cause, reply })]

@@ -88,6 +88,50 @@ async fn what_usually_goes_with_a_base_comes_with_it() {
     assert_eq!(results(&rig.hotset, Grounds::Usual).score.loads, 1);
 }
 
+#[test]
+fn a_guess_waits_until_what_was_evicted_is_back() {
+    // A single thread frees memory, and this test has it when it likes.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .max_blocking_threads(1)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let library = Library::new();
+        for (name, seed) in [("base", 1), ("style", 2)] {
+            library.single(name, seed, 100);
+        }
+        let rig = Rig::start(guessing(library.config(Bytes::mib(8)))).await;
+        for _ in 0..6 {
+            load(&rig.hotset, &["base", "style"]).await;
+        }
+        let session = rig.hotset.session("test").await.unwrap();
+        let held = outcome(session.load(ComponentSet::new(["base"]))).await;
+        let _ = rig.hotset.analyse_usage().await;
+
+        let (busy, free) = std::sync::mpsc::channel::<()>();
+        let freeing = tokio::task::spawn_blocking(move || free.recv());
+        let _ = rig.hotset.optimise_cache(Tier::Ram, 0.0).await;
+        assert_eq!(in_ram(&rig.hotset), ["base/weights"]);
+        let evicting = || rig.hotset.ledger().view(Tier::Ram).unwrap().evicting;
+        assert!(!evicting().is_zero());
+        load(&rig.hotset, &["base"]).await;
+        // Whoever answers these has seen what was asked before.
+        let _ = rig.hotset.analyse_usage().await;
+        let _ = rig.hotset.status().await;
+        assert_eq!(results(&rig.hotset, Grounds::Usual).score.loads, 0);
+        assert!(!evicting().is_zero());
+
+        busy.send(()).unwrap();
+        freeing.await.unwrap().unwrap();
+        let both = ["base/weights", "style/weights"];
+        until("what goes with it", async || in_ram(&rig.hotset) == both).await;
+        assert_eq!(results(&rig.hotset, Grounds::Usual).score.loads, 1);
+        drop(held);
+    });
+}
+
 #[tokio::test(start_paused = true)]
 async fn nothing_is_guessed_where_that_is_off() {
     let library = Library::new();
