@@ -458,7 +458,7 @@ impl Admission {
             // One guess is not to drive out the other, which would then drive out the one.
             let mut usage = self.house.usage();
             let guesses = usage.guesses();
-            candidates.retain(|candidate| !guesses.holds(&candidate.content));
+            candidates.retain(|candidate| !guesses.holds(self.tier, &candidate.content));
         }
         let now = self.house.ledger.now();
         let policy = self.policy.as_mut();
@@ -506,8 +506,9 @@ impl Admission {
             let Some(evicted) = self.house.ledger.evict(self.tier, &victim.content) else {
                 continue;
             };
-            if evicted.prefetched() && self.tier == Tier::Ram {
-                self.house.usage().guesses().gone(&victim.content);
+            if evicted.prefetched() {
+                let mut usage = self.house.usage();
+                usage.guesses().gone(self.tier, &victim.content);
             }
             self.policy
                 .on_evict(self.house.ledger.now(), &victim.content);

@@ -365,7 +365,7 @@ impl House {
         let Some(uses) = self.uses.get(&tier) else {
             return;
         };
-        if uses.push(|| self.ledger.now(), session, components) == Pushed::Many
+        if uses.push(|| self.ledger.now(), session, tier, components) == Pushed::Many
             && let Some(wake) = self.ledger.wake(tier)
         {
             wake.notify_one();
@@ -373,16 +373,19 @@ impl House {
     }
 
     /// Notes for Predictor what a session was granted.
-    pub(crate) fn note_granted(&self, session: SessionId, components: UsedSet) {
+    pub(crate) fn note_granted(&self, session: SessionId, tier: Tier, components: UsedSet) {
         if self.granted.receiver_count() > 0 {
             // Nobody may listen any more.
             let _ = self.granted.send(Used {
                 at: self.ledger.now(),
                 session,
+                tier,
                 components: components.clone(),
             });
         }
-        let pushed = self.asked.push(|| self.ledger.now(), session, components);
+        let pushed = self
+            .asked
+            .push(|| self.ledger.now(), session, tier, components);
         let wanted = match pushed {
             // Nobody is in a hurry but who predicts.
             Pushed::First => self.predicting.load(Ordering::Relaxed),

@@ -14,6 +14,7 @@ mod admission;
 mod adopting;
 mod counters;
 mod discovery;
+mod guessing;
 mod hot;
 mod house;
 mod learned;

@@ -1,26 +1,26 @@
 //! Predictor: learns from the request stream and proposes prefetches, off until it is switched on, and sums up how components
 //! are used.
 //!
-//! It goes on with what its predecessor had learned. Its guesses go to RamCache, which takes them into memory that nobody needs,
-//! or in the place of what is worth far less. What comes of them is counted in the house, by their grounds.
+//! It goes on with what its predecessor had learned. Its guesses go to the keepers of the tiers, which take them into memory that
+//! nobody needs, or in the place of what is worth far less. What comes of them is counted in the house, by tier and grounds.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hotset_core::catalog::{Catalogue, Component};
-use hotset_core::plan::{DISK_PER_S, disk, resolve};
+use hotset_core::plan::{DISK_PER_S, disk, resolve, restore_s};
 use hotset_core::predict::{
     Candidate, Grounds, Observed, Predictor, PredictorStats, Seen, Studied,
 };
-use hotset_core::{ComponentId, ContentId, ModelName, Tier};
+use hotset_core::{ComponentId, ContentId, GpuIndex, ModelName, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::guessing::{self, GuessedLoad};
 use crate::house::House;
 use crate::learned::{KEPT_EVERY, Learner};
-use crate::ram_cache::{GuessedRead, RamCacheMessage};
 use crate::uses::Used;
 
 /// What Predictor is told and asked.
@@ -168,7 +168,8 @@ fn learn(state: &mut State) -> Option<Used> {
         let ids: Vec<ComponentId> = ids(used).collect();
         let mut usage = state.house.usage();
         usage.used(used.at, &ids);
-        usage.guesses().asked(seen.iter().map(|seen| &seen.content));
+        let contents = seen.iter().map(|seen| &seen.content);
+        usage.guesses().asked(used.tier, contents);
     }
     state.let_study();
     if state.since_kept >= KEPT_EVERY {
@@ -183,17 +184,49 @@ fn ids(used: &Used) -> impl Iterator<Item = ComponentId> {
         .map(|(component, _)| component.id.clone())
 }
 
-/// Proposes what is in no tier: what is certain first, then what is usual, then what is expected.
+/// Where a guess would put each component after a set was granted: what is in no tier goes to RAM, and what is there alone, to
+/// the GPU that the set is on.
+struct Places {
+    ram: HashSet<ContentId>,
+    gpus: HashSet<ContentId>,
+    onto: Option<GpuIndex>,
+}
+
+impl Places {
+    fn new(house: &House, used: &Used) -> Self {
+        let mut places = Self {
+            ram: HashSet::new(),
+            gpus: HashSet::new(),
+            onto: match used.tier {
+                Tier::Ram => None,
+                Tier::Vram(gpu) => Some(gpu),
+            },
+        };
+        for view in house.ledger.views() {
+            let there = match view.tier {
+                Tier::Ram => &mut places.ram,
+                Tier::Vram(_) => &mut places.gpus,
+            };
+            let contents = view.residencies.iter().map(|r| r.component.content_id);
+            there.extend(contents);
+        }
+        places
+    }
+
+    fn of(&self, component: &Component) -> Option<Tier> {
+        let content = &component.content_id;
+        match (self.gpus.contains(content), self.ram.contains(content)) {
+            (true, _) => None,
+            (false, true) => self.onto.map(Tier::Vram),
+            (false, false) => Some(Tier::Ram),
+        }
+    }
+}
+
+/// Proposes what would have to be moved: what is certain first, then what is usual, then what is expected.
 fn propose(state: &mut State, used: &Used) {
     let house = state.house.clone();
-    let there: HashSet<ContentId> = house
-        .ledger
-        .views()
-        .iter()
-        .flat_map(|view| &view.residencies)
-        .map(|residency| residency.component.content_id)
-        .collect();
-    let is_absent = |component: &Arc<Component>| !there.contains(&component.content_id);
+    let places = Places::new(&house, used);
     let catalogue = house.catalogue.load();
     let mut proposals: Vec<(Arc<Component>, Grounds, f64)> = Vec::new();
     let rest = rest_of_models(&house, &catalogue, used);
@@ -211,35 +244,40 @@ fn propose(state: &mut State, used: &Used) {
         let mut usage = house.usage();
         let guesses = usage.guesses();
         proposals.retain(|(component, ..)| {
-            is_absent(component)
-                && component.ram_bytes() <= high
-                && !guesses.holds(&component.content_id)
+            places.of(component).is_some_and(|tier| {
+                let fits = tier != Tier::Ram || component.ram_bytes() <= high;
+                fits && !guesses.holds(tier, &component.content_id)
+            })
         });
     }
     let load_s = {
         let rates = house.rates().clone();
-        move |component: &Component| {
-            let rate = rates.per_s(disk(component)).unwrap_or(DISK_PER_S);
-            component.ram_bytes().as_f64() / rate
+        move |component: &Component, tier: Tier| match tier {
+            Tier::Vram(gpu) => restore_s(&rates, gpu, component, true),
+            Tier::Ram => {
+                let rate = rates.per_s(disk(component)).unwrap_or(DISK_PER_S);
+                component.ram_bytes().as_f64() / rate
+            }
         }
     };
     if proposals.len() < PROPOSALS {
-        let absent: Vec<&Arc<Component>> = catalogue
+        let movable: Vec<(&Arc<Component>, Tier)> = catalogue
             .models()
             .flat_map(|model| &model.components)
-            .filter(|component| is_absent(component))
+            .filter_map(|component| Some((component, places.of(component)?)))
             .collect();
-        let candidates: Vec<Candidate> = absent
+        let candidates: Vec<Candidate> = movable
             .iter()
-            .map(|component| Candidate {
+            .map(|(component, tier)| Candidate {
                 content: component.content_id,
                 bytes: component.bytes,
-                load_s: load_s(component),
+                load_s: load_s(component, *tier),
             })
             .collect();
         let now = house.ledger.now();
         for proposal in state.predictor.proposals(now, &candidates, PROPOSALS) {
-            if let Some(component) = absent.iter().find(|c| c.content_id == proposal.content) {
+            let mut movable = movable.iter();
+            if let Some((component, _)) = movable.find(|(c, _)| c.content_id == proposal.content) {
                 let component = Arc::clone(component);
                 proposals.push((component, Grounds::Predicted, proposal.probability));
             }
@@ -249,15 +287,18 @@ fn propose(state: &mut State, used: &Used) {
     proposals.retain(|(component, ..)| named.insert(component.content_id));
     let within = (2.0 * state.predictor.horizon()).max(LEAST_WITHIN) as u64;
     for (component, grounds, probability) in proposals.into_iter().take(PROPOSALS) {
-        let load_s = load_s(&component);
-        let guess = Arc::new(GuessedRead {
+        let Some(tier) = places.of(&component) else {
+            continue;
+        };
+        let guess = GuessedLoad {
+            load_s: load_s(&component, tier),
             component,
             grounds,
             probability,
-            load_s,
             within,
-        });
-        let _ = house.ram.cast(RamCacheMessage::Prefetch(guess));
+            onto: places.onto,
+        };
+        guessing::propose(&house, tier, guess);
     }
 }
 

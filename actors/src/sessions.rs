@@ -334,7 +334,7 @@ impl Session {
             .record(LoadPhase::Whole, house.ledger.now().saturating_sub(began));
         add(&counters.component_hits, leases.len() as u64);
         house.note_use(session, tier, hot.used.clone());
-        house.note_granted(session, hot.used.clone());
+        house.note_granted(session, tier, hot.used.clone());
         Some(Loading::granted(
             house.next_request(),
             hot.plan.clone(),

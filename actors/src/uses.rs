@@ -6,9 +6,9 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use hotset_core::SessionId;
 use hotset_core::catalog::Component;
 use hotset_core::sync::Mutex;
+use hotset_core::{SessionId, Tier};
 
 /// So many may lie here before the one who takes them is woken for them alone.
 const MANY: usize = 1024;
@@ -25,6 +25,8 @@ pub struct Used {
     pub at: Duration,
     /// Who asked.
     pub session: SessionId,
+    /// Where it is used.
+    pub tier: Tier,
     /// What for, and whether it was there already or on its way.
     pub components: UsedSet,
 }
@@ -51,6 +53,7 @@ impl Uses {
         &self,
         now: impl FnOnce() -> Duration,
         session: SessionId,
+        tier: Tier,
         components: UsedSet,
     ) -> Pushed {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,6 +63,7 @@ impl Uses {
         waiting.push(Used {
             at: now(),
             session,
+            tier,
             components,
         });
         match waiting.len() {
@@ -84,7 +88,12 @@ mod tests {
         let uses = Uses::default();
         let mut many = 0;
         for i in 0..MOST as u64 + 10 {
-            let pushed = uses.push(|| Duration::from_secs(i), SessionId(i), Arc::default());
+            let pushed = uses.push(
+                || Duration::from_secs(i),
+                SessionId(i),
+                Tier::Ram,
+                Arc::default(),
+            );
             assert_eq!(pushed == Pushed::First, i == 0);
             many += usize::from(pushed == Pushed::Many);
         }

@@ -12,7 +12,7 @@ mod turns;
 mod upload;
 
 pub(crate) use turns::Turns;
-pub(crate) use upload::{Ring, Source};
+pub(crate) use upload::{Ring, Source, Upload};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,12 +22,13 @@ use hotset_core::catalog::Component;
 use hotset_core::config::GpuConfig;
 use hotset_core::decision::EvictCause;
 use hotset_core::device::{Device, DeviceError, Figures, budget};
+use hotset_core::memory::TierView;
 use hotset_core::{Bytes, GpuIndex, RequestId, SessionId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
 
-use self::upload::Upload;
 use crate::admission::{Admission, Request};
+use crate::guessing::{GuessMessage, Guessing};
 use crate::house::{GpuEvent, House, Shortage};
 use crate::ram_cache::wake_on;
 
@@ -41,6 +42,8 @@ pub(crate) enum VramManagerMessage {
     Reserve(Request),
     /// Upload this component, which is promised; nothing where it is there or under way.
     Upload(Arc<Component>, Source),
+    /// Something about what nobody has asked for.
+    Guess(GuessMessage),
     /// Bytes came back, or a pin was lifted.
     Woken,
     /// Evict down to this share of the budget.
@@ -88,6 +91,7 @@ pub(crate) struct State {
     device: Arc<dyn Device>,
     config: GpuConfig,
     admission: Admission,
+    guessing: Guessing,
     figures: Option<Figures>,
     /// The last Xid errors, of which each measurement tells only the new ones.
     xids: VecDeque<u64>,
@@ -130,7 +134,15 @@ impl VramManager {
         }
         admission.trim();
         let wake = wake_on(&house, tier, myself.clone(), || VramManagerMessage::Woken);
-        let measuring = watch_device(house.config.monitor.gpu_interval, device.clone(), myself);
+        let measuring = watch_device(
+            house.config.monitor.gpu_interval,
+            device.clone(),
+            myself.clone(),
+        );
+        let tell = move |message| {
+            let _ = myself.send_message(VramManagerMessage::Guess(message));
+        };
+        let guessing = Guessing::new(house.clone(), tier, config.high_watermark, tell);
         Ok(State {
             figures: house.first_figures.get(&gpu).cloned(),
             house,
@@ -138,6 +150,7 @@ impl VramManager {
             device,
             config,
             admission,
+            guessing,
             xids: VecDeque::new(),
             wanted: Bytes::ZERO,
             _wake: wake,
@@ -200,12 +213,19 @@ impl VramManager {
         reply: RpcReplyPort<Bytes>,
         state: &mut State,
     ) {
+        state.guessing.call_off(&mut state.admission);
         let _ = reply.send(state.admission.evict_up_to(missing, &cause));
     }
 
     #[ractor::message(VramManagerMessage::Reserve(request))]
     fn reserve(&self, request: Request, state: &mut State) {
         state.admission.submit(request);
+        state.guessing.look(&mut state.admission);
+    }
+
+    #[ractor::message(VramManagerMessage::Guess(message))]
+    fn guess(&self, message: GuessMessage, state: &mut State) {
+        state.guessing.told(message, &mut state.admission);
     }
 
     #[ractor::message(VramManagerMessage::Upload(component, source))]
@@ -225,6 +245,7 @@ impl VramManager {
     #[ractor::message(VramManagerMessage::Woken)]
     fn woken(&self, state: &mut State) {
         state.admission.retry();
+        state.guessing.look(&mut state.admission);
     }
 
     #[ractor::message(VramManagerMessage::Relieve { keep, cause, reply })]
@@ -235,6 +256,7 @@ impl VramManager {
         reply: Option<RpcReplyPort<Bytes>>,
         state: &mut State,
     ) {
+        state.guessing.call_off(&mut state.admission);
         let surplus = state
             .house
             .ledger
@@ -286,6 +308,10 @@ impl State {
             self.xids.drain(..surplus);
         }
         self.figures = Some(figures);
+        let over = |view: TierView| view.committed.saturating_sub(view.evicting) > view.budget;
+        if self.house.ledger.view(self.tier).is_some_and(over) {
+            self.guessing.call_off(&mut self.admission);
+        }
         let missing = self.admission.keep_within_budget(&cause);
         if missing > self.wanted {
             let leases = self.house.ledger.leases_in(self.tier);
@@ -306,6 +332,7 @@ impl State {
         self.wanted = missing;
         // What was lowered may have risen again.
         self.admission.retry();
+        self.guessing.look(&mut self.admission);
     }
 }
 
@@ -318,6 +345,7 @@ fn lost(house: &House, tier: Tier, reason: &Arc<str>) {
         .is_some_and(|view| view.out_of_service.is_some());
     ledger.set_service(tier, Some(reason.clone()));
     let leases = ledger.revoke_tier(tier, reason);
+    house.usage().guesses().lost(tier);
     if known && leases.is_empty() {
         return;
     }

@@ -158,6 +158,7 @@ fn guesses(guesses: &[GuessResults]) -> Result<(), CliError> {
     }
     let columns = [
         "loaded before asked for",
+        "into",
         "times",
         "used",
         "in vain",
@@ -166,11 +167,12 @@ fn guesses(guesses: &[GuessResults]) -> Result<(), CliError> {
         "delayed",
         "",
     ];
-    let mut rows = table(&columns, &columns[1..7]);
+    let mut rows = table(&columns, &columns[2..8]);
     for guesses in made {
         let score = &guesses.score;
         rows.add_row([
             guesses.grounds.to_string(),
+            guesses.tier.to_string(),
             score.loads.to_string(),
             score.used_bytes.to_string(),
             score.wasted_bytes.to_string(),

@@ -181,7 +181,7 @@ fn figures(registry: &mut Registry, prefix: &str, of: &impl serde::Serialize) {
     }
 }
 
-/// What came of loading what nobody had asked for, each figure under its own name, by grounds.
+/// What came of loading what nobody had asked for, each figure under its own name, by tier and grounds.
 fn guesses(registry: &mut Registry, results: &[GuessResults]) {
     let mut families: BTreeMap<String, Family<Labels, Gauge<f64, AtomicU64>>> = BTreeMap::new();
     for of in results {
@@ -194,7 +194,10 @@ fn guesses(registry: &mut Registry, results: &[GuessResults]) {
                 value => value.as_f64(),
             };
             if let Some(number) = number {
-                let labels = vec![("grounds", of.grounds.to_string())];
+                let labels = vec![
+                    ("tier", of.tier.to_string()),
+                    ("grounds", of.grounds.to_string()),
+                ];
                 let family = families.entry(name).or_default();
                 family.get_or_create(&labels).set(number);
             }

@@ -14,8 +14,14 @@ fn guessing(mut config: Config) -> Config {
     config
 }
 
+const GPU: Tier = Tier::Vram(GpuIndex(0));
+
 fn in_ram(hotset: &Hotset) -> Vec<String> {
-    let view = hotset.ledger().view(Tier::Ram).unwrap();
+    resident(hotset, Tier::Ram)
+}
+
+fn resident(hotset: &Hotset, tier: Tier) -> Vec<String> {
+    let view = hotset.ledger().view(tier).unwrap();
     let resident = view.residencies.iter().filter(|r| !r.loading);
     let mut names: Vec<String> = resident.map(|r| r.component.id.to_string()).collect();
     names.sort();
@@ -23,13 +29,22 @@ fn in_ram(hotset: &Hotset) -> Vec<String> {
 }
 
 fn results(hotset: &Hotset, grounds: Grounds) -> GuessResults {
-    let all = hotset.guesses();
-    *all.iter().find(|of| of.grounds == grounds).unwrap()
+    results_in(hotset, Tier::Ram, grounds)
+}
+
+fn results_in(hotset: &Hotset, tier: Tier, grounds: Grounds) -> GuessResults {
+    let mut all = hotset.guesses().into_iter();
+    let of = all.find(|of| (of.tier, of.grounds) == (tier, grounds));
+    of.unwrap()
 }
 
 async fn load(hotset: &Hotset, names: &[&str]) {
+    load_on(hotset, Target::Ram, names).await;
+}
+
+async fn load_on(hotset: &Hotset, target: Target, names: &[&str]) {
     let session = hotset.session("test").await.unwrap();
-    let set = ComponentSet::new(names.iter().copied());
+    let set = ComponentSet::new(names.iter().copied()).on(target);
     outcome(session.load(set)).await.unwrap();
 }
 
@@ -246,6 +261,116 @@ async fn a_guess_gives_way_to_whoever_waits() {
     rig.assert_empty().await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_comes_to_ram_on_a_guess_goes_on_to_the_gpu() {
+    let library = Library::new();
+    library.pipeline("base", 1, 100);
+    let config = library.config_with_gpu(Bytes::mib(8), Bytes::mib(4));
+    let rig = Rig::start(guessing(config)).await;
+    load_on(&rig.hotset, Target::AnyGpu, &["base/text_encoder"]).await;
+    let all = ["text_encoder", "text_encoder_2", "unet", "vae"].map(|name| format!("base/{name}"));
+    until("the rest", async || resident(&rig.hotset, GPU) == all).await;
+    for tier in [Tier::Ram, GPU] {
+        assert_eq!(
+            results_in(&rig.hotset, tier, Grounds::Declared).score.loads,
+            3
+        );
+    }
+    let uploads = async || rig.hotset.status().await.counters.uploads;
+    let (opened, uploaded) = (rig.reader.opened(), uploads().await);
+    load_on(&rig.hotset, Target::AnyGpu, &["base"]).await;
+    assert_eq!((rig.reader.opened(), uploads().await), (opened, uploaded));
+    until("all to be counted", async || {
+        let _ = rig.hotset.analyse_usage().await;
+        let precision = |tier| results_in(&rig.hotset, tier, Grounds::Declared).precision;
+        precision(GPU) == Some(1.0) && precision(Tier::Ram) == Some(1.0)
+    })
+    .await;
+    // In RAM, nobody has used them by that.
+    let _ = rig.hotset.optimise_cache(Tier::Ram, 0.0).await;
+    let wasted = |d: &hotset::Decision| matches!(d.act, Act::Evict { wasted: true, .. });
+    assert_eq!(
+        rig.hotset
+            .decisions(100)
+            .iter()
+            .filter(|d| wasted(d))
+            .count(),
+        3
+    );
+    rig.assert_empty().await;
+}
+
+/// A pipeline whose larger part is in RAM and on its way to the GPU on a guess, which takes ten seconds.
+async fn uploading(ram: Bytes, vram: Bytes, others: &[(&str, usize)]) -> (Library, Rig) {
+    let library = Library::new();
+    let parts = [
+        ("text_encoder", "CLIPTextModel", 100),
+        ("unet", "UNet2DConditionModel", 600),
+    ];
+    library.pipeline_of("base", 1, &parts);
+    for (i, (name, kib)) in others.iter().enumerate() {
+        library.single(name, 2 + i as u64, *kib);
+    }
+    let mut config = library.config_with_gpu(ram, vram);
+    config.gpu[0].sim.bandwidth = Bytes::kib(60);
+    config.gpu[0].sim.latency = Duration::ZERO;
+    let rig = Rig::start(config).await;
+    load(&rig.hotset, &["base"]).await;
+    load_on(&rig.hotset, Target::AnyGpu, &["base/text_encoder"]).await;
+    rig.hotset.enable_predictive_caching(true).await.unwrap();
+    load_on(&rig.hotset, Target::AnyGpu, &["base/text_encoder"]).await;
+    let prefetches = async || rig.hotset.status().await.counters.prefetches;
+    until("the guess", async || prefetches().await == 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        results_in(&rig.hotset, GPU, Grounds::Declared).score.loads,
+        1
+    );
+    (library, rig)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_on_a_guess_gives_way_to_whoever_waits_for_memory() {
+    // The GPU has no room for both, or RAM has not; the upload would take eight more seconds.
+    let roomy = Bytes::mib(4);
+    for (ram, vram, target) in [
+        (roomy, Bytes::mib(1), Target::AnyGpu),
+        (Bytes::mib(1), roomy, Target::Ram),
+    ] {
+        let (_library, rig) = uploading(ram, vram, &[("wanted", 800)]).await;
+        let session = rig.hotset.session("test").await.unwrap();
+        let loading = session.load(ComponentSet::new(["wanted"]).on(target));
+        until("the guess to be over", async || {
+            let declared = results_in(&rig.hotset, GPU, Grounds::Declared);
+            !declared.score.wasted_bytes.is_zero()
+        })
+        .await;
+        assert!(
+            rig.hotset.ledger().now() < Duration::from_secs(9),
+            "{target:?}"
+        );
+        let leases = outcome(loading).await.unwrap();
+        assert_eq!(leases.len(), 1);
+        drop((leases, session));
+        rig.assert_empty().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_wants_what_is_uploaded_on_a_guess_waits_for_the_rest_of_it() {
+    let (_library, rig) = uploading(Bytes::mib(4), Bytes::mib(4), &[]).await;
+    let began = rig.hotset.ledger().now();
+    load_on(&rig.hotset, Target::AnyGpu, &["base/unet"]).await;
+    let took = rig.hotset.ledger().now() - began;
+    assert!(took < Duration::from_millis(9_500), "{took:?}");
+    assert_eq!(rig.hotset.status().await.counters.uploads, 2);
+    let _ = rig.hotset.analyse_usage().await;
+    let declared = results_in(&rig.hotset, GPU, Grounds::Declared);
+    assert_eq!(declared.precision, Some(1.0));
+    assert_eq!(declared.score.saved_s, 0.0, "it was not there yet");
+    rig.assert_empty().await;
+}
+
 /// Notes which tier, by its capacity, is told of how many components and how many of them were there.
 struct Noting {
     capacity: Bytes,
@@ -309,13 +434,12 @@ async fn ram_is_told_of_what_a_gpu_does_not_have() {
         .start()
         .await
         .unwrap();
-    let gpu = Tier::Vram(GpuIndex(0));
     let load = async |names: &[&str]| {
         let session = hotset.session("test").await.unwrap();
         let set = ComponentSet::new(names.iter().copied()).on(Target::AnyGpu);
         outcome(session.load(set)).await.unwrap();
         // Policies are told when they may have to choose.
-        for tier in [Tier::Ram, gpu] {
+        for tier in [Tier::Ram, GPU] {
             hotset.optimise_cache(tier, 1.0).await.unwrap();
         }
         let mut told = std::mem::take(&mut *told.lock().unwrap());
@@ -326,9 +450,9 @@ async fn ram_is_told_of_what_a_gpu_does_not_have() {
     assert_eq!(load(&unet).await, [(VRAM, 1, 0), (RAM, 1, 0)]);
     assert_eq!(load(&unet).await, [(VRAM, 1, 1)], "RAM is not asked");
     assert_eq!(load(&all).await, [(VRAM, 4, 1), (RAM, 3, 0)]);
-    hotset.optimise_cache(gpu, 0.1).await.unwrap();
+    hotset.optimise_cache(GPU, 0.1).await.unwrap();
     until("it to go", async || {
-        hotset.ledger().view(gpu).unwrap().residencies.len() < 4
+        hotset.ledger().view(GPU).unwrap().residencies.len() < 4
     })
     .await;
     let again = load(&all).await;

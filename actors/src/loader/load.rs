@@ -271,7 +271,8 @@ impl Job {
             self.house.usage().waited(cause, began.elapsed());
         }
         handed.rest(&plan, outlet).await;
-        self.house.note_granted(self.session, used(&plan));
+        self.house
+            .note_granted(self.session, plan.tier, used(&plan));
         self.house.hot.remember(&self.set, generation, &plan);
         Ok(Attempt::Done)
     }

@@ -1,5 +1,5 @@
 //! Whose turn it is on the link to one GPU: the batches of the most urgent upload first, so that its component is there as
-//! soon as if it were alone, and the others after it.
+//! soon as if it were alone, and the others after it. A guess has the link while nobody else does, one batch at a time.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
@@ -26,11 +26,19 @@ struct State {
     waiting: BTreeMap<(Place, u64), oneshot::Sender<Turn>>,
 }
 
-/// An upload's place among all: the earlier deadline first, then the earlier upload.
+/// An upload's place among all: guesses last, the earlier deadline first, then the earlier upload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
+    guess: bool,
     urgency: u64,
     upload: u64,
+}
+
+impl Place {
+    /// Batches that may be on the link before this one.
+    const fn most_before(self) -> usize {
+        if self.guess { 0 } else { BATCHES - 1 }
+    }
 }
 
 /// One upload's way to its turns.
@@ -73,33 +81,56 @@ impl Turns {
         }
     }
 
-    /// A turn ended: the first who waits has it now.
+    /// A turn ended: the first who waits has it now, where it may.
     fn pass_on(self: Arc<Self>) {
         let mut state = self.lock();
-        while let Some((_, next)) = state.waiting.pop_first() {
+        state.under_way -= 1;
+        while let Some(((place, number), next)) = state.waiting.pop_first() {
+            if state.under_way > place.most_before() {
+                state.waiting.insert((place, number), next);
+                return;
+            }
             let turn = Turn {
                 turns: Some(self.clone()),
             };
             // Who no longer waits gives the turn back in the answer; it must not come here again while this has the lock.
             match next.send(turn) {
-                Ok(()) => return,
+                Ok(()) => {
+                    state.under_way += 1;
+                    return;
+                }
                 Err(mut turn) => turn.turns = None,
             }
         }
-        state.under_way -= 1;
     }
 }
 
 impl Ticket {
     /// Waits for a turn.
     pub(super) async fn turn(&self) -> Turn {
+        let guess = self.urgency.is_prefetch();
+        let turn = self.queued(guess);
+        if guess {
+            tokio::select! {
+                biased;
+                turn = turn => return turn,
+                // It has its place among the others from now on.
+                () = self.urgency.demanded() => {}
+            }
+            return self.queued(false).await;
+        }
+        turn.await
+    }
+
+    async fn queued(&self, guess: bool) -> Turn {
         let place = Place {
+            guess,
             urgency: self.urgency.place(),
             upload: self.upload,
         };
         let turn = {
             let mut state = self.turns.lock();
-            if state.under_way < BATCHES {
+            if state.under_way <= place.most_before() {
                 state.under_way += 1;
                 return Turn {
                     turns: Some(self.turns.clone()),
@@ -160,6 +191,38 @@ mod tests {
         drop(turn);
         let turn = late_waits.now_or_never().unwrap();
         drop((turn, held));
+        assert_eq!(turns.lock().under_way, 0);
+        assert!(turns.lock().waiting.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_guess_has_the_link_while_nobody_else_has_it() {
+        let turns = Arc::new(Turns::default());
+        let demanded = turns.ticket(demand(5));
+        let urgency = Urgency::prefetch();
+        let guess = turns.ticket(urgency.clone());
+        let held = (demanded.turn().await, demanded.turn().await);
+        let mut waits = guess.turn().boxed();
+        assert!((&mut waits).now_or_never().is_none());
+        drop(held.0);
+        assert!((&mut waits).now_or_never().is_none());
+        drop(held.1);
+        let turn = (&mut waits).now_or_never().unwrap();
+        let mut waits = guess.turn().boxed();
+        assert!((&mut waits).now_or_never().is_none(), "one at a time");
+        let others: Vec<_> = (1..BATCHES)
+            .map(|_| demanded.turn().now_or_never().unwrap())
+            .collect();
+        let mut last = demanded.turn().boxed();
+        assert!((&mut last).now_or_never().is_none());
+        drop(turn);
+        let last = last.now_or_never().unwrap();
+        assert!((&mut waits).now_or_never().is_none());
+        // Somebody wants it now: it is one of them.
+        drop(last);
+        urgency.raise(Some(Duration::from_secs(9)));
+        let turn = waits.now_or_never().unwrap();
+        drop((turn, others));
         assert_eq!(turns.lock().under_way, 0);
         assert!(turns.lock().waiting.is_empty());
     }

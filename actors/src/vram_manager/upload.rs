@@ -41,18 +41,18 @@ pub(crate) enum Source {
 }
 
 /// One component on its way to a GPU.
-pub(super) struct Upload {
-    pub(super) house: Arc<House>,
-    pub(super) device: Arc<dyn Device>,
-    pub(super) component: Arc<Component>,
-    pub(super) ticket: FlightTicket,
+pub(crate) struct Upload {
+    pub(crate) house: Arc<House>,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) component: Arc<Component>,
+    pub(crate) ticket: FlightTicket,
 }
 
 type Uploaded = (Allocation, Arc<TensorTable>);
 
 impl Upload {
     #[tracing::instrument(name = "upload", skip_all, fields(component = %self.component.id))]
-    pub(super) async fn run(self, source: Source) {
+    pub(crate) async fn run(self, source: Source) {
         let began = self.house.ledger.now();
         let outcome = match source {
             Source::Ram(claim) => self.upload_slab(&claim).await,
@@ -322,9 +322,11 @@ impl<'a> Copies<'a> {
         };
         let turn = ticket.turn();
         tokio::pin!(turn);
+        let cancelled = self.upload.ticket.cancelled();
         loop {
             tokio::select! {
                 biased;
+                () = cancelled.cancelled() => return Err(FlightFailure::Cancelled),
                 turn = &mut turn => return Ok(Some(turn)),
                 Some(moved) = self.moving.next() => {
                     self.moved += Bytes(moved?);

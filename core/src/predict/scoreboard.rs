@@ -222,6 +222,13 @@ impl Scoreboard {
         }
     }
 
+    /// All bytes went.
+    pub fn lost(&mut self) {
+        while let Some(at) = self.open.iter().position(|open| open.real) {
+            self.settle(at, false);
+        }
+    }
+
     fn settle(&mut self, at: usize, used: bool) {
         let Open {
             position,

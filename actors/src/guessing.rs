@@ -1,0 +1,426 @@
+//! What is loaded into one tier before anybody asks for it: one after the other, and out of the way of whoever waits. Not an
+//! actor, but what the keepers of all tiers (RamCache, each VramManager) have in common.
+//!
+//! A component that is on disk alone comes to RAM first, and goes on to the GPU where it is expected once it is there.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use hotset_core::catalog::Component;
+use hotset_core::decision::Act;
+use hotset_core::io::Urgency;
+use hotset_core::memory::{Claim, FlightTicket, Reservation, Reserved, ResidencyState, Want};
+use hotset_core::plan::restore_s;
+use hotset_core::policy::Guess;
+use hotset_core::predict::{Grounds, Position};
+use hotset_core::{ContentId, GpuIndex, Tier};
+
+use crate::admission::{Admission, Room};
+use crate::counters::add;
+use crate::house::House;
+use crate::monitor::Pressure;
+use crate::ram_cache::{RamCacheMessage, read_component};
+use crate::vram_manager::{Source, Upload, VramManagerMessage};
+
+/// A component that nobody has asked for yet.
+#[derive(Debug)]
+pub(crate) struct GuessedLoad {
+    pub(crate) component: Arc<Component>,
+    pub(crate) grounds: Grounds,
+    /// How likely it is to be wanted.
+    pub(crate) probability: f64,
+    /// What loading it takes, in seconds.
+    pub(crate) load_s: f64,
+    /// Requests within which it has to be asked for, or it was wrong.
+    pub(crate) within: u64,
+    /// Where it goes once it is in RAM.
+    pub(crate) onto: Option<GpuIndex>,
+}
+
+impl GuessedLoad {
+    fn content(&self) -> ContentId {
+        self.component.content_id
+    }
+}
+
+/// What a keeper is told of guesses.
+#[derive(Debug)]
+pub(crate) enum GuessMessage {
+    /// Load this, if there is room that nobody needs, or what goes for it is worth far less.
+    Propose(Arc<GuessedLoad>),
+    /// What went for it has given its memory back.
+    Emptied(Arc<GuessedLoad>),
+    /// It has ended, one way or the other.
+    Ended(Arc<GuessedLoad>),
+    /// Somebody waits for memory in another tier, which those under way hold as well.
+    CallOff,
+}
+
+/// How a keeper hears of its guesses.
+type Tell = Arc<dyn Fn(GuessMessage) + Send + Sync>;
+
+/// A guess whose bytes move.
+struct UnderWay {
+    guess: Arc<GuessedLoad>,
+    /// Until it is called off: who drops this calls the load off, unless somebody demands it by now.
+    reservation: Option<Reservation>,
+    /// Raised by whoever wants it before it is there.
+    urgency: Urgency,
+    /// When somebody waited for what it holds, since the start of the system.
+    in_the_way: Option<Duration>,
+}
+
+/// Guesses under way at most, the one that waits for room included. A disk or a link moves a piece of one at a time.
+const MOST_GUESSES: usize = 4;
+
+/// The guesses of one tier.
+pub(crate) struct Guessing {
+    house: Arc<House>,
+    tier: Tier,
+    high_watermark: f64,
+    tell: Tell,
+    /// Holds each until it lands.
+    under_way: BTreeMap<ContentId, UnderWay>,
+    /// The one for which others went whose memory is not back yet, and those after it.
+    emptying: Option<Arc<GuessedLoad>>,
+    next: VecDeque<Arc<GuessedLoad>>,
+}
+
+impl Guessing {
+    pub(crate) fn new(
+        house: Arc<House>,
+        tier: Tier,
+        high_watermark: f64,
+        tell: impl Fn(GuessMessage) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            house,
+            tier,
+            high_watermark,
+            tell: Arc::new(tell),
+            under_way: BTreeMap::new(),
+            emptying: None,
+            next: VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn told(&mut self, message: GuessMessage, admission: &mut Admission) {
+        match message {
+            GuessMessage::Propose(guess) => {
+                // Never while somebody waits.
+                let emptying = usize::from(self.emptying.is_some());
+                let many = self.under_way.len() + self.next.len() + emptying >= MOST_GUESSES;
+                if !many && admission.waiting() == 0 {
+                    self.next.push_back(guess);
+                    self.consider_next(admission);
+                }
+            }
+            GuessMessage::Emptied(guess) => {
+                // Unless it was given up meanwhile.
+                let is_it = |emptying: &Arc<GuessedLoad>| Arc::ptr_eq(emptying, &guess);
+                if self.emptying.as_ref().is_some_and(is_it) {
+                    self.emptying = None;
+                    self.begin(guess);
+                    self.consider_next(admission);
+                }
+            }
+            GuessMessage::Ended(guess) => self.ended(&guess),
+            GuessMessage::CallOff => self.call_off(admission),
+        }
+    }
+
+    /// Bytes came back, or somebody began to wait: guesses give back their memory as soon as somebody waits for some, but for
+    /// what is waited for itself.
+    pub(crate) fn look(&mut self, admission: &mut Admission) {
+        if admission.waiting() == 0 {
+            self.consider_next(admission);
+            return;
+        }
+        let now = self.house.ledger.now();
+        for (content, under_way) in &mut self.under_way {
+            if !admission.is_waited_for(content) && under_way.reservation.take().is_some() {
+                under_way.in_the_way = Some(now);
+            }
+        }
+        self.give_up_emptying(admission);
+    }
+
+    /// Others need the memory, whoever waits.
+    pub(crate) fn call_off(&mut self, admission: &mut Admission) {
+        for under_way in self.under_way.values_mut() {
+            under_way.reservation = None;
+        }
+        self.give_up_emptying(admission);
+    }
+
+    fn give_up_emptying(&mut self, admission: &mut Admission) {
+        self.next.clear();
+        admission.wake_for_guess(false);
+        if let Some(guess) = self.emptying.take() {
+            self.withdraw(&guess.content());
+        }
+    }
+
+    fn withdraw(&self, content: &ContentId) {
+        self.house.usage().guesses().withdraw(self.tier, content);
+    }
+
+    /// One after the other where memory has to come back for one.
+    fn consider_next(&mut self, admission: &mut Admission) {
+        while self.emptying.is_none()
+            && let Some(guess) = self.next.pop_front()
+        {
+            if self.is_evicting() {
+                // It has to be back before anything can be told. Looked at again, since what came back before the flag woke nobody.
+                admission.wake_for_guess(true);
+                if self.is_evicting() {
+                    self.next.push_front(guess);
+                    return;
+                }
+            }
+            self.consider(guess, admission);
+        }
+        admission.wake_for_guess(false);
+    }
+
+    /// Whether memory is on its way out.
+    fn is_evicting(&self) -> bool {
+        let view = self.house.ledger.view(self.tier);
+        view.is_some_and(|view| !view.evicting.is_zero())
+    }
+
+    /// Whether a GPU's guess would hold what somebody waits for in RAM.
+    fn is_in_the_way(&self) -> bool {
+        let ledger = &self.house.ledger;
+        self.tier != Tier::Ram && ledger.somebody_waits_before(&[Tier::Ram], Duration::MAX)
+    }
+
+    fn want(&self, component: &Arc<Component>) -> Want {
+        let bytes = match self.tier {
+            Tier::Ram => component.ram_bytes(),
+            Tier::Vram(gpu) => {
+                let bytes = component.device_bytes();
+                let device = self.house.devices.get(&gpu);
+                device.map_or(bytes, |device| device.describe().granules.footprint(bytes))
+            }
+        };
+        Want::Component(component.clone(), bytes)
+    }
+
+    /// Makes room for a guess and begins to load it, where it is worth that.
+    fn consider(&mut self, guess: Arc<GuessedLoad>, admission: &mut Admission) {
+        let house = self.house.clone();
+        let (component, content) = (&guess.component, guess.content());
+        let want = self.want(component);
+        let bytes = want.bytes();
+        let Some(view) = house.ledger.view(self.tier) else {
+            return;
+        };
+        if *house.pressure.borrow() == Pressure::High
+            || self.is_in_the_way()
+            || house.ledger.needed(self.tier, &[want]).is_zero()
+            || house.usage().guesses().holds(self.tier, &content)
+        {
+            return;
+        }
+        let high = view.budget.share(self.high_watermark);
+        let over = view.committed.saturating_add(bytes).saturating_sub(high);
+        let asked = Guess {
+            content,
+            restore_s: guess.load_s,
+            certain: guess.grounds == Grounds::Declared,
+        };
+        let room = match over.is_zero() {
+            true => Some(Room::default()),
+            false => admission.room_for(&asked, over),
+        };
+        let Some(room) = room.filter(|_| bytes <= high) else {
+            return;
+        };
+        let position = Position {
+            content,
+            bytes,
+            load_s: guess.load_s,
+            victims: room.costs.clone(),
+            until: 0,
+        };
+        let real = {
+            let mut usage = house.usage();
+            let guesses = usage.guesses();
+            guesses.open(self.tier, guess.grounds, guess.within, position)
+        };
+        if !real {
+            return;
+        }
+        if room.costs.is_empty() {
+            self.begin(guess);
+            return;
+        }
+        let evicted = admission.make(room, &component.id);
+        self.emptying = Some(guess.clone());
+        let dropped = house.off_thread(move || drop(evicted));
+        let tell = self.tell.clone();
+        house.tasks.spawn(async move {
+            let _ = dropped.await;
+            tell(GuessMessage::Emptied(guess));
+        });
+    }
+
+    fn begin(&mut self, guess: Arc<GuessedLoad>) {
+        let house = &self.house;
+        let component = &guess.component;
+        let (content, want) = (guess.content(), self.want(component));
+        let bytes = want.bytes();
+        let begun = self.source(component).and_then(|source| {
+            let reserved = house.ledger.reserve(self.tier, &[want], true);
+            let Ok(Reserved::Granted(reservation)) = reserved else {
+                return None;
+            };
+            let ticket = house.ledger.start(self.tier, &content)?;
+            let urgency = ticket.urgency().clone();
+            let moving = self.moving(component, source, ticket)?;
+            Some((reservation, urgency, moving))
+        });
+        // Others were faster: with the memory, or with the component itself.
+        let Some((reservation, urgency, moving)) = begun else {
+            self.withdraw(&content);
+            return;
+        };
+        add(&house.counters.prefetches, 1);
+        house.decide(Act::Prefetch {
+            component: component.id.clone(),
+            tier: self.tier,
+            bytes,
+            probability: guess.probability,
+            grounds: guess.grounds,
+        });
+        let under_way = UnderWay {
+            guess: guess.clone(),
+            reservation: Some(reservation),
+            urgency,
+            in_the_way: None,
+        };
+        self.under_way.insert(content, under_way);
+        let tell = self.tell.clone();
+        // Not tied to the actor, like every load.
+        house.tasks.spawn(async move {
+            moving.await;
+            tell(GuessMessage::Ended(guess));
+        });
+    }
+
+    /// What it is moved from, held, so that it stays there: nothing for the disk. `None` where it is not there.
+    fn source(&self, component: &Arc<Component>) -> Option<Option<Claim>> {
+        if self.tier == Tier::Ram {
+            return Some(None);
+        }
+        let wants = [Want::Component(component.clone(), component.ram_bytes())];
+        // As a guess, since nobody has used it by that.
+        match self.house.ledger.reserve(Tier::Ram, &wants, true) {
+            Ok(Reserved::Granted(mut reservation)) => {
+                let there =
+                    |claim: &Claim| matches!(claim.state(), ResidencyState::Resident { .. });
+                reservation.claims.pop().filter(there).map(Some)
+            }
+            _ => None,
+        }
+    }
+
+    fn moving(
+        &self,
+        component: &Arc<Component>,
+        source: Option<Claim>,
+        ticket: FlightTicket,
+    ) -> Option<BoxFuture<'static, ()>> {
+        let (house, component) = (self.house.clone(), component.clone());
+        match (self.tier, source) {
+            (Tier::Vram(gpu), Some(claim)) => {
+                let upload = Upload {
+                    device: house.devices.get(&gpu)?.clone(),
+                    house,
+                    component,
+                    ticket,
+                };
+                Some(upload.run(Source::Ram(claim)).boxed())
+            }
+            _ => Some(read_component(house, component, None, ticket).boxed()),
+        }
+    }
+
+    fn ended(&mut self, guess: &Arc<GuessedLoad>) {
+        let content = guess.content();
+        let is_it = |under_way: &UnderWay| Arc::ptr_eq(&under_way.guess, guess);
+        if !self.under_way.get(&content).is_some_and(is_it) {
+            return;
+        }
+        // What has landed may be evicted at any time.
+        let Some(under_way) = self.under_way.remove(&content) else {
+            return;
+        };
+        let house = &self.house;
+        let wants = [self.want(&guess.component)];
+        if house.ledger.needed(self.tier, &wants).is_zero() {
+            // Who wanted it before that waited for it.
+            if under_way.urgency.is_prefetch() {
+                house.usage().guesses().landed(self.tier, &content);
+            }
+            self.send_on(guess);
+            return;
+        }
+        let now = house.ledger.now();
+        let mut usage = house.usage();
+        // Whoever waited did so for all of them together: until the last.
+        let others = self.under_way.values().any(|u| u.in_the_way.is_some());
+        if let Some(since) = under_way.in_the_way.filter(|_| !others) {
+            let held_s = now.saturating_sub(since).as_secs_f64();
+            usage.guesses().delayed(self.tier, guess.grounds, held_s);
+        }
+        usage.guesses().gone(self.tier, &content);
+    }
+
+    /// To the GPU where it is expected.
+    fn send_on(&self, guess: &GuessedLoad) {
+        if let (Tier::Ram, Some(gpu)) = (self.tier, guess.onto) {
+            let load_s = restore_s(&self.house.rates(), gpu, &guess.component, true);
+            let further = GuessedLoad {
+                component: guess.component.clone(),
+                load_s,
+                ..*guess
+            };
+            propose(&self.house, Tier::Vram(gpu), further);
+        }
+    }
+}
+
+impl Drop for Guessing {
+    fn drop(&mut self) {
+        // What is loaded for them ends with their reservations, and nobody hears of it.
+        let emptying = self.emptying.take().map(|guess| guess.content());
+        for content in self.under_way.keys().chain(&emptying) {
+            self.withdraw(content);
+        }
+    }
+}
+
+/// Proposes a guess to the keeper of a tier. A guess less where it is not there.
+pub(crate) fn propose(house: &House, tier: Tier, guess: GuessedLoad) {
+    let message = GuessMessage::Propose(Arc::new(guess));
+    match tier {
+        Tier::Ram => drop(house.ram.cast(RamCacheMessage::Guess(message))),
+        Tier::Vram(gpu) => {
+            if let Some(slot) = house.vram.get(&gpu) {
+                let _ = slot.cast(VramManagerMessage::Guess(message));
+            }
+        }
+    }
+}
+
+/// Somebody waits for RAM: uploads on a guess let go of what they hold there.
+pub(crate) fn call_off_uploads(house: &House) {
+    for slot in house.vram.values() {
+        let _ = slot.cast(VramManagerMessage::Guess(GuessMessage::CallOff));
+    }
+}
