@@ -21,6 +21,8 @@ pub use ledger::{
     Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,
     ResidencyView, Shortfall, TierView, WakeWhen, Want,
 };
-pub use mapping::{HUGE_PAGE, MappedRange, MappingId, MappingObserver, Pages};
+pub use mapping::{
+    Addresses, HUGE_PAGE, MappedRange, MappingId, MappingObserver, Pages, Unmapping,
+};
 pub use slab::{HostRange, Slab, SlabError};
 pub use writer::{SlabPiece, SlabWriter};

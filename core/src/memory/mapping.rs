@@ -124,8 +124,43 @@ pub struct MappingId(u64);
 /// Somebody who has to know when host memory goes: a device that has it pinned.
 pub trait MappingObserver: Send + Sync + std::fmt::Debug {
     /// The pages of the range are about to go, or to become others. Nobody uses its bytes now; who registered the range
-    /// must undo that before this returns. Called once, from the thread that is about to change them.
-    fn unmapping(&self, range: MappedRange);
+    /// must undo that before this returns, or have the addresses withheld. Called once, from the thread that is about to change
+    /// them.
+    fn unmapping(&self, range: MappedRange) -> Unmapping;
+
+    /// The addresses that were to be withheld, once the pages have gone.
+    fn withheld(&self, mapping: MappingId, addresses: Arc<Addresses>);
+}
+
+/// What becomes of the addresses of memory that goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Unmapping {
+    /// The kernel may give them to others.
+    Free,
+    /// A device has them registered still and can't undo it: nothing may lie there before it has forgotten them.
+    Withhold,
+}
+
+/// Addresses of this process without memory, which nobody else gets as long as this lives.
+#[derive(Debug)]
+pub struct Addresses {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: nobody reads or writes through the pointer; it is only given back.
+unsafe impl Send for Addresses {}
+// SAFETY: as above.
+unsafe impl Sync for Addresses {}
+
+impl Drop for Addresses {
+    fn drop(&mut self) {
+        // SAFETY: made in `Mapping::drop` in the place of the mapping, and without access, so that nobody uses it.
+        if let Err(error) = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) } {
+            tracing::error!(%error, bytes = self.len, "munmap of withheld addresses failed");
+        }
+    }
 }
 
 /// Where the memory of a mapping lies in this process. It stays there until [`MappingObserver::unmapping`], however many
@@ -172,6 +207,8 @@ pub(super) struct Mapping {
     handed_out: Mutex<Option<OwnedFd>>,
     /// One for each device that has the memory pinned.
     observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
+    /// Those who want its addresses withheld.
+    withholding: Vec<Arc<dyn MappingObserver>>,
 }
 
 // SAFETY: the mapping is owned by this value for its whole life and is not tied to a thread; who may touch which bytes
@@ -222,6 +259,7 @@ impl Mapping {
             shared: AtomicBool::new(false),
             handed_out: Mutex::default(),
             observers: Mutex::default(),
+            withholding: Vec::new(),
         };
         if pages == Pages::Transparent {
             mapping.advise(Advice::LinuxHugepage);
@@ -259,6 +297,7 @@ impl Mapping {
             shared: AtomicBool::new(true),
             handed_out: Mutex::default(),
             observers: Mutex::default(),
+            withholding: Vec::new(),
         };
         mapping.advise(Advice::LinuxDontFork);
         Ok(mapping)
@@ -310,13 +349,17 @@ impl Mapping {
             .push(observer);
     }
 
-    /// Tells all observers that the pages go. They are asked anew before anybody uses what comes.
-    fn tell(&mut self) {
+    /// Tells all observers that the pages go. They are asked anew before anybody uses what comes. Gives whether something may
+    /// come.
+    fn tell(&mut self) -> bool {
         let range = self.range();
         let observers = self.observers.get_mut();
         for observer in observers.unwrap_or_else(PoisonError::into_inner).drain(..) {
-            observer.unmapping(range);
+            if observer.unmapping(range) == Unmapping::Withhold {
+                self.withholding.push(observer);
+            }
         }
+        self.withholding.is_empty()
     }
 
     pub(super) const fn start(&self) -> NonNull<u8> {
@@ -372,6 +415,9 @@ impl Mapping {
         if kept != touched {
             // A device that has pinned pages would go on with those that are punched out, and lacks those that come.
             self.tell();
+        }
+        if !self.withholding.is_empty() {
+            return false;
         }
         if !self.suits(bytes) || (kept < touched && !self.punch(kept, touched)) {
             return false;
@@ -649,11 +695,34 @@ fn map(memfd: &OwnedFd, len: usize, pages: Pages) -> Result<NonNull<u8>, Errno> 
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        self.tell();
-        // SAFETY: this is the mapping made in `create`; the slab that used it is gone, and with it every borrow.
-        let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
-        if let Err(error) = unmapped {
-            tracing::error!(%error, bytes = self.len, "munmap of a slab failed");
+        let at = self.start.as_ptr().cast();
+        if self.tell() {
+            // SAFETY: this is the mapping made in `create`; the slab that used it is gone, and with it every borrow.
+            if let Err(error) = unsafe { rustix::mm::munmap(at, self.len) } {
+                tracing::error!(%error, bytes = self.len, "munmap of a slab failed");
+            }
+            return;
+        }
+        // SAFETY: as above. Another mapping takes its place, without memory and without access.
+        let replaced = unsafe {
+            rustix::mm::mmap_anonymous(
+                at,
+                self.len,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )
+        };
+        if let Err(error) = replaced {
+            // It stays as it is.
+            tracing::error!(%error, bytes = self.len, "a slab that a device has registered cannot be unmapped");
+            return;
+        }
+        let addresses = Arc::new(Addresses {
+            start: self.start,
+            len: self.len,
+        });
+        for observer in self.withholding.drain(..) {
+            observer.withheld(self.id, addresses.clone());
         }
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! A registration for all GPUs lives in the context of one of them, and ends with it. So a copy holds a [`Pinned`] as long as it lasts,
 //! an engine that ends waits for the copies of the others, and what it cannot unregister on a GPU that is lost is used by nobody
-//! until its context is gone.
+//! until its context is gone. Where the memory goes before that, its addresses are withheld: other memory that came to lie
+//! there could be registered by nobody.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +18,7 @@ use super::engine::{Control, Shared};
 use super::worker::Worker;
 use crate::ids::GpuIndex;
 use crate::machine::Machine;
-use crate::memory::{HostRange, MappedRange, MappingId, MappingObserver};
+use crate::memory::{Addresses, HostRange, MappedRange, MappingId, MappingObserver, Unmapping};
 use crate::units::MIB;
 
 /// Smaller mappings go through pinned buffers: a registration costs more than copying them does.
@@ -36,12 +37,16 @@ const TRIES: u32 = 100;
 #[derive(Debug, Default)]
 pub(super) struct Pins {
     slots: Mutex<HashMap<MappingId, Arc<Slot>>>,
+    /// Memory that went while a GPU had it registered, with its addresses once they are withheld.
+    withheld: Mutex<HashMap<MappingId, (GpuIndex, Option<Arc<Addresses>>)>>,
 }
 
 #[derive(Debug)]
 struct Slot {
     range: MappedRange,
     state: Mutex<Option<Pin>>,
+    /// Whose driver is registering it now.
+    registering: Mutex<Option<Arc<Shared>>>,
     /// One more holder for each copy that relies on the registration.
     copies: Arc<()>,
 }
@@ -92,6 +97,30 @@ impl Slot {
         })
     }
 
+    fn registering(&self, by: Option<&Arc<Shared>>) {
+        let mut registering = self
+            .registering
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *registering = by.cloned();
+    }
+
+    /// Takes the state when nobody is in the middle of registering; the GPU whose driver hangs in that is an error.
+    fn take(&self) -> Result<Option<Pin>, GpuIndex> {
+        loop {
+            if let Some(mut state) = self.lock_soon() {
+                return Ok(state.take());
+            }
+            let registering = self
+                .registering
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if let Some(by) = registering.as_ref().filter(|by| by.hangs().is_some()) {
+                return Err(by.gpu);
+            }
+        }
+    }
+
     /// For a copy, under the lock of the state.
     fn pinned(&self, pin: &Pin) -> Option<Pinned> {
         match pin {
@@ -124,6 +153,7 @@ impl Pins {
                 Arc::new(Slot {
                     range,
                     state: Mutex::new(None),
+                    registering: Mutex::new(None),
                     copies: Arc::default(),
                 })
             });
@@ -160,7 +190,10 @@ impl Pins {
             return Ok(slot.pinned(pin));
         }
         let driver = control.driver();
-        let pin = match driver.register(slot.range.address, slot.range.bytes) {
+        slot.registering(Some(control.shared()));
+        let registered = driver.register(slot.range.address, slot.range.bytes);
+        slot.registering(None);
+        let pin = match registered {
             Ok(()) => Pin::Registered(Registered {
                 engine: control.engine(),
                 control: control.worker(),
@@ -224,49 +257,71 @@ impl Pins {
                 *state = None;
             }
         }
+        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = withheld.extract_if(|_, (of, _)| *of == gpu);
+        let gone: Vec<_> = gone.collect();
+        drop(withheld);
+        // Unmapping takes its time.
+        drop(gone);
     }
-}
 
-impl MappingObserver for Pins {
-    fn unmapping(&self, range: MappedRange) {
-        let slot = {
-            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-            slots.remove(&range.mapping)
-        };
-        let pin = slot.and_then(|slot| {
-            slot.state
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take()
-        });
-        let Some(Pin::Registered(pin)) = pin else {
-            return;
-        };
+    /// Undoes a registration, before its memory goes. The GPU that has it registered still is an error.
+    fn undo(pin: Registered, range: MappedRange) -> Result<(), GpuIndex> {
+        let gpu = pin.shared.gpu;
         if std::thread::current().id() == pin.thread {
-            pin.end(range);
-            return;
+            return pin.end(range).then_some(()).ok_or(gpu);
         }
-        // The addresses may be somebody else's as soon as this returns, so it waits; an engine that has ended has
-        // unregistered everything. One that hangs is not waited for, and must not do it later.
+        // An engine that hangs is not waited for, and must not do it later.
         let (done, wait) = std::sync::mpsc::channel();
         let (control, shared) = (pin.control.clone(), pin.shared.clone());
         let taken = Arc::new(AtomicBool::new(false));
         let by_thread = taken.clone();
         control.tell(move |_| {
             if !by_thread.swap(true, Ordering::AcqRel) {
-                pin.end(range);
+                let _ = done.send(pin.end(range));
             }
-            let _ = done.send(());
         });
-        while let Err(RecvTimeoutError::Timeout) = wait.recv_timeout(LOOK) {
+        loop {
+            match wait.recv_timeout(LOOK) {
+                Ok(ended) => return ended.then_some(()).ok_or(gpu),
+                // The engine has ended, and its context may not be gone yet.
+                Err(RecvTimeoutError::Disconnected) => return Err(gpu),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
             if shared.hangs().is_some() {
                 taken.store(true, Ordering::Release);
-                tracing::error!(
-                    ?range,
-                    "host memory stays registered with a driver that hangs"
-                );
-                return;
+                return Err(gpu);
             }
+        }
+    }
+}
+
+impl MappingObserver for Pins {
+    fn unmapping(&self, range: MappedRange) -> Unmapping {
+        let slot = {
+            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            slots.remove(&range.mapping)
+        };
+        // The addresses may be somebody else's as soon as this returns, so it waits.
+        let undone = match slot.map_or(Ok(None), |slot| slot.take()) {
+            Ok(Some(Pin::Registered(pin))) => Self::undo(pin, range),
+            Ok(Some(Pin::Stranded(gpu))) | Err(gpu) => Err(gpu),
+            Ok(Some(Pin::Refused) | None) => Ok(()),
+        };
+        let Err(gpu) = undone else {
+            return Unmapping::Free;
+        };
+        tracing::warn!(?range, %gpu, "host memory stays registered with a GPU that is lost; its addresses are withheld");
+        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
+        withheld.insert(range.mapping, (gpu, None));
+        Unmapping::Withhold
+    }
+
+    fn withheld(&self, mapping: MappingId, addresses: Arc<Addresses>) {
+        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
+        // Else the context has gone meanwhile.
+        if let Some((_, kept)) = withheld.get_mut(&mapping) {
+            *kept = Some(addresses);
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{Cuda, CudaDevice, CudaError, Imported};
 use crate::device::contract::{self, host_bytes, host_slab};
 use crate::device::{Allocation, Device, DeviceError, Export, FigureSource};
 use crate::ids::GpuIndex;
-use crate::memory::HostRange;
+use crate::memory::{HostRange, Slab};
 use crate::units::Bytes;
 
 /// Runs a body that needs tokio.
@@ -466,6 +466,54 @@ fn host_memory_stays_pinned_for_the_copies_of_others_when_its_gpu_is_lost() {
                 a.upload(&again, 0, from()).await.unwrap();
                 b.upload(&to, 0, from()).await.unwrap();
                 assert!(read(&a, &again, bytes.len()).await == bytes);
+            }
+        });
+    });
+}
+
+/// What a lost GPU has registered stays so until its context is gone, whatever becomes of the memory.
+#[test]
+fn nothing_comes_to_lie_where_a_lost_gpu_has_memory_registered() {
+    let two = Isolated {
+        gpus: 2,
+        ..Isolated::default()
+    };
+    run(this_test!(), two, |machine| {
+        block_on(async {
+            let cuda = Cuda::detect().unwrap().patience(Duration::from_millis(300));
+            let (a, b) = (open(&cuda, 0).await, open(&cuda, 1).await);
+            let bytes = contents(7, 4 << 20);
+            let all =
+                |slab: &Arc<Slab>| HostRange::new(slab.clone(), 0, bytes.len() as u64).unwrap();
+            let to = b.clone().allocate(Bytes::mib(4)).await.unwrap();
+            for broken in [&machine.gpu(0).sticky, &machine.gpu(0).hang] {
+                let own = a.clone().allocate(Bytes::mib(4)).await.unwrap();
+                let slab = host_slab(&bytes);
+                a.upload(&own, 0, all(&slab)).await.unwrap();
+                let address = slab.range().address;
+                broken.store(700, SeqCst);
+                assert!(a.figures().await.is_err());
+                // It waits as long as the driver may take.
+                tokio::task::spawn_blocking(move || drop(slab))
+                    .await
+                    .unwrap();
+                let others: Vec<_> = (0..4).map(|_| host_slab(&bytes)).collect();
+                for other in &others {
+                    let at = other.range().address;
+                    assert!(
+                        at.abs_diff(address) >= 4 << 20,
+                        "the addresses were withheld"
+                    );
+                    b.upload(&to, 0, all(other)).await.unwrap();
+                    assert!(read(&b, &to, bytes.len()).await == bytes);
+                }
+                drop((own, others));
+                broken.store(0, SeqCst);
+                a.recover().await.unwrap();
+                // They are anybody's again.
+                let others: Vec<_> = (0..64).map(|_| host_slab(&bytes)).collect();
+                let there = |slab: &Arc<Slab>| slab.range().address.abs_diff(address) < 4 << 20;
+                assert!(others.iter().any(there), "the addresses stay withheld");
             }
         });
     });

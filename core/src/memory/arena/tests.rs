@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::{HostRange, MappedRange, MappingObserver};
+use crate::memory::{Addresses, HostRange, MappedRange, MappingId, MappingObserver, Unmapping};
 use crate::units::{GIB, MIB};
 
 fn arena(limit: Bytes) -> Arena {
@@ -168,12 +168,63 @@ fn memory_can_be_warm_before_the_first_slab() {
 }
 
 #[test]
+fn addresses_that_a_device_has_registered_still_are_nobodys() {
+    #[derive(Debug, Default)]
+    struct Withholding(Mutex<Vec<Arc<Addresses>>>);
+    impl MappingObserver for Withholding {
+        fn unmapping(&self, _: MappedRange) -> Unmapping {
+            Unmapping::Withhold
+        }
+
+        fn withheld(&self, _: MappingId, addresses: Arc<Addresses>) {
+            self.0.lock().unwrap().push(addresses);
+        }
+    }
+    let withholding = Arc::new(Withholding::default());
+    let arena = arena(Bytes::gib(1));
+    let watched = || {
+        let slab = filled(&arena, MIB, 1);
+        let range = HostRange::new(slab.clone(), 0, 1).unwrap();
+        range.observe(withholding.clone());
+        slab.range()
+    };
+    let has = |what: &str, range: MappedRange| {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        // Neighbours without memory may have become one.
+        maps.lines().any(|line| {
+            let (from, rest) = line.split_once('-').unwrap();
+            let (to, rest) = rest.split_once(' ').unwrap();
+            let [from, to] = [from, to].map(|at| usize::from_str_radix(at, 16).unwrap());
+            from <= range.address && range.address + range.bytes <= to && rest.starts_with(what)
+        })
+    };
+    let dropped = watched();
+    assert!(has("rw-s", dropped));
+    arena.release(Bytes::ZERO);
+    assert!(has("---p", dropped));
+    // Nor is it made to fit a smaller slab.
+    let refused = watched();
+    drop(filled(&arena, MIB - 8192, 1));
+    arena.release(Bytes::ZERO);
+    assert!(has("---p", refused));
+    let (live, held) = (arena.view().live, arena.view().mappings);
+    assert_eq!((live, held), (Bytes::ZERO, 0));
+    withholding.0.lock().unwrap().clear();
+    assert!(!has("---p", dropped) && !has("---p", refused));
+}
+
+#[test]
 fn an_observer_hears_of_each_mapping_that_ends() {
     #[derive(Debug, Default)]
     struct Ended(Mutex<Vec<MappedRange>>);
     impl MappingObserver for Ended {
-        fn unmapping(&self, range: MappedRange) {
+        fn unmapping(&self, range: MappedRange) -> Unmapping {
             self.0.lock().unwrap().push(range);
+            Unmapping::Free
+        }
+
+        fn withheld(&self, _: MappingId, _: Arc<Addresses>) {
+            unreachable!("nothing is");
         }
     }
     let ended = Arc::new(Ended::default());
