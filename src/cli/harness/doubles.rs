@@ -7,15 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use hotset::Bytes;
-
 use super::faults::GpuFault;
 
 /// The GPUs of the machine, and what each has for hotset, in MiB: less than the library.
 pub(super) const GPUS: usize = 2;
 const MIB: u64 = 24;
-/// The memory of all of them.
-pub(super) const MEMORY: Bytes = Bytes::mib(GPUS as u64 * MIB);
 /// How long a fault lasts.
 const LASTS: Duration = Duration::from_millis(300);
 

@@ -182,17 +182,12 @@ impl Run {
     /// The server's group is allowed less and less, a little more than it uses at each step. An administrator who cuts below what is in use has the kernel kill the server, whatever it does: the memory of
     /// slabs cannot be swapped out where there is no swap.
     async fn shrink_memory(&mut self) {
-        let Some(own) = &mut self.own else { return };
+        let Some(own) = &self.own else { return };
         let Some(group) = &own.group else { return };
         let mut limit: Option<Bytes> = None;
         for room in SHRINKING {
-            // The memory of doubled GPUs counts in the group, and no limit of the host's lowers what may yet lie there.
-            let doubled = own.doubles.as_mut().map_or(Bytes::ZERO, |doubles| {
-                let there = doubles.left().map_or(0, |(bytes, _)| bytes);
-                doubles::MEMORY.saturating_sub(Bytes(there))
-            });
             let Ok(used) = group.used() else { break };
-            let next = used.saturating_add(room).saturating_add(doubled);
+            let next = used.saturating_add(room);
             let next = limit.map_or(next, |limit| next.min(limit));
             // Where it can be had, the gentle limit goes first. It is below what is in use: nobody is killed for that.
             let _ = group.slow_above(Some(used.saturating_sub(Bytes::mib(8))));

@@ -159,8 +159,11 @@ impl Run {
     pub(super) fn open(&mut self, args: &ChaosArgs, arguments: &[&str]) -> Result<(), CliError> {
         let made = OwnServer::make(args, arguments);
         let (own, missing) = made.map_err(at(Path::new("a folder for the run")))?;
+        // What lies on doubled GPUs counts in the server's group, and is no business of the host's limit.
+        let doubled = own.doubles.is_some();
+        let doubled = doubled.then(|| "the memory of doubled GPUs counts in the group".to_owned());
         for (fault, reason) in [
-            (Fault::ShrinkMemory, missing.group),
+            (Fault::ShrinkMemory, missing.group.or(doubled)),
             (Fault::FullDisk, missing.disks),
             (Fault::Gpu(GpuFault::Lose), missing.doubles),
         ] {
