@@ -169,7 +169,7 @@ fn learn(state: &mut State) -> Option<Used> {
         let mut usage = state.house.usage();
         usage.used(used.at, &ids);
         let contents = seen.iter().map(|seen| &seen.content);
-        usage.guesses().asked(used.tier, contents);
+        usage.guesses().asked(used.at, used.tier, contents);
     }
     state.let_study();
     if state.since_kept >= KEPT_EVERY {

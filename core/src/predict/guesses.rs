@@ -3,8 +3,9 @@
 //! Each kind of grounds has a [`Scoreboard`] of its own in each tier, so that bad predictions do not end what is certain, nor what
 //! loses on a GPU ends what pays in RAM.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -39,27 +40,50 @@ impl fmt::Display for Grounds {
     }
 }
 
+/// How long a guess has once its requests have come: at a thousand requests a second they come before anybody could have used it.
+const GRACE: Duration = Duration::from_secs(30);
+/// How exactly that is kept.
+const MARK: Duration = Duration::from_secs(1);
+
 /// See the module's page.
 #[derive(Debug, Clone, Default)]
 pub struct Guesses {
     boards: BTreeMap<(Tier, Grounds), Scoreboard>,
     /// Requests so far: what positions are timed by.
     requests: u64,
+    /// How many had come at times within the grace, and when; and how many had come before that.
+    marks: VecDeque<(Duration, u64)>,
+    past: u64,
 }
 
 impl Guesses {
+    /// Takes note of a request, and gives how many had come when the grace began that is over now.
+    fn past(&mut self, now: Duration) -> u64 {
+        self.requests += 1;
+        let recent = self.marks.back().is_some_and(|(at, _)| *at + MARK > now);
+        if !recent {
+            self.marks.push_back((now, self.requests));
+        }
+        while let Some((_, requests)) = self.marks.front().filter(|(at, _)| *at + GRACE < now) {
+            self.past = *requests;
+            self.marks.pop_front();
+        }
+        self.past
+    }
+
     /// A set was granted in this tier. What is in RAM serves all; what is on a GPU serves that alone.
     pub fn asked<'a>(
         &mut self,
+        now: Duration,
         used_in: Tier,
         contents: impl Iterator<Item = &'a ContentId> + Clone,
     ) {
-        self.requests += 1;
+        let past = self.past(now);
         for ((tier, _), board) in &mut self.boards {
             if *tier == Tier::Ram || *tier == used_in {
-                board.asked(self.requests, contents.clone());
+                board.asked(past, contents.clone());
             } else {
-                board.asked(self.requests, std::iter::empty());
+                board.asked(past, std::iter::empty());
             }
         }
     }
@@ -76,7 +100,7 @@ impl Guesses {
         boards.any(|((of, _), board)| *of == tier && board.holds(content))
     }
 
-    /// Opens a position, which has to be used within `within` requests; its `until` is set by that. Returns whether its bytes are
+    /// Opens a position, which has to be used within `within` requests and half a minute; its `until` is set by that. Returns whether its bytes are
     /// to be moved: not where such guesses have lost of late, where it is held already, or where there are too many.
     pub fn open(&mut self, tier: Tier, grounds: Grounds, within: u64, position: Position) -> bool {
         if self.holds(tier, &position.content) {
@@ -188,7 +212,7 @@ mod tests {
     #[test]
     fn bad_predictions_do_not_end_what_is_certain() {
         let mut guesses = Guesses::default();
-        for _ in 0..20 {
+        for minute in 0..20 {
             guesses.open(Tier::Ram, Grounds::Predicted, 1, position(1));
             guesses.open(Tier::Ram, Grounds::Declared, 1, position(2));
             assert!(
@@ -196,8 +220,10 @@ mod tests {
                 "it is held already"
             );
             guesses.landed(Tier::Ram, &id(2));
-            guesses.asked(Tier::Ram, [id(2)].iter());
-            guesses.asked(Tier::Ram, [id(3)].iter());
+            for (content, second) in [(2, 0), (3, 10), (3, 50)] {
+                let now = Duration::from_secs(60 * minute + second);
+                guesses.asked(now, Tier::Ram, [id(content)].iter());
+            }
         }
         let results = guesses.results();
         let of = |grounds: Grounds| results.iter().find(|r| r.grounds == grounds).unwrap();
@@ -212,7 +238,7 @@ mod tests {
     fn what_comes_too_late_saves_nothing_and_what_never_began_counts_for_nothing() {
         let mut guesses = Guesses::default();
         guesses.open(Tier::Ram, Grounds::Declared, 9, position(1));
-        guesses.asked(Tier::Ram, [id(1)].iter());
+        guesses.asked(Duration::ZERO, Tier::Ram, [id(1)].iter());
         guesses.open(Tier::Ram, Grounds::Declared, 9, position(2));
         guesses.withdraw(Tier::Ram, &id(2));
         let declared = guesses.results()[Grounds::Declared as usize].score;
@@ -232,7 +258,7 @@ mod tests {
                 ..position(3)
             },
         );
-        guesses.asked(Tier::Ram, [id(9)].iter());
+        guesses.asked(Duration::ZERO, Tier::Ram, [id(9)].iter());
         guesses.withdraw(Tier::Ram, &id(3));
         let declared = guesses.results()[Grounds::Declared as usize].score;
         assert_eq!((declared.wasted_bytes, declared.lost_s), (Bytes(10), 2.0));
@@ -241,19 +267,28 @@ mod tests {
     #[test]
     fn a_guess_has_its_time_from_when_it_was_made() {
         let mut guesses = Guesses::default();
-        (0..100).for_each(|_| guesses.asked(Tier::Ram, [id(9)].iter()));
+        let ask = |guesses: &mut Guesses, ms| {
+            let now = Duration::from_millis(ms);
+            guesses.asked(now, Tier::Ram, [id(9)].iter());
+            guesses.holds(Tier::Ram, &id(1))
+        };
+        (0..100).for_each(|ms| drop(ask(&mut guesses, ms)));
         assert!(guesses.open(Tier::Ram, Grounds::Usual, 2, position(1)));
-        guesses.asked(Tier::Ram, [id(9)].iter());
-        guesses.asked(Tier::Ram, [id(9)].iter());
-        assert!(guesses.holds(Tier::Ram, &id(1)));
-        guesses.asked(Tier::Ram, [id(9)].iter());
-        assert!(!guesses.holds(Tier::Ram, &id(1)));
+        // A thousand requests in a second.
+        assert!((100..1_100).all(|ms| ask(&mut guesses, ms)));
+        assert!(ask(&mut guesses, 29_000));
+        assert!(!ask(&mut guesses, 33_000));
+        // Two requests that take two hours.
+        assert!(guesses.open(Tier::Ram, Grounds::Usual, 2, position(1)));
+        assert!(ask(&mut guesses, 3_600_000) && ask(&mut guesses, 7_200_000));
+        assert!(ask(&mut guesses, 10_800_000), "the third has just come");
+        assert!(!ask(&mut guesses, 10_900_000));
         guesses.delayed(Tier::Ram, Grounds::Usual, 0.25);
         guesses.gone(Tier::Ram, &id(1));
         let usual = guesses.results()[Grounds::Usual as usize];
         assert_eq!(
             (usual.score.wasted_bytes, usual.score.delayed_s),
-            (Bytes(10), 0.25)
+            (Bytes(20), 0.25)
         );
     }
     #[test]
@@ -264,7 +299,7 @@ mod tests {
             assert!(guesses.open(tier, Grounds::Usual, 9, position(1)));
             guesses.landed(tier, &id(1));
         }
-        guesses.asked(first, [id(1)].iter());
+        guesses.asked(Duration::ZERO, first, [id(1)].iter());
         assert!(guesses.holds(second, &id(1)));
         assert!(!guesses.holds(first, &id(1)) && !guesses.holds(Tier::Ram, &id(1)));
         guesses.lost(second);
