@@ -110,6 +110,92 @@ fn clients_hear_that_their_leases_are_lost_with_the_gpu() {
     });
 }
 
+/// Memory of a GPU lives as long as anybody has imported it, and anybody who has can write it: it is counted, and not taken over.
+#[test]
+fn what_a_worker_keeps_of_a_server_that_was_killed_counts_against_the_next() {
+    let test = this_test!();
+    run(test, gpus(1), |machine| {
+        let library = Library::new();
+        library.single("kept", 1, 20_000);
+        library.single("large", 2, 30_000);
+        // Beside the context of a worker.
+        let context = machine.gpu(0).context.load(SeqCst) >> 20;
+        set_room(machine, 40 + context);
+        let place = tempfile::tempdir().unwrap();
+        let file = |name: &str| place.path().join(name);
+        let role = |role: &'static str| {
+            let facts = [("PLACE", place.path()), ("MODELS", library.dir.path())];
+            let facts = facts.map(|(name, path)| (name, path.to_string_lossy().into_owned()));
+            std::thread::spawn(move || run_role(test, role, &facts))
+        };
+        let server = role("server");
+        let worker = role("worker");
+        block_on(async {
+            until("the worker to import", async || file("imported").exists()).await;
+            let pid = std::fs::read_to_string(file("pid")).unwrap();
+            let killed = Command::new("kill").args(["-9", &pid]).status().unwrap();
+            assert!(killed.success());
+            let killed = tokio::task::spawn_blocking(move || server.join());
+            assert!(killed.await.unwrap().is_err(), "it was killed");
+            machine.reap();
+
+            let hotset = start(config(&library)).await;
+            let session = hotset.session("test").await.unwrap();
+            let on_gpu = || ComponentSet::new(["large"]).on(Target::AnyGpu);
+            let gpu = tier(&hotset, GPU).await;
+            let foreign = gpu.figures.unwrap().foreign;
+            assert!(foreign >= Bytes::kib(20_000), "{foreign}");
+            assert!(gpu.budget < Bytes::mib(21), "{}", gpu.budget);
+            let refused = outcome(session.load(on_gpu())).await.unwrap_err();
+            assert!(refused.to_string().contains("20.0"), "{refused}");
+
+            std::fs::write(file("enough"), "").unwrap();
+            let done = tokio::task::spawn_blocking(move || worker.join());
+            done.await.unwrap().unwrap();
+            machine.reap();
+            until("the budget to rise", async || {
+                tier(&hotset, GPU).await.budget >= Bytes::mib(30)
+            })
+            .await;
+            drop(outcome(session.load(on_gpu())).await.unwrap());
+            drop(session);
+            end(hotset).await;
+        });
+    });
+    let place = || std::path::PathBuf::from(std::env::var_os("PLACE").unwrap());
+    let served = |config: &mut Config| {
+        config.catalog.roots = vec![std::env::var_os("MODELS").unwrap().into()];
+        config.bridge.socket = Some(place().join("run/hotset.sock"));
+    };
+    in_role("server", || {
+        let mut config = config(&Library::new());
+        served(&mut config);
+        block_on(async {
+            let hotset = Arc::new(start(config).await);
+            let _bridge = Bridge::open(hotset.clone()).await.unwrap();
+            std::fs::write(place().join("pid"), std::process::id().to_string()).unwrap();
+            until("to be killed", async || false).await;
+        });
+    });
+    in_role("worker", || {
+        block_on(async {
+            let socket = place().join("run/hotset.sock");
+            until("the server", async || place().join("pid").exists()).await;
+            let client = Client::connect_to(&socket, "worker").await.unwrap();
+            let cuda = Cuda::detect().unwrap();
+            let options = LoadOptions::new(["kept"]);
+            let leases = client.load(&options).await.unwrap();
+            assert_eq!(leases[0].leased().tier, "vram:0");
+            let export = leases[0].export().unwrap();
+            let imported = Imported::open(&cuda, &cuda.gpus()[0], export).unwrap();
+            let before = imported.read().unwrap();
+            std::fs::write(place().join("imported"), "").unwrap();
+            until("to be told", async || place().join("enough").exists()).await;
+            assert!(imported.read().unwrap() == before, "it outlives the server");
+        });
+    });
+}
+
 /// An interpreter with the Python package and what it needs, or why there is none.
 pub(crate) fn python() -> Result<std::path::PathBuf, String> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-vram");
