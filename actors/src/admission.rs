@@ -49,6 +49,8 @@ pub(crate) struct Admission {
     waiting: VecDeque<Request>,
     /// A guess waits for memory that is on its way out.
     guess_waits: bool,
+    /// What guesses that were called off still hold.
+    coming: Bytes,
     /// Wakes the keeper when the first who waits has aged.
     alarm: Option<AbortOnDropHandle<()>>,
     /// Requests that the policy can still be told of, as of then.
@@ -108,6 +110,7 @@ impl Admission {
             low_watermark,
             waiting: VecDeque::new(),
             guess_waits: false,
+            coming: Bytes::ZERO,
             alarm: None,
             allowance: f64::MAX,
             counted: Duration::ZERO,
@@ -121,6 +124,20 @@ impl Admission {
     /// How many sets wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Whether the wants of a set are more than is free.
+    pub(crate) fn is_short(&self, request: &Request) -> bool {
+        let ledger = &self.house.ledger;
+        let free = ledger
+            .view(self.tier)
+            .map_or(Bytes::ZERO, |view| view.free());
+        ledger.needed(self.tier, &request.wants) > free
+    }
+
+    /// So much comes back without any eviction, since guesses were called off.
+    pub(crate) const fn expect(&mut self, coming: Bytes) {
+        self.coming = coming;
     }
 
     /// From now on the keeper is woken for a guess, too, when bytes come back, or no longer.
@@ -391,7 +408,7 @@ impl Admission {
 
     /// Evicts for a set, if that suffices together with what is about to come back anyhow.
     fn make_room(&mut self, request: &Request, shortfall: &Shortfall, passed: usize) {
-        let missing = shortfall.missing();
+        let missing = shortfall.missing().saturating_sub(self.coming);
         if missing.is_zero() || (passed > 0 && missing > shortfall.evictable) {
             return;
         }
@@ -494,6 +511,11 @@ impl Admission {
         freed
     }
 
+    fn is_on_a_gpu(&self, content: &ContentId) -> bool {
+        let ledger = &self.house.ledger;
+        ledger.resident(|tier| tier != Tier::Ram).contains(content)
+    }
+
     fn take_out(
         &mut self,
         victims: Vec<Victim>,
@@ -506,7 +528,11 @@ impl Admission {
             let Some(evicted) = self.house.ledger.evict(self.tier, &victim.content) else {
                 continue;
             };
-            if evicted.prefetched() {
+            // A guess that went on to a GPU is there, whatever becomes of its source.
+            let went_on =
+                self.tier == Tier::Ram && evicted.prefetched() && self.is_on_a_gpu(&victim.content);
+            let wasted = evicted.prefetched() && !went_on;
+            if wasted {
                 let mut usage = self.house.usage();
                 usage.guesses().gone(self.tier, &victim.content);
             }
@@ -526,7 +552,7 @@ impl Admission {
                 reason: victim.reason,
                 cause: cause.clone(),
                 candidates,
-                wasted: evicted.prefetched(),
+                wasted,
             });
             out.push(evicted);
         }

@@ -3,22 +3,24 @@
 //!
 //! A component that is on disk alone comes to RAM first, and goes on to the GPU where it is expected once it is there.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use hotset_core::catalog::Component;
 use hotset_core::decision::Act;
+use hotset_core::device::Device;
 use hotset_core::io::Urgency;
 use hotset_core::memory::{Claim, FlightTicket, Reservation, Reserved, ResidencyState, Want};
 use hotset_core::plan::restore_s;
 use hotset_core::policy::Guess;
 use hotset_core::predict::{Grounds, Position};
-use hotset_core::{ContentId, GpuIndex, Tier};
+use hotset_core::{Bytes, ContentId, GpuIndex, Tier};
 
-use crate::admission::{Admission, Room};
+use crate::admission::{Admission, Request, Room};
 use crate::counters::add;
 use crate::house::House;
 use crate::monitor::Pressure;
@@ -53,9 +55,9 @@ pub(crate) enum GuessMessage {
     Propose(Arc<GuessedLoad>),
     /// What went for it has given its memory back.
     Emptied(Arc<GuessedLoad>),
-    /// It has ended, one way or the other.
-    Ended(Arc<GuessedLoad>),
-    /// Somebody waits for memory in another tier, which those under way hold as well.
+    /// It has ended, one way or the other, after so much of its time that nobody waited for it: 1 where nobody came.
+    Ended(Arc<GuessedLoad>, f64),
+    /// Nothing is guessed any more, or somebody waits for memory in another tier, which those under way hold as well.
     CallOff,
 }
 
@@ -73,6 +75,19 @@ struct UnderWay {
     in_the_way: Option<Duration>,
 }
 
+impl UnderWay {
+    /// Nor did anybody come who wants it after all.
+    fn is_called_off(&self) -> bool {
+        self.reservation.is_none() && self.urgency.is_prefetch()
+    }
+}
+
+/// A guess for which others went.
+struct Emptying {
+    guess: Arc<GuessedLoad>,
+    source: Option<Claim>,
+}
+
 /// Guesses under way at most, the one that waits for room included. A disk or a link moves a piece of one at a time.
 const MOST_GUESSES: usize = 4;
 
@@ -85,7 +100,7 @@ pub(crate) struct Guessing {
     /// Holds each until it lands.
     under_way: BTreeMap<ContentId, UnderWay>,
     /// The one for which others went whose memory is not back yet, and those after it.
-    emptying: Option<Arc<GuessedLoad>>,
+    emptying: Option<Emptying>,
     next: VecDeque<Arc<GuessedLoad>>,
 }
 
@@ -110,25 +125,32 @@ impl Guessing {
     pub(crate) fn told(&mut self, message: GuessMessage, admission: &mut Admission) {
         match message {
             GuessMessage::Propose(guess) => {
-                // Never while somebody waits.
+                // Never while somebody waits, nor what was on its way when guessing ended.
+                let wanted = self.house.predicting.load(Ordering::Relaxed);
                 let emptying = usize::from(self.emptying.is_some());
                 let many = self.under_way.len() + self.next.len() + emptying >= MOST_GUESSES;
-                if !many && admission.waiting() == 0 {
+                if wanted && !many && admission.waiting() == 0 {
                     self.next.push_back(guess);
                     self.consider_next(admission);
                 }
             }
             GuessMessage::Emptied(guess) => {
                 // Unless it was given up meanwhile.
-                let is_it = |emptying: &Arc<GuessedLoad>| Arc::ptr_eq(emptying, &guess);
-                if self.emptying.as_ref().is_some_and(is_it) {
-                    self.emptying = None;
-                    self.begin(guess);
+                let is_it = |emptying: &mut Emptying| Arc::ptr_eq(&emptying.guess, &guess);
+                if let Some(Emptying { guess, source }) = self.emptying.take_if(is_it) {
+                    self.begin(guess, source);
                     self.consider_next(admission);
                 }
             }
-            GuessMessage::Ended(guess) => self.ended(&guess),
-            GuessMessage::CallOff => self.call_off(admission),
+            GuessMessage::Ended(guess, share) => {
+                self.ended(&guess, share);
+                admission.expect(self.coming());
+                if admission.waiting() > 0 {
+                    // What was expected of it has come, or never will.
+                    admission.retry();
+                }
+            }
+            GuessMessage::CallOff => self.give_way(admission, |_| false),
         }
     }
 
@@ -139,16 +161,35 @@ impl Guessing {
             self.consider_next(admission);
             return;
         }
+        let all = self.under_way.keys().copied();
+        let waited_for: HashSet<ContentId> = all
+            .filter(|content| admission.is_waited_for(content))
+            .collect();
+        self.give_way(admission, |content| waited_for.contains(content));
+    }
+
+    /// Before anything goes for a set: guesses are the first to give, but for what it wants itself.
+    pub(crate) fn make_way(&mut self, request: &Request, admission: &mut Admission) {
+        let none = self.under_way.is_empty() && self.emptying.is_none();
+        if !none && admission.is_short(request) {
+            let wanted: HashSet<ContentId> =
+                request.wants.iter().filter_map(Want::content).collect();
+            self.give_way(admission, |content| wanted.contains(content));
+        }
+    }
+
+    /// Somebody waits for what they hold.
+    fn give_way(&mut self, admission: &mut Admission, but: impl Fn(&ContentId) -> bool) {
         let now = self.house.ledger.now();
         for (content, under_way) in &mut self.under_way {
-            if !admission.is_waited_for(content) && under_way.reservation.take().is_some() {
+            if !but(content) && under_way.reservation.take().is_some() {
                 under_way.in_the_way = Some(now);
             }
         }
         self.give_up_emptying(admission);
     }
 
-    /// Others need the memory, whoever waits.
+    /// The memory itself is short, whoever waits.
     pub(crate) fn call_off(&mut self, admission: &mut Admission) {
         for under_way in self.under_way.values_mut() {
             under_way.reservation = None;
@@ -156,12 +197,32 @@ impl Guessing {
         self.give_up_emptying(admission);
     }
 
+    /// The same where more is committed than the budget allows, which may have become less. Gives whether it is.
+    pub(crate) fn keep_within_budget(&mut self, admission: &mut Admission) -> bool {
+        let view = self.house.ledger.view(self.tier);
+        let over =
+            view.is_some_and(|view| view.committed.saturating_sub(view.evicting) > view.budget);
+        if over {
+            self.call_off(admission);
+        }
+        over
+    }
+
     fn give_up_emptying(&mut self, admission: &mut Admission) {
         self.next.clear();
         admission.wake_for_guess(false);
-        if let Some(guess) = self.emptying.take() {
-            self.withdraw(&guess.content());
+        if let Some(emptying) = self.emptying.take() {
+            self.withdraw(&emptying.guess.content());
         }
+        admission.expect(self.coming());
+    }
+
+    /// What those that were called off still hold.
+    fn coming(&self) -> Bytes {
+        let all = self.under_way.values();
+        all.filter(|under_way| under_way.is_called_off())
+            .map(|under_way| self.want(&under_way.guess.component).bytes())
+            .sum()
     }
 
     fn withdraw(&self, content: &ContentId) {
@@ -240,6 +301,10 @@ impl Guessing {
         let Some(room) = room.filter(|_| bytes <= high) else {
             return;
         };
+        // Before anything goes for it: it stays there.
+        let Some(source) = self.source(component) else {
+            return;
+        };
         let position = Position {
             content,
             bytes,
@@ -256,34 +321,50 @@ impl Guessing {
             return;
         }
         if room.costs.is_empty() {
-            self.begin(guess);
+            self.begin(guess, source);
             return;
         }
         let evicted = admission.make(room, &component.id);
-        self.emptying = Some(guess.clone());
+        self.emptying = Some(Emptying {
+            guess: guess.clone(),
+            source,
+        });
         let dropped = house.off_thread(move || drop(evicted));
+        let device = self.device();
         let tell = self.tell.clone();
         house.tasks.spawn(async move {
             let _ = dropped.await;
+            if let Some(device) = device {
+                // It frees memory in its own time.
+                device.settle().await;
+            }
             tell(GuessMessage::Emptied(guess));
         });
     }
 
-    fn begin(&mut self, guess: Arc<GuessedLoad>) {
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        match self.tier {
+            Tier::Ram => None,
+            Tier::Vram(gpu) => self.house.devices.get(&gpu).cloned(),
+        }
+    }
+
+    fn begin(&mut self, guess: Arc<GuessedLoad>, source: Option<Claim>) {
         let house = &self.house;
         let component = &guess.component;
         let (content, want) = (guess.content(), self.want(component));
         let bytes = want.bytes();
-        let begun = self.source(component).and_then(|source| {
-            let reserved = house.ledger.reserve(self.tier, &[want], true);
-            let Ok(Reserved::Granted(reservation)) = reserved else {
-                return None;
-            };
-            let ticket = house.ledger.start(self.tier, &content)?;
-            let urgency = ticket.urgency().clone();
-            let moving = self.moving(component, source, ticket)?;
-            Some((reservation, urgency, moving))
-        });
+        let begun = match house.ledger.reserve(self.tier, &[want], true) {
+            Ok(Reserved::Granted(reservation)) => {
+                let ticket = house.ledger.start(self.tier, &content);
+                ticket.and_then(|ticket| {
+                    let urgency = ticket.urgency().clone();
+                    let moving = self.moving(component, source, ticket)?;
+                    Some((reservation, urgency, moving))
+                })
+            }
+            _ => None,
+        };
         // Others were faster: with the memory, or with the component itself.
         let Some((reservation, urgency, moving)) = begun else {
             self.withdraw(&content);
@@ -300,15 +381,20 @@ impl Guessing {
         let under_way = UnderWay {
             guess: guess.clone(),
             reservation: Some(reservation),
-            urgency,
+            urgency: urgency.clone(),
             in_the_way: None,
         };
         self.under_way.insert(content, under_way);
         let tell = self.tell.clone();
         // Not tied to the actor, like every load.
+        let task = house.clone();
         house.tasks.spawn(async move {
-            moving.await;
-            tell(GuessMessage::Ended(guess));
+            let mut ending = Ending {
+                tell,
+                guess,
+                share: 0.0,
+            };
+            ending.share = alone(&task, &urgency, moving).await;
         });
     }
 
@@ -350,7 +436,7 @@ impl Guessing {
         }
     }
 
-    fn ended(&mut self, guess: &Arc<GuessedLoad>) {
+    fn ended(&mut self, guess: &Arc<GuessedLoad>, share: f64) {
         let content = guess.content();
         let is_it = |under_way: &UnderWay| Arc::ptr_eq(&under_way.guess, guess);
         if !self.under_way.get(&content).is_some_and(is_it) {
@@ -362,11 +448,9 @@ impl Guessing {
         };
         let house = &self.house;
         let wants = [self.want(&guess.component)];
-        if house.ledger.needed(self.tier, &wants).is_zero() {
-            // Who wanted it before that waited for it.
-            if under_way.urgency.is_prefetch() {
-                house.usage().guesses().landed(self.tier, &content);
-            }
+        let there = house.ledger.needed(self.tier, &wants).is_zero();
+        if there && !under_way.is_called_off() {
+            house.usage().guesses().landed(self.tier, &content, share);
             self.send_on(guess);
             return;
         }
@@ -398,7 +482,10 @@ impl Guessing {
 impl Drop for Guessing {
     fn drop(&mut self) {
         // What is loaded for them ends with their reservations, and nobody hears of it.
-        let emptying = self.emptying.take().map(|guess| guess.content());
+        let emptying = self
+            .emptying
+            .take()
+            .map(|emptying| emptying.guess.content());
         for content in self.under_way.keys().chain(&emptying) {
             self.withdraw(content);
         }
@@ -416,6 +503,41 @@ pub(crate) fn propose(house: &House, tier: Tier, guess: GuessedLoad) {
             }
         }
     }
+}
+
+/// Tells of the end of a guess when it is dropped: whatever becomes of its load, what it held is expected no more.
+struct Ending {
+    tell: Tell,
+    guess: Arc<GuessedLoad>,
+    share: f64,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        (self.tell)(GuessMessage::Ended(self.guess.clone(), self.share));
+    }
+}
+
+/// Waits for a load to end; gives the share of its time in which nobody waited for it.
+async fn alone(house: &House, urgency: &Urgency, mut moving: BoxFuture<'static, ()>) -> f64 {
+    let began = house.ledger.now();
+    let demanded = tokio::select! {
+        biased;
+        () = &mut moving => return 1.0,
+        () = urgency.demanded() => house.ledger.now(),
+    };
+    moving.await;
+    let whole = house.ledger.now().saturating_sub(began).as_secs_f64();
+    let before = demanded.saturating_sub(began).as_secs_f64();
+    if whole > 0.0 { before / whole } else { 1.0 }
+}
+
+/// Nothing is guessed any more.
+pub(crate) fn call_off_all(house: &House) {
+    let _ = house
+        .ram
+        .cast(RamCacheMessage::Guess(GuessMessage::CallOff));
+    call_off_uploads(house);
 }
 
 /// Somebody waits for RAM: uploads on a guess let go of what they hold there.

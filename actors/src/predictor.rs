@@ -13,7 +13,7 @@ use hotset_core::plan::{DISK_PER_S, disk, resolve, restore_s};
 use hotset_core::predict::{
     Candidate, Grounds, Observed, Predictor, PredictorStats, Seen, Studied,
 };
-use hotset_core::{ComponentId, ContentId, GpuIndex, ModelName, Tier};
+use hotset_core::{Bytes, ComponentId, ContentId, GpuIndex, ModelName, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::Serialize;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -121,6 +121,9 @@ impl PredictorActor {
     fn set_enabled(&self, enabled: bool, reply: RpcReplyPort<()>, state: &mut State) {
         learn(state);
         state.enabled = enabled;
+        if !enabled {
+            guessing::call_off_all(&state.house);
+        }
         // For its own next start.
         state
             .house
@@ -169,6 +172,9 @@ fn learn(state: &mut State) -> Option<Used> {
         let mut usage = state.house.usage();
         usage.used(used.at, &ids);
         let contents = seen.iter().map(|seen| &seen.content);
+        if used.tier != Tier::Ram {
+            state.house.ledger.used_elsewhere(contents.clone());
+        }
         usage.guesses().asked(used.at, used.tier, contents);
     }
     state.let_study();
@@ -185,41 +191,62 @@ fn ids(used: &Used) -> impl Iterator<Item = ComponentId> {
 }
 
 /// Where a guess would put each component after a set was granted: what is in no tier goes to RAM, and what is there alone, to
-/// the GPU that the set is on.
+/// the GPU that the set is on, unless it is used where it is. Nothing where it would not fit, nor what is on its way.
 struct Places {
     ram: HashSet<ContentId>,
     gpus: HashSet<ContentId>,
-    onto: Option<GpuIndex>,
+    /// Whoever wants these is served already, or will be.
+    settled: HashSet<ContentId>,
+    most_in_ram: Bytes,
+    /// The GPU, and the most that may be there.
+    onto: Option<(GpuIndex, Bytes)>,
 }
 
 impl Places {
     fn new(house: &House, used: &Used) -> Self {
+        let config = &house.config;
         let mut places = Self {
             ram: HashSet::new(),
             gpus: HashSet::new(),
-            onto: match used.tier {
-                Tier::Ram => None,
-                Tier::Vram(gpu) => Some(gpu),
-            },
+            settled: HashSet::new(),
+            most_in_ram: Bytes::ZERO,
+            onto: None,
         };
         for view in house.ledger.views() {
             let there = match view.tier {
-                Tier::Ram => &mut places.ram,
-                Tier::Vram(_) => &mut places.gpus,
+                Tier::Ram => {
+                    places.most_in_ram = view.budget.share(config.ram.high_watermark);
+                    &mut places.ram
+                }
+                Tier::Vram(gpu) => {
+                    if used.tier == view.tier && view.out_of_service.is_none() {
+                        let config = config.gpu.get(gpu.0 as usize).cloned().unwrap_or_default();
+                        places.onto = Some((gpu, view.budget.share(config.high_watermark)));
+                    }
+                    &mut places.gpus
+                }
             };
-            let contents = view.residencies.iter().map(|r| r.component.content_id);
-            there.extend(contents);
+            for residency in &view.residencies {
+                let content = residency.component.content_id;
+                there.insert(content);
+                if residency.loading || residency.leases > 0 {
+                    places.settled.insert(content);
+                }
+            }
         }
         places
     }
 
     fn of(&self, component: &Component) -> Option<Tier> {
         let content = &component.content_id;
-        match (self.gpus.contains(content), self.ram.contains(content)) {
-            (true, _) => None,
-            (false, true) => self.onto.map(Tier::Vram),
-            (false, false) => Some(Tier::Ram),
+        if self.settled.contains(content) || self.gpus.contains(content) {
+            return None;
         }
+        if self.ram.contains(content) {
+            let (gpu, most) = self.onto?;
+            return (component.device_bytes() <= most).then_some(Tier::Vram(gpu));
+        }
+        (component.ram_bytes() <= self.most_in_ram).then_some(Tier::Ram)
     }
 }
 
@@ -238,16 +265,12 @@ fn propose(state: &mut State, used: &Used) {
         Some((component, Grounds::Usual, share))
     }));
     {
-        // Nor what is guessed already, on paper or not, or can't be.
-        let high = house.ledger.budget(Tier::Ram).unwrap_or_default();
-        let high = high.share(house.config.ram.high_watermark);
+        // Nor what is guessed already, on paper or not.
         let mut usage = house.usage();
         let guesses = usage.guesses();
         proposals.retain(|(component, ..)| {
-            places.of(component).is_some_and(|tier| {
-                let fits = tier != Tier::Ram || component.ram_bytes() <= high;
-                fits && !guesses.holds(tier, &component.content_id)
-            })
+            let tier = places.of(component);
+            tier.is_some_and(|tier| !guesses.holds(tier, &component.content_id))
         });
     }
     let load_s = {
@@ -296,7 +319,7 @@ fn propose(state: &mut State, used: &Used) {
             grounds,
             probability,
             within,
-            onto: places.onto,
+            onto: places.onto.map(|(gpu, _)| gpu),
         };
         guessing::propose(&house, tier, guess);
     }

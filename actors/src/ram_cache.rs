@@ -6,7 +6,6 @@
 mod read;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hotset_core::breaks::{self, Break};
@@ -90,9 +89,10 @@ impl RamCache {
 
     #[ractor::message(RamCacheMessage::Reserve(request))]
     fn reserve(&self, request: Request, state: &mut State) {
+        state.guessing.make_way(&request, &mut state.admission);
         state.admission.submit(request);
         state.guessing.look(&mut state.admission);
-        if state.admission.waiting() > 0 && state.house.predicting.load(Ordering::Relaxed) {
+        if state.admission.waiting() > 0 {
             call_off_uploads(&state.house);
         }
     }
@@ -119,6 +119,9 @@ impl RamCache {
 
     #[ractor::message(RamCacheMessage::Woken)]
     fn woken(&self, state: &mut State) {
+        if state.guessing.keep_within_budget(&mut state.admission) {
+            call_off_uploads(&state.house);
+        }
         state.admission.retry();
         state.guessing.look(&mut state.admission);
     }
@@ -132,6 +135,7 @@ impl RamCache {
         state: &mut State,
     ) {
         state.guessing.call_off(&mut state.admission);
+        call_off_uploads(&state.house);
         let surplus = state
             .house
             .ledger

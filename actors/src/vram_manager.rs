@@ -22,7 +22,6 @@ use hotset_core::catalog::Component;
 use hotset_core::config::GpuConfig;
 use hotset_core::decision::EvictCause;
 use hotset_core::device::{Device, DeviceError, Figures, budget};
-use hotset_core::memory::TierView;
 use hotset_core::{Bytes, GpuIndex, RequestId, SessionId, Tier};
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::task::AbortOnDropHandle;
@@ -219,6 +218,7 @@ impl VramManager {
 
     #[ractor::message(VramManagerMessage::Reserve(request))]
     fn reserve(&self, request: Request, state: &mut State) {
+        state.guessing.make_way(&request, &mut state.admission);
         state.admission.submit(request);
         state.guessing.look(&mut state.admission);
     }
@@ -308,10 +308,7 @@ impl State {
             self.xids.drain(..surplus);
         }
         self.figures = Some(figures);
-        let over = |view: TierView| view.committed.saturating_sub(view.evicting) > view.budget;
-        if self.house.ledger.view(self.tier).is_some_and(over) {
-            self.guessing.call_off(&mut self.admission);
-        }
+        self.guessing.keep_within_budget(&mut self.admission);
         let missing = self.admission.keep_within_budget(&cause);
         if missing > self.wanted {
             let leases = self.house.ledger.leases_in(self.tier);

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hotset::core::plan::{Fit, LINK_PER_S};
 use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim, lru::Lru};
 use hotset::core::predict::{Grounds, GuessResults, Observed};
 use hotset::{Act, Bytes, ComponentSet, Config, EvictCause, GpuIndex, Hotset, Target, Tier};
@@ -286,17 +287,12 @@ async fn what_comes_to_ram_on_a_guess_goes_on_to_the_gpu() {
         precision(GPU) == Some(1.0) && precision(Tier::Ram) == Some(1.0)
     })
     .await;
-    // In RAM, nobody has used them by that.
+    // What came of them is the same in every figure, although RAM was asked for none of them.
+    let unused = rig.hotset.ledger().view(Tier::Ram).unwrap();
+    assert!(unused.residencies.iter().all(|r| !r.prefetched));
     let _ = rig.hotset.optimise_cache(Tier::Ram, 0.0).await;
     let wasted = |d: &hotset::Decision| matches!(d.act, Act::Evict { wasted: true, .. });
-    assert_eq!(
-        rig.hotset
-            .decisions(100)
-            .iter()
-            .filter(|d| wasted(d))
-            .count(),
-        3
-    );
+    assert!(!rig.hotset.decisions(100).iter().any(wasted));
     rig.assert_empty().await;
 }
 
@@ -357,6 +353,56 @@ async fn an_upload_on_a_guess_gives_way_to_whoever_waits_for_memory() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_guess_goes_before_anything_that_is_there() {
+    // 700 KiB of 1.5 MiB are a guess's and 500 are free: without it there is room.
+    let others = [("idle", 300), ("wanted", 900)];
+    let (_library, rig) = uploading(Bytes::mib(4), Bytes::kib(1536), &others).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let set = ComponentSet::new(["wanted"]).on(Target::AnyGpu);
+    let plan = rig.hotset.plan(&set).unwrap();
+    assert_ne!(plan.fit, Fit::AfterOthers, "it gives way");
+    let leases = outcome(session.load(set)).await.unwrap();
+    assert_eq!(leases.len(), 1);
+    let evicted = |d: &hotset::Decision| matches!(d.act, Act::Evict { tier, .. } if tier == GPU);
+    assert!(!rig.hotset.decisions(100).iter().any(evicted));
+    drop((leases, session));
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn guesses_end_where_they_are_switched_off() {
+    let (_library, rig) = uploading(Bytes::mib(4), Bytes::mib(4), &[]).await;
+    rig.hotset.enable_predictive_caching(false).await.unwrap();
+    until("the guess to be over", async || {
+        resident(&rig.hotset, GPU) == ["base/text_encoder"]
+            && rig.gpus[0].allocated() < Bytes::kib(200)
+    })
+    .await;
+    assert!(rig.hotset.ledger().now() < Duration::from_secs(9));
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(resident(&rig.hotset, GPU), ["base/text_encoder"]);
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_used_in_ram_stays_there_alone() {
+    let library = Library::new();
+    library.pipeline("base", 1, 100);
+    let config = library.config_with_gpu(Bytes::mib(8), Bytes::mib(4));
+    let rig = Rig::start(guessing(config)).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let vae = ComponentSet::new(["base/vae"]).on(Target::Ram);
+    let held = outcome(session.load(vae)).await.unwrap();
+    load_on(&rig.hotset, Target::AnyGpu, &["base/text_encoder"]).await;
+    let rest = ["text_encoder", "text_encoder_2", "unet"].map(|name| format!("base/{name}"));
+    until("the rest", async || resident(&rig.hotset, GPU) == rest).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(resident(&rig.hotset, GPU), rest);
+    drop((held, session));
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_wants_what_is_uploaded_on_a_guess_waits_for_the_rest_of_it() {
     let (_library, rig) = uploading(Bytes::mib(4), Bytes::mib(4), &[]).await;
     let began = rig.hotset.ledger().now();
@@ -367,7 +413,10 @@ async fn whoever_wants_what_is_uploaded_on_a_guess_waits_for_the_rest_of_it() {
     let _ = rig.hotset.analyse_usage().await;
     let declared = results_in(&rig.hotset, GPU, Grounds::Declared);
     assert_eq!(declared.precision, Some(1.0));
-    assert_eq!(declared.score.saved_s, 0.0, "it was not there yet");
+    // A second of ten or more; the rest was waited for.
+    let whole_s = Bytes::kib(600).as_f64() / LINK_PER_S;
+    let saved = declared.score.saved_s / whole_s;
+    assert!(saved > 0.05 && saved < 0.3, "{saved}");
     rig.assert_empty().await;
 }
 

@@ -25,6 +25,7 @@ use hotset::bridge::wire::ServerMessage;
 use hotset::client::{Client, LoadOptions};
 use hotset::core::device::FigureSource;
 use hotset::core::device::cuda::{Cuda, Imported};
+use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim, lru::Lru};
 use hotset::{
     Act, ActorName, Bytes, ComponentSet, Config, EvictCause, GpuEvent, GpuIndex, Health, Hotset,
     Lease, LoadError, Session, Target, Tier, TierStatus,

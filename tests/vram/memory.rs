@@ -323,3 +323,90 @@ fn small_tensors_go_in_few_copies() {
         });
     });
 }
+
+/// LRU, for whom every guess is worth all that is there.
+struct Generous;
+
+impl EvictionPolicy for Generous {
+    fn name(&self) -> &'static str {
+        "generous"
+    }
+
+    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        Lru.rank(now, candidates)
+    }
+
+    fn room_for_guess(
+        &mut self,
+        now: Duration,
+        _guess: &Guess,
+        residents: &[Candidate],
+        needed: Bytes,
+    ) -> Option<Vec<Victim>> {
+        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
+        (all >= needed).then(|| self.choose(now, residents, needed))
+    }
+}
+
+#[test]
+fn a_guess_waits_until_the_gpu_has_freed_what_goes_for_it() {
+    run(this_test!(), gpus(1), |machine| {
+        let library = Library::new();
+        let parts = [
+            ("text_encoder", "CLIPTextModel", 1000),
+            ("unet", "UNet2DConditionModel", 9000),
+        ];
+        library.pipeline_of("base", 1, &parts);
+        library.single("old", 2, 9000);
+        set_room(machine, 25);
+        block_on(async {
+            let policy = || -> Box<dyn EvictionPolicy> { Box::new(Generous) };
+            let started = Hotset::builder()
+                .config(config(&library))
+                .eviction(Arc::new(policy))
+                .start();
+            let hotset = soon("the start", started).await.unwrap();
+            let session = hotset.session("test").await.unwrap();
+            let on_gpu = async |name: &str| {
+                let set = ComponentSet::new([name]).on(Target::AnyGpu);
+                drop(outcome(session.load(set)).await.unwrap());
+            };
+            let there = || {
+                let view = hotset.ledger().view(GPU).unwrap();
+                let whole = view.residencies.iter().filter(|r| !r.loading);
+                let mut names: Vec<_> = whole.map(|r| r.component.id.to_string()).collect();
+                names.sort();
+                names
+            };
+            drop(outcome(session.load(ComponentSet::new(["base"]).on(Target::Ram))).await);
+            on_gpu("old").await;
+            on_gpu("base/text_encoder").await;
+            hotset.enable_predictive_caching(true).await.unwrap();
+
+            // Another process was faster than the books: nothing goes for a guess.
+            machine.gpu(0).refuse_allocations.store(1, SeqCst);
+            on_gpu("base/text_encoder").await;
+            until("the guess to be refused", async || {
+                machine.gpu(0).refuse_allocations.load(SeqCst) == 0
+                    && hotset.status().await.counters.prefetches == 1
+                    && there().len() == 2
+                    && hotset.guesses()[0].score.wasted_bytes > Bytes::ZERO
+            })
+            .await;
+            assert_eq!(there(), ["base/text_encoder", "old/weights"]);
+            machine.gpu(0).foreign.store(9 << 20, SeqCst);
+            until("less room", async || {
+                tier(&hotset, GPU).await.budget <= Bytes::mib(16)
+            })
+            .await;
+
+            on_gpu("base/text_encoder").await;
+            until("the guess", async || {
+                there() == ["base/text_encoder", "base/unet"]
+            })
+            .await;
+            drop(session);
+            end(hotset).await;
+        });
+    });
+}

@@ -241,6 +241,10 @@ impl Upload {
             other => return Ok(other?),
         };
         let (wanted, free) = refused;
+        if self.ticket.urgency().is_prefetch() {
+            // Nothing goes for a guess where the device itself is short; who has joined meanwhile begins again.
+            return Err(FlightFailure::Interrupted);
+        }
         tracing::warn!(%wanted, %free, "a GPU has less memory than it should; making room");
         if let Some(slot) = self.house.vram.get(&self.device.describe().gpu) {
             let call = slot.call(|reply| VramManagerMessage::MakeRoom {
@@ -299,10 +303,14 @@ impl<'a> Copies<'a> {
         }
         let turn = self.turn().await?;
         let (device, to) = (&self.upload.device, self.to);
-        let mut measured = self.upload.house.moving(Way::Link(to.gpu()));
+        // A guess has one batch at a time: that says nothing of the link.
+        let guess = self.upload.ticket.urgency().is_prefetch();
+        let mut measured = (!guess).then(|| self.upload.house.moving(Way::Link(to.gpu())));
         let mut moving = async move {
             device.upload_all(to, pieces).await?;
-            measured.moved = Bytes(bytes);
+            if let Some(measured) = &mut measured {
+                measured.moved = Bytes(bytes);
+            }
             drop((turn, measured));
             Ok(bytes)
         }

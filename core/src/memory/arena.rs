@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages};
+use super::mapping::{HUGE_FROM, HUGE_PAGE, Mapping, Pages, Withheld};
 use super::slab::{Slab, SlabError};
 use super::writer::SlabWriter;
 use crate::machine::{Machine, NumaNode};
@@ -60,7 +60,7 @@ pub struct ArenaView {
     pub live: Bytes,
     /// Memory that is kept for slabs to come.
     pub warm: Bytes,
-    /// Memory of slabs that are gone, but that another process still has.
+    /// Memory of slabs that are gone, but that another process still has, or a GPU that is lost.
     pub lingering: Bytes,
     /// All mappings behind these: so many memfds are open, and for each that was handed out one descriptor more.
     pub mappings: usize,
@@ -101,6 +101,8 @@ struct State {
     warm: Vec<Kept>,
     /// Not ours alone yet.
     lingering: Vec<Kept>,
+    /// Registered with a GPU that is lost, until its context is gone.
+    withheld: Withheld,
     /// Others need memory: nothing is kept warm.
     pressed: bool,
     /// Slabs on fresh memory that may not be filled yet: what they still need is not free, though nobody has it.
@@ -177,6 +179,7 @@ impl State {
         self.limit
             .saturating_sub(self.live)
             .saturating_sub(held(&self.lingering))
+            .saturating_sub(self.withheld.bytes())
             .saturating_sub(more)
             .min(self.keep_warm)
     }
@@ -252,6 +255,7 @@ impl Arena {
                     live_mappings: 0,
                     warm: Vec::new(),
                     lingering: Vec::new(),
+                    withheld: Withheld::default(),
                     pressed: false,
                     filling: Vec::new(),
                     reused: 0,
@@ -392,6 +396,12 @@ impl Arena {
 
     /// A new mapping on the best pages that there are.
     fn map(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
+        let withheld = self.shared.lock().withheld.clone();
+        self.map_on_best(label, class)
+            .map(|mapping| mapping.counted(&withheld))
+    }
+
+    fn map_on_best(&self, label: &str, class: usize) -> Result<Mapping, SlabError> {
         if (class as u64) < HUGE_FROM {
             // Pages that are collapsed waste nothing, however small the slab is.
             if self.shared.pages == Pages::Collapsed && class as u64 >= HUGE_PAGE {
@@ -494,7 +504,7 @@ impl Arena {
         ArenaView {
             live: state.live,
             warm: held(&state.warm),
-            lingering: held(&state.lingering),
+            lingering: held(&state.lingering).saturating_add(state.withheld.bytes()),
             mappings: state.live_mappings + state.warm.len() + state.lingering.len(),
             reused: state.reused,
             fresh: state.fresh,

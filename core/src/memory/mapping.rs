@@ -147,6 +147,17 @@ pub enum Unmapping {
 pub struct Addresses {
     start: NonNull<u8>,
     len: usize,
+    counted: Option<Withheld>,
+}
+
+/// Bytes whose addresses are withheld. A device that has them registered keeps their memory as well, although nobody maps it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Withheld(Arc<AtomicU64>);
+
+impl Withheld {
+    pub(super) fn bytes(&self) -> Bytes {
+        Bytes(self.0.load(Ordering::Relaxed))
+    }
 }
 
 // SAFETY: nobody reads or writes through the pointer; it is only given back.
@@ -156,6 +167,9 @@ unsafe impl Sync for Addresses {}
 
 impl Drop for Addresses {
     fn drop(&mut self) {
+        if let Some(Withheld(bytes)) = &self.counted {
+            bytes.fetch_sub(self.len as u64, Ordering::Relaxed);
+        }
         // SAFETY: made in `Mapping::drop` in the place of the mapping, and without access, so that nobody uses it.
         if let Err(error) = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) } {
             tracing::error!(%error, bytes = self.len, "munmap of withheld addresses failed");
@@ -209,6 +223,8 @@ pub(super) struct Mapping {
     observers: Mutex<Vec<Arc<dyn MappingObserver>>>,
     /// Those who want its addresses withheld.
     withholding: Vec<Arc<dyn MappingObserver>>,
+    /// Where its bytes are counted while its addresses are withheld.
+    counted: Option<Withheld>,
 }
 
 // SAFETY: the mapping is owned by this value for its whole life and is not tied to a thread; who may touch which bytes
@@ -260,6 +276,7 @@ impl Mapping {
             handed_out: Mutex::default(),
             observers: Mutex::default(),
             withholding: Vec::new(),
+            counted: None,
         };
         if pages == Pages::Transparent {
             mapping.advise(Advice::LinuxHugepage);
@@ -298,9 +315,16 @@ impl Mapping {
             handed_out: Mutex::default(),
             observers: Mutex::default(),
             withholding: Vec::new(),
+            counted: None,
         };
         mapping.advise(Advice::LinuxDontFork);
         Ok(mapping)
+    }
+
+    /// The same, counted here once its addresses are withheld.
+    pub(super) fn counted(mut self, counted: &Withheld) -> Self {
+        self.counted = Some(counted.clone());
+        self
     }
 
     /// The same, with memory from this node as long as it has some.
@@ -717,9 +741,14 @@ impl Drop for Mapping {
             tracing::error!(%error, bytes = self.len, "a slab that a device has registered cannot be unmapped");
             return;
         }
+        let counted = self.counted.take();
+        if let Some(Withheld(bytes)) = &counted {
+            bytes.fetch_add(self.len as u64, Ordering::Relaxed);
+        }
         let addresses = Arc::new(Addresses {
             start: self.start,
             len: self.len,
+            counted,
         });
         for observer in self.withholding.drain(..) {
             observer.withheld(self.id, addresses.clone());

@@ -256,7 +256,8 @@ impl Planner<'_> {
                     .iter()
                     .map(|residency| Resident {
                         part: place(&residency.component, &mut parts, residency.bytes),
-                        loss_s: (residency.pins == 0 && !residency.loading)
+                        loss_s: residency
+                            .may_go()
                             .then(|| expected_loss_s(&residency.candidate(), self.now)),
                     })
                     .collect(),
@@ -357,7 +358,7 @@ pub(super) fn there(view: &TierView, content: &ContentId) -> There {
 pub(super) fn candidates(view: &TierView) -> Vec<Candidate> {
     view.residencies
         .iter()
-        .filter(|residency| residency.pins == 0 && !residency.loading)
+        .filter(|residency| residency.may_go())
         .map(ResidencyView::candidate)
         .collect()
 }

@@ -110,14 +110,15 @@ impl Guesses {
         let content = position.content;
         let board = self.boards.entry((tier, grounds)).or_default();
         let real = board.open(Position { until, ..position }) == Some(true);
-        board.set_landed(&content, false);
+        board.set_landed(&content, 0.0);
         real
     }
 
-    /// The bytes of a guess are there.
-    pub fn landed(&mut self, tier: Tier, content: &ContentId) {
+    /// The bytes of a guess are there. Whoever wanted them before that, after this share of the time that they took, waited for the
+    /// rest; 1 where nobody did.
+    pub fn landed(&mut self, tier: Tier, content: &ContentId, share: f64) {
         for board in self.boards(tier) {
-            board.set_landed(content, true);
+            board.set_landed(content, share);
         }
     }
 
@@ -219,7 +220,7 @@ mod tests {
                 !guesses.open(Tier::Ram, Grounds::Usual, 1, position(2)),
                 "it is held already"
             );
-            guesses.landed(Tier::Ram, &id(2));
+            guesses.landed(Tier::Ram, &id(2), 1.0);
             for (content, second) in [(2, 0), (3, 10), (3, 50)] {
                 let now = Duration::from_secs(60 * minute + second);
                 guesses.asked(now, Tier::Ram, [id(content)].iter());
@@ -265,6 +266,16 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_the_rest_of_a_guess_is_saved_what_was_there() {
+        let mut guesses = Guesses::default();
+        guesses.open(Tier::Ram, Grounds::Usual, 9, position(1));
+        guesses.landed(Tier::Ram, &id(1), 0.75);
+        guesses.asked(Duration::ZERO, Tier::Ram, [id(1)].iter());
+        let usual = guesses.results()[Grounds::Usual as usize];
+        assert_eq!((usual.score.saved_s, usual.precision), (0.75, Some(1.0)));
+    }
+
+    #[test]
     fn a_guess_has_its_time_from_when_it_was_made() {
         let mut guesses = Guesses::default();
         let ask = |guesses: &mut Guesses, ms| {
@@ -272,7 +283,9 @@ mod tests {
             guesses.asked(now, Tier::Ram, [id(9)].iter());
             guesses.holds(Tier::Ram, &id(1))
         };
-        (0..100).for_each(|ms| drop(ask(&mut guesses, ms)));
+        for ms in 0..100 {
+            ask(&mut guesses, ms);
+        }
         assert!(guesses.open(Tier::Ram, Grounds::Usual, 2, position(1)));
         // A thousand requests in a second.
         assert!((100..1_100).all(|ms| ask(&mut guesses, ms)));
@@ -297,7 +310,7 @@ mod tests {
         let mut guesses = Guesses::default();
         for tier in [Tier::Ram, first, second] {
             assert!(guesses.open(tier, Grounds::Usual, 9, position(1)));
-            guesses.landed(tier, &id(1));
+            guesses.landed(tier, &id(1), 1.0);
         }
         guesses.asked(Duration::ZERO, first, [id(1)].iter());
         assert!(guesses.holds(second, &id(1)));

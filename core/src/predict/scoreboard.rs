@@ -83,8 +83,8 @@ impl PrefetchScore {
 struct Open {
     position: Position,
     real: bool,
-    /// Its bytes are there: whoever asks waits for nothing.
-    landed: bool,
+    /// The share of its load that whoever asks now need not wait for.
+    there: f64,
     lost_s: f64,
 }
 
@@ -147,19 +147,18 @@ impl Scoreboard {
         self.open.push(Open {
             position,
             real: self.on,
-            landed: true,
+            there: 1.0,
             lost_s: 0.0,
         });
         Some(self.on)
     }
 
-    /// Says whether the bytes of a real position are there; as long as they are not, whoever asks saves nothing. They are taken to
-    /// be there where nobody says so.
-    pub fn set_landed(&mut self, content: &ContentId, landed: bool) {
+    /// Says which share of the load of a real position whoever asks need not wait for. All of it where nobody says so.
+    pub fn set_landed(&mut self, content: &ContentId, share: f64) {
         let found = self.open.iter_mut();
         let mut real = found.filter(|open| open.real && open.position.content == *content);
         if let Some(open) = real.next() {
-            open.landed = landed;
+            open.there = share.clamp(0.0, 1.0);
         }
     }
 
@@ -233,10 +232,10 @@ impl Scoreboard {
         let Open {
             position,
             real,
-            landed,
+            there,
             lost_s,
         } = self.open.swap_remove(at);
-        let saved_s = if used && landed { position.load_s } else { 0.0 };
+        let saved_s = if used { there * position.load_s } else { 0.0 };
         if real {
             let to = if used {
                 &mut self.score.used_bytes

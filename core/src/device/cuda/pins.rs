@@ -6,7 +6,7 @@
 //! until its context is gone. Where the memory goes before that, its addresses are withheld: other memory that came to lie
 //! there could be registered by nobody.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -37,16 +37,25 @@ const TRIES: u32 = 100;
 #[derive(Debug, Default)]
 pub(super) struct Pins {
     slots: Mutex<HashMap<MappingId, Arc<Slot>>>,
-    /// Memory that went while a GPU had it registered, with its addresses once they are withheld.
-    withheld: Mutex<HashMap<MappingId, (GpuIndex, Option<Arc<Addresses>>)>>,
+    withheld: Mutex<Withheld>,
+}
+
+/// Memory that went while a GPU had it registered.
+#[derive(Debug, Default)]
+struct Withheld {
+    /// With its addresses, once they are withheld.
+    memory: HashMap<MappingId, (GpuIndex, Option<Arc<Addresses>>)>,
+    /// How many contexts of each GPU are gone.
+    gone: BTreeMap<GpuIndex, u64>,
 }
 
 #[derive(Debug)]
 struct Slot {
     range: MappedRange,
     state: Mutex<Option<Pin>>,
-    /// Whose driver is registering it now.
-    registering: Mutex<Option<Arc<Shared>>>,
+    /// Whose engine is undoing the registration now, since it ends. Nobody unmaps what is being registered: whoever does that holds
+    /// the memory.
+    ending: Mutex<Option<Arc<Shared>>>,
     /// One more holder for each copy that relies on the registration.
     copies: Arc<()>,
 }
@@ -97,25 +106,19 @@ impl Slot {
         })
     }
 
-    fn registering(&self, by: Option<&Arc<Shared>>) {
-        let mut registering = self
-            .registering
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *registering = by.cloned();
+    fn ending(&self, by: Option<&Arc<Shared>>) {
+        let mut ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        *ending = by.cloned();
     }
 
-    /// Takes the state when nobody is in the middle of registering; the GPU whose driver hangs in that is an error.
+    /// Takes the state, where no engine is in the middle of ending; the GPU whose driver hangs in that is an error.
     fn take(&self) -> Result<Option<Pin>, GpuIndex> {
         loop {
             if let Some(mut state) = self.lock_soon() {
                 return Ok(state.take());
             }
-            let registering = self
-                .registering
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            if let Some(by) = registering.as_ref().filter(|by| by.hangs().is_some()) {
+            let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(by) = ending.as_ref().filter(|by| by.hangs().is_some()) {
                 return Err(by.gpu);
             }
         }
@@ -153,7 +156,7 @@ impl Pins {
                 Arc::new(Slot {
                     range,
                     state: Mutex::new(None),
-                    registering: Mutex::new(None),
+                    ending: Mutex::new(None),
                     copies: Arc::default(),
                 })
             });
@@ -190,10 +193,7 @@ impl Pins {
             return Ok(slot.pinned(pin));
         }
         let driver = control.driver();
-        slot.registering(Some(control.shared()));
-        let registered = driver.register(slot.range.address, slot.range.bytes);
-        slot.registering(None);
-        let pin = match registered {
+        let pin = match driver.register(slot.range.address, slot.range.bytes) {
             Ok(()) => Pin::Registered(Registered {
                 engine: control.engine(),
                 control: control.worker(),
@@ -237,6 +237,7 @@ impl Pins {
             if pin.engine != engine {
                 continue;
             }
+            slot.ending(Some(&pin.shared));
             // No copy begins while the lock is held.
             while Arc::strong_count(&slot.copies) > 1 && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(1));
@@ -245,6 +246,7 @@ impl Pins {
                 true => None,
                 false => Some(Pin::Stranded(pin.shared.gpu)),
             };
+            slot.ending(None);
         }
     }
 
@@ -257,12 +259,19 @@ impl Pins {
                 *state = None;
             }
         }
-        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = withheld.extract_if(|_, (of, _)| *of == gpu);
-        let gone: Vec<_> = gone.collect();
+        let mut withheld = self.withheld();
+        *withheld.gone.entry(gpu).or_default() += 1;
+        let gone: Vec<_> = withheld
+            .memory
+            .extract_if(|_, (of, _)| *of == gpu)
+            .collect();
         drop(withheld);
         // Unmapping takes its time.
         drop(gone);
+    }
+
+    fn withheld(&self) -> MutexGuard<'_, Withheld> {
+        self.withheld.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Undoes a registration, before its memory goes. The GPU that has it registered still is an error.
@@ -298,6 +307,7 @@ impl Pins {
 
 impl MappingObserver for Pins {
     fn unmapping(&self, range: MappedRange) -> Unmapping {
+        let before = self.withheld().gone.clone();
         let slot = {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
             slots.remove(&range.mapping)
@@ -311,16 +321,20 @@ impl MappingObserver for Pins {
         let Err(gpu) = undone else {
             return Unmapping::Free;
         };
+        let mut withheld = self.withheld();
+        if withheld.gone.get(&gpu) != before.get(&gpu) {
+            // With its context.
+            return Unmapping::Free;
+        }
+        withheld.memory.insert(range.mapping, (gpu, None));
+        drop(withheld);
         tracing::warn!(?range, %gpu, "host memory stays registered with a GPU that is lost; its addresses are withheld");
-        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
-        withheld.insert(range.mapping, (gpu, None));
         Unmapping::Withhold
     }
 
     fn withheld(&self, mapping: MappingId, addresses: Arc<Addresses>) {
-        let mut withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner);
         // Else the context has gone meanwhile.
-        if let Some((_, kept)) = withheld.get_mut(&mapping) {
+        if let Some((_, kept)) = Self::withheld(self).memory.get_mut(&mapping) {
             *kept = Some(addresses);
         }
     }

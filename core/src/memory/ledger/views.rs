@@ -36,6 +36,16 @@ pub struct ResidencyView {
 }
 
 impl ResidencyView {
+    /// Whether a set that needs the memory may have it: nobody holds it, or it is still loaded on a guess, which is called off.
+    #[must_use]
+    pub const fn may_go(&self) -> bool {
+        if self.loading {
+            self.prefetched
+        } else {
+            self.pins == 0
+        }
+    }
+
     /// The residency as a candidate for eviction, as if no other tier had it. Restoring it is taken to last as long as its load did.
     #[must_use]
     pub fn candidate(&self) -> Candidate {
@@ -105,6 +115,19 @@ impl Ledger {
                 .map(Entry::view)
                 .collect()
         })
+    }
+
+    /// Somebody uses these, wherever: in RAM they are no guesses any more, although what a GPU has as well is not asked for there.
+    pub fn used_elsewhere<'a>(&self, contents: impl Iterator<Item = &'a ContentId>) {
+        let mut books = self.lock();
+        let Some(ram) = books.tiers.get_mut(&Tier::Ram) else {
+            return;
+        };
+        for content in contents {
+            if let Some(entry) = ram.entry_mut(content) {
+                entry.prefetched = false;
+            }
+        }
     }
 
     /// What is resident in any of these tiers.
