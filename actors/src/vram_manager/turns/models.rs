@@ -53,3 +53,36 @@ fn no_turn_is_lost_and_no_more_are_given_than_there_are() {
         assert_eq!((state.under_way, state.waiting.len()), (0, 0));
     });
 }
+
+#[test]
+fn a_guess_has_its_turn_once_the_link_is_idle_or_somebody_wants_it() {
+    for wanted in [false, true] {
+        let model = move || {
+            let turns = Arc::new(Turns::default());
+            let first = turns.ticket(Urgency::demand(Some(Duration::from_secs(1))));
+            let held = first.turn().now_or_never().unwrap();
+            let urgency = Urgency::prefetch();
+            let guess = {
+                let ticket = turns.ticket(urgency.clone());
+                thread::spawn(move || drop(block_on(ticket.turn())))
+            };
+            let other = {
+                let ticket = turns.ticket(Urgency::demand(None));
+                thread::spawn(move || drop(block_on(ticket.turn())))
+            };
+            if wanted {
+                // Whoever wants it need not wait for the first.
+                urgency.raise(None);
+                guess.join().unwrap();
+                drop(held);
+            } else {
+                drop(held);
+                guess.join().unwrap();
+            }
+            other.join().unwrap();
+            let state = turns.lock();
+            assert_eq!((state.under_way, state.waiting.len()), (0, 0));
+        };
+        explore(model);
+    }
+}
