@@ -204,7 +204,7 @@ impl CliError {
         {
             return ExitCode::SUCCESS;
         }
-        eprintln!("error: {self}");
+        output::tell(format_args!("error: {self}"));
         match self {
             Self::Config(_) | Self::Usage(_) | Self::Signatures(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,

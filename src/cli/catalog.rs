@@ -17,7 +17,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::kept::scan_from;
-use super::output::{self, line, table};
+use super::output::{self, line, table, tell};
 use super::{CliError, Global, config, config_with_models, server};
 
 /// What to scan.
@@ -92,7 +92,7 @@ pub(crate) async fn scan(args: &ScanArgs, global: &Global) -> Result<(), CliErro
     let report = scanned(&config.catalog, global.json).await?;
     let elapsed_s = began.elapsed().as_secs_f64();
     for problem in &report.problems {
-        eprintln!("warning: {problem}");
+        tell(format_args!("warning: {problem}"));
     }
     if global.json {
         let models: Vec<_> = report

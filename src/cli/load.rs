@@ -173,7 +173,7 @@ async fn tell(loaded: &Loaded, args: &LoadArgs, global: &Global) -> Result<(), C
         print(loaded, args.digest)?;
     }
     if args.hold {
-        eprintln!("holding {}; ctrl-c lets go", loaded.bytes);
+        output::tell(format_args!("holding {}; ctrl-c lets go", loaded.bytes));
         serve::Stop::listen()?.told().await;
     }
     Ok(())

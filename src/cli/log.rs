@@ -22,6 +22,8 @@ pub(crate) fn init(global: &Global) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Where stderr cannot be written any more, to say so there would panic.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     // A second initialisation is the embedding host's own; it stays.
     let _ = match global.log {

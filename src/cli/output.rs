@@ -24,10 +24,16 @@ pub(crate) fn line(text: impl AsRef<str>) -> Result<(), CliError> {
     writeln!(out, "{}", text.as_ref()).map_err(CliError::Output)
 }
 
+/// Writes a line to stderr. Where nobody can read it any more, since a terminal was closed or a reader has gone, nothing ends for
+/// that.
+pub(crate) fn tell(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// Tells on stderr what a long command is at, where somebody sees it.
 pub(crate) fn note(global: &super::Global, text: String) {
     if !global.json && std::io::stderr().is_terminal() {
-        eprintln!("{text}");
+        tell(text);
     }
 }
 

@@ -8,7 +8,7 @@ use hotset::{Config, Hotset};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::output::line;
+use super::output::{line, tell};
 use super::{CliError, Global, config};
 
 /// Starts the system, and waits for its first scan.
@@ -40,14 +40,14 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         config.predict.folder = database.map(|path| path.with_extension("learned"));
     }
     if config.catalog.roots.is_empty() {
-        eprintln!("warning: no model folder is configured; set catalog.roots or give --models DIR");
+        tell("warning: no model folder is configured; set catalog.roots or give --models DIR");
     }
     // Before anything else: a signal that comes during the first scan is heard too.
     let mut stop = Stop::listen()?;
     let hotset = tokio::select! {
         started = start(config) => Arc::new(started?),
         why = stop.told() => {
-            eprintln!("{why}: ending before the first scan did");
+            tell(format_args!("{why}: ending before the first scan did"));
             return Ok(());
         }
     };
@@ -80,7 +80,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         () = asked(bridge.as_ref()) => "a client asked for the end",
         never = super::heap::give_back() => match never {},
     };
-    eprintln!("{why}: draining");
+    tell(format_args!("{why}: draining"));
     hotset.quiesce().await;
     if let Some(http) = http {
         http.close().await;
@@ -113,17 +113,32 @@ pub(crate) async fn drain(global: &Global) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The signals that end a command gracefully: SIGTERM and ctrl-c.
+/// The signals that end a command gracefully: SIGTERM, ctrl-c, and the end of its terminal, unless it is to outlive that (`nohup`).
 pub(crate) struct Stop {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Option<Signal>,
+}
+
+/// Whether a process ignores a signal, by what `/proc/PID/status` says of it.
+fn ignores(status: &str, signal: SignalKind) -> bool {
+    let mut lines = status.lines();
+    let mask = lines.find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal.as_raw_value() - 1) & 1 == 1)
 }
 
 impl Stop {
     /// Listens from now on, instead of ending at once.
     pub(crate) fn listen() -> Result<Self, CliError> {
         let listen = |kind| signal(kind).map_err(|source| CliError::Runtime { source });
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let hangup = match ignores(&status, SignalKind::hangup()) {
+            true => None,
+            false => Some(listen(SignalKind::hangup())?),
+        };
         Ok(Self {
+            hangup,
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
         })
@@ -131,9 +146,32 @@ impl Stop {
 
     /// Waits for one of them; gives its name.
     pub(crate) async fn told(&mut self) -> &'static str {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "interrupted",
+            _ = hangup => "its terminal is gone",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ignored_is_read_from_the_kernels_word() {
+        let status =
+            "SigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
+        assert!(ignores(status, SignalKind::hangup()));
+        assert!(ignores(status, SignalKind::pipe()));
+        assert!(!ignores(status, SignalKind::interrupt()));
+        assert!(!ignores("", SignalKind::hangup()));
+        assert!(!ignores("SigIgn: none", SignalKind::hangup()));
     }
 }

@@ -141,12 +141,12 @@ pub(super) fn simulate(simulation: &Simulation<'_>, global: &Global) -> Result<(
             let due = began.elapsed().as_secs() / TELL.as_secs();
             if told.fetch_max(due, Ordering::Relaxed) < due {
                 let report = lock(&report);
-                eprintln!(
+                output::tell(format_args!(
                     "{} of {jobs} seeds, {} faults, {} violations",
                     report.seeds,
                     report.faults_injected,
                     report.violations.len()
-                );
+                ));
             }
         }
     };
@@ -198,7 +198,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn add(report: &Mutex<Report>, load: &Load, outcome: Outcome, trace: bool) {
     if trace {
         for line in &outcome.log {
-            eprintln!("{line}");
+            output::tell(line);
         }
     }
     let told = {

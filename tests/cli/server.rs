@@ -109,6 +109,41 @@ impl Drop for Ending {
     }
 }
 
+/// Whoever started it may be gone, with everything that it could say something to.
+#[test]
+fn a_server_drains_when_its_terminal_is_gone() {
+    let home = Home::new();
+    let library = home.library();
+    let arguments = ["--models", library.to_str().unwrap(), "serve"];
+    let mut command = home.command(&arguments);
+    command.env("RUST_LOG", "debug");
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let heard = std::io::BufReader::new(child.stderr.take().unwrap());
+    let server = Server {
+        child: Some(child),
+        socket: home.path().join(".local/state/hotset/hotset.sock"),
+    };
+    let mut lines = std::io::BufRead::lines(heard);
+    assert!(lines.next().is_some(), "it logs");
+    // Nobody reads from now on.
+    drop(lines);
+    until("the socket", || server.answers());
+    let loaded = home.json(&["load", "sdxl-demo", "--json"]);
+    assert_eq!(
+        loaded["components"].as_array().unwrap().len(),
+        4,
+        "{loaded}"
+    );
+    let pid = rustix::process::Pid::from_raw(server.id().cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    let ended = server.ended();
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
 #[test]
 fn commands_ask_the_running_server() {
     let home = Home::new();
