@@ -410,7 +410,7 @@ impl Predictor {
     fn users(&self, tracked: &Tracked, now: u64) -> Users {
         let mut users = Users::default();
         for user in &tracked.users {
-            let Some(last) = self.state.sessions.last(user.session) else {
+            let Some(last) = self.state.sessions.last(user.what) else {
                 continue;
             };
             let since = now.saturating_sub(last.at);

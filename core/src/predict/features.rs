@@ -66,18 +66,35 @@ pub(super) fn faded(request: u64, since: u64) -> f64 {
     (-(request.saturating_sub(since) as f64) / STICKINESS).exp2()
 }
 
-/// How often an adapter was used with a base.
+/// Something that a component was used with or by, and how often.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(super) struct UsedWith {
-    pub(super) base: ContentId,
+pub(super) struct Often<T> {
+    pub(super) what: T,
     pub(super) times: f64,
 }
 
-/// How often a session used a component.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(super) struct UsedBy {
-    pub(super) session: SessionId,
-    pub(super) times: f64,
+impl<T: Copy + PartialEq> Often<T> {
+    /// Counts one use, at the cost of the rarest where there are more than `most`.
+    fn count(all: &mut Vec<Self>, what: T, most: usize) {
+        for one in all.iter_mut() {
+            one.times *= OLD_USES;
+        }
+        if let Some(one) = all.iter_mut().find(|one| one.what == what) {
+            one.times += 1.0;
+            return;
+        }
+        if all.len() == most {
+            let rarest = (0..most).min_by(|a, b| f64::total_cmp(&all[*a].times, &all[*b].times));
+            if let Some(rarest) = rarest {
+                all.swap_remove(rarest);
+            }
+        }
+        all.push(Self { what, times: 1.0 });
+    }
+
+    fn is_sound(all: &[Self], most: usize) -> bool {
+        all.len() <= most && all.iter().all(|one| one.times.is_finite())
+    }
 }
 
 /// What those who use a component mostly have been doing.
@@ -110,8 +127,8 @@ pub(super) struct Tracked {
     /// The same, each weighted by how often it asked lately.
     pub(super) active: f64,
     pub(super) holders_at: u64,
-    pub(super) bases: Vec<UsedWith>,
-    pub(super) users: Vec<UsedBy>,
+    pub(super) bases: Vec<Often<ContentId>>,
+    pub(super) users: Vec<Often<SessionId>>,
 }
 
 impl Tracked {
@@ -156,50 +173,19 @@ impl Tracked {
 
     /// Counts one use of an adapter with a base.
     pub(super) fn used_with(&mut self, base: ContentId) {
-        for used in &mut self.bases {
-            used.times *= OLD_USES;
-        }
-        if let Some(used) = self.bases.iter_mut().find(|used| used.base == base) {
-            used.times += 1.0;
-            return;
-        }
-        if self.bases.len() == MAX_BASES {
-            let rarest = (0..MAX_BASES)
-                .min_by(|a, b| f64::total_cmp(&self.bases[*a].times, &self.bases[*b].times));
-            if let Some(rarest) = rarest {
-                self.bases.swap_remove(rarest);
-            }
-        }
-        self.bases.push(UsedWith { base, times: 1.0 });
+        Often::count(&mut self.bases, base, MAX_BASES);
     }
 
-    /// Counts one use by a session, at the cost of the rarest where there are too many.
+    /// Counts one use by a session.
     pub(super) fn used_by(&mut self, session: SessionId) {
-        for user in &mut self.users {
-            user.times *= OLD_USES;
-        }
-        if let Some(user) = self.users.iter_mut().find(|user| user.session == session) {
-            user.times += 1.0;
-            return;
-        }
-        if self.users.len() == MAX_USERS {
-            let rarest = (0..MAX_USERS)
-                .min_by(|a, b| f64::total_cmp(&self.users[*a].times, &self.users[*b].times));
-            if let Some(rarest) = rarest {
-                self.users.swap_remove(rarest);
-            }
-        }
-        self.users.push(UsedBy {
-            session,
-            times: 1.0,
-        });
+        Often::count(&mut self.users, session, MAX_USERS);
     }
 
     pub(super) fn usual_base(&self) -> Option<ContentId> {
         self.bases
             .iter()
             .max_by(|a, b| f64::total_cmp(&a.times, &b.times))
-            .map(|used| used.base)
+            .map(|used| used.what)
     }
 
     pub(super) fn holders_at(&self, request: u64) -> f64 {
@@ -228,10 +214,8 @@ impl Tracked {
         ];
         numbers.iter().all(|x| x.is_finite())
             && self.counts.is_sound()
-            && self.bases.len() <= MAX_BASES
-            && self.bases.iter().all(|used| used.times.is_finite())
-            && self.users.len() <= MAX_USERS
-            && self.users.iter().all(|user| user.times.is_finite())
+            && Often::is_sound(&self.bases, MAX_BASES)
+            && Often::is_sound(&self.users, MAX_USERS)
     }
 }
 
@@ -440,7 +424,7 @@ mod tests {
             .users
             .iter()
             .max_by(|a, b| a.times.total_cmp(&b.times));
-        assert_eq!(most.unwrap().session, SessionId(99));
+        assert_eq!(most.unwrap().what, SessionId(99));
         assert!(tracked.is_sound());
     }
 
