@@ -57,6 +57,8 @@ pub(crate) enum GuessMessage {
     Emptied(Arc<GuessedLoad>),
     /// It has ended, one way or the other, after so much of its time that nobody waited for it: 1 where nobody came.
     Ended(Arc<GuessedLoad>, f64),
+    /// What was called off should have ended by now.
+    Overdue,
     /// Nothing is guessed any more, or somebody waits for memory in another tier, which those under way hold as well.
     CallOff,
 }
@@ -71,9 +73,12 @@ struct UnderWay {
     reservation: Option<Reservation>,
     /// Raised by whoever wants it before it is there.
     urgency: Urgency,
-    /// When somebody waited for what it holds, since the start of the system.
-    in_the_way: Option<Duration>,
+    /// When it was called off, since the start of the system, and whether somebody waited for what it holds.
+    called_off: Option<(Duration, bool)>,
 }
+
+/// How long others wait for the memory of a guess that was called off, before anything else goes for them: a disk may hang.
+const GIVEN: Duration = Duration::from_millis(250);
 
 impl UnderWay {
     /// Nor did anybody come who wants it after all.
@@ -144,12 +149,9 @@ impl Guessing {
             }
             GuessMessage::Ended(guess, share) => {
                 self.ended(&guess, share);
-                admission.expect(self.coming());
-                if admission.waiting() > 0 {
-                    // What was expected of it has come, or never will.
-                    admission.retry();
-                }
+                self.expect_less(admission);
             }
+            GuessMessage::Overdue => self.expect_less(admission),
             GuessMessage::CallOff => self.give_way(admission, |_| false),
         }
     }
@@ -178,22 +180,42 @@ impl Guessing {
         }
     }
 
+    /// What was expected has come, or never will.
+    fn expect_less(&self, admission: &mut Admission) {
+        admission.expect(self.coming());
+        if admission.waiting() > 0 {
+            admission.retry();
+        }
+    }
+
     /// Somebody waits for what they hold.
     fn give_way(&mut self, admission: &mut Admission, but: impl Fn(&ContentId) -> bool) {
+        self.drop_reservations(true, but);
+        self.give_up_emptying(admission);
+    }
+
+    fn drop_reservations(&mut self, waited_for: bool, but: impl Fn(&ContentId) -> bool) {
         let now = self.house.ledger.now();
+        let mut any = false;
         for (content, under_way) in &mut self.under_way {
             if !but(content) && under_way.reservation.take().is_some() {
-                under_way.in_the_way = Some(now);
+                under_way.called_off = Some((now, waited_for));
+                any = true;
             }
         }
-        self.give_up_emptying(admission);
+        if any {
+            let tell = self.tell.clone();
+            // Nor does the end of the system wait for it.
+            drop(tokio::spawn(async move {
+                tokio::time::sleep(GIVEN).await;
+                tell(GuessMessage::Overdue);
+            }));
+        }
     }
 
     /// The memory itself is short, whoever waits.
     pub(crate) fn call_off(&mut self, admission: &mut Admission) {
-        for under_way in self.under_way.values_mut() {
-            under_way.reservation = None;
-        }
+        self.drop_reservations(false, |_| false);
         self.give_up_emptying(admission);
     }
 
@@ -217,10 +239,15 @@ impl Guessing {
         admission.expect(self.coming());
     }
 
-    /// What those that were called off still hold.
+    /// What those that were called off still hold, as long as it may be expected.
     fn coming(&self) -> Bytes {
+        let now = self.house.ledger.now();
+        let soon = |under_way: &&UnderWay| {
+            let since = under_way.called_off.map(|(since, _)| since);
+            under_way.is_called_off() && since.is_some_and(|since| now < since + GIVEN)
+        };
         let all = self.under_way.values();
-        all.filter(|under_way| under_way.is_called_off())
+        all.filter(soon)
             .map(|under_way| self.want(&under_way.guess.component).bytes())
             .sum()
     }
@@ -382,7 +409,7 @@ impl Guessing {
             guess: guess.clone(),
             reservation: Some(reservation),
             urgency: urgency.clone(),
-            in_the_way: None,
+            called_off: None,
         };
         self.under_way.insert(content, under_way);
         let tell = self.tell.clone();
@@ -457,8 +484,9 @@ impl Guessing {
         let now = house.ledger.now();
         let mut usage = house.usage();
         // Whoever waited did so for all of them together: until the last.
-        let others = self.under_way.values().any(|u| u.in_the_way.is_some());
-        if let Some(since) = under_way.in_the_way.filter(|_| !others) {
+        let in_the_way = |under_way: &UnderWay| under_way.called_off.filter(|(_, waited)| *waited);
+        let others = self.under_way.values().any(|u| in_the_way(u).is_some());
+        if let Some((since, _)) = in_the_way(&under_way).filter(|_| !others) {
             let held_s = now.saturating_sub(since).as_secs_f64();
             usage.guesses().delayed(self.tier, guess.grounds, held_s);
         }

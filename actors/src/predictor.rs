@@ -121,14 +121,14 @@ impl PredictorActor {
     fn set_enabled(&self, enabled: bool, reply: RpcReplyPort<()>, state: &mut State) {
         learn(state);
         state.enabled = enabled;
-        if !enabled {
-            guessing::call_off_all(&state.house);
-        }
         // For its own next start.
         state
             .house
             .predicting
             .store(enabled, std::sync::atomic::Ordering::Relaxed);
+        if !enabled {
+            guessing::call_off_all(&state.house);
+        }
         let _ = reply.send(());
     }
 

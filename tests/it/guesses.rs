@@ -370,6 +370,33 @@ async fn a_guess_goes_before_anything_that_is_there() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nobody_waits_for_a_guess_whose_disk_hangs() {
+    let library = Library::new();
+    let parts = [
+        ("text_encoder", "CLIPTextModel", 100),
+        ("unet", "UNet2DConditionModel", 400),
+    ];
+    library.pipeline_of("base", 1, &parts);
+    library.single("idle", 2, 300);
+    library.single("wanted", 3, 500);
+    let rig = Rig::start(library.config(Bytes::mib(1))).await;
+    load(&rig.hotset, &["idle"]).await;
+    load(&rig.hotset, &["base/text_encoder"]).await;
+    rig.reader.close();
+    rig.hotset.enable_predictive_caching(true).await.unwrap();
+    load(&rig.hotset, &["base/text_encoder"]).await;
+    until("the guess to be read", async || rig.reader.opened() == 3).await;
+    let session = rig.hotset.session("test").await.unwrap();
+    let loading = session.load(ComponentSet::new(["wanted"]));
+    until("something else to go", async || rig.reader.opened() == 4).await;
+    assert!(!in_ram(&rig.hotset).contains(&"idle/weights".to_owned()));
+    rig.reader.open_wide();
+    drop(outcome(loading).await.unwrap());
+    drop(session);
+    rig.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn guesses_end_where_they_are_switched_off() {
     let (_library, rig) = uploading(Bytes::mib(4), Bytes::mib(4), &[]).await;
     rig.hotset.enable_predictive_caching(false).await.unwrap();
