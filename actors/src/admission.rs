@@ -8,7 +8,7 @@ use std::time::Duration;
 use hotset_core::breaks::{self, Break};
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{
-    Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, WakeWhen, Want,
+    Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, TierView, WakeWhen, Want,
 };
 use hotset_core::plan::{Priority, newcomers_wait, passing, restore_s};
 use hotset_core::policy::{Candidate, EvictionPolicy, Guess, Victim, select};
@@ -126,13 +126,29 @@ impl Admission {
         self.waiting.len()
     }
 
-    /// Whether the wants of a set are more than is free.
+    /// Whether the wants of a set are more than is free, though they could be had.
     pub(crate) fn is_short(&self, request: &Request) -> bool {
         let ledger = &self.house.ledger;
-        let free = ledger
-            .view(self.tier)
-            .map_or(Bytes::ZERO, |view| view.free());
-        ledger.needed(self.tier, &request.wants) > free
+        let whole: Bytes = request.wants.iter().map(Want::bytes).sum();
+        let serves = |view: &TierView| view.out_of_service.is_none() && whole <= view.budget;
+        let view = ledger.view(self.tier).filter(serves);
+        view.is_some_and(|view| ledger.needed(self.tier, &request.wants) > view.free())
+    }
+
+    /// What is taken, without what comes back anyhow.
+    fn used(&self, view: &TierView) -> Bytes {
+        view.committed
+            .saturating_sub(view.evicting)
+            .saturating_sub(self.coming)
+    }
+
+    /// Evicts what nobody holds until no more than this share of the budget is taken; gives what is coming back by that.
+    pub(crate) fn relieve(&mut self, keep: f64, cause: &EvictCause) -> Bytes {
+        let view = self.house.ledger.view(self.tier);
+        let surplus = view.map_or(Bytes::ZERO, |view| {
+            self.used(&view).saturating_sub(view.budget.share(keep))
+        });
+        self.evict_up_to(surplus, cause)
     }
 
     /// So much comes back without any eviction, since guesses were called off.
@@ -274,7 +290,7 @@ impl Admission {
             return;
         };
         let high = view.budget.share(self.high_watermark);
-        let used = view.committed.saturating_sub(view.evicting);
+        let used = self.used(&view);
         if used > high {
             let surplus = used.saturating_sub(view.budget.share(self.low_watermark));
             self.evict_up_to(
@@ -293,8 +309,7 @@ impl Admission {
         let Some(view) = self.house.ledger.view(self.tier) else {
             return Bytes::ZERO;
         };
-        let used = view.committed.saturating_sub(view.evicting);
-        let surplus = used.saturating_sub(view.budget);
+        let surplus = self.used(&view).saturating_sub(view.budget);
         if surplus.is_zero() {
             return surplus;
         }

@@ -59,8 +59,11 @@ pub(crate) enum GuessMessage {
     Ended(Arc<GuessedLoad>, f64),
     /// What was called off should have ended by now.
     Overdue,
-    /// Nothing is guessed any more, or somebody waits for memory in another tier, which those under way hold as well.
-    CallOff,
+    /// Nothing is guessed any more, or memory is short in another tier, which those under way hold as well.
+    CallOff {
+        /// Somebody waits for it there.
+        waited_for: bool,
+    },
 }
 
 /// How a keeper hears of its guesses.
@@ -148,11 +151,14 @@ impl Guessing {
                 }
             }
             GuessMessage::Ended(guess, share) => {
-                self.ended(&guess, share);
+                self.ended(&guess, share, admission.waiting() > 0);
                 self.expect_less(admission);
             }
             GuessMessage::Overdue => self.expect_less(admission),
-            GuessMessage::CallOff => self.give_way(admission, |_| false),
+            GuessMessage::CallOff { waited_for } => {
+                self.drop_reservations(waited_for, |_| false);
+                self.give_up_emptying(admission);
+            }
         }
     }
 
@@ -183,9 +189,7 @@ impl Guessing {
     /// What was expected has come, or never will.
     fn expect_less(&self, admission: &mut Admission) {
         admission.expect(self.coming());
-        if admission.waiting() > 0 {
-            admission.retry();
-        }
+        admission.retry();
     }
 
     /// Somebody waits for what they hold.
@@ -463,7 +467,7 @@ impl Guessing {
         }
     }
 
-    fn ended(&mut self, guess: &Arc<GuessedLoad>, share: f64) {
+    fn ended(&mut self, guess: &Arc<GuessedLoad>, share: f64, somebody_waits: bool) {
         let content = guess.content();
         let is_it = |under_way: &UnderWay| Arc::ptr_eq(&under_way.guess, guess);
         if !self.under_way.get(&content).is_some_and(is_it) {
@@ -478,7 +482,10 @@ impl Guessing {
         let there = house.ledger.needed(self.tier, &wants).is_zero();
         if there && !under_way.is_called_off() {
             house.usage().guesses().landed(self.tier, &content, share);
-            self.send_on(guess);
+            // Whoever wanted it meanwhile has it where it is to be.
+            if under_way.urgency.is_prefetch() {
+                self.send_on(guess);
+            }
             return;
         }
         let now = house.ledger.now();
@@ -487,7 +494,14 @@ impl Guessing {
         let in_the_way = |under_way: &UnderWay| under_way.called_off.filter(|(_, waited)| *waited);
         let others = self.under_way.values().any(|u| in_the_way(u).is_some());
         if let Some((since, _)) = in_the_way(&under_way).filter(|_| !others) {
-            let held_s = now.saturating_sub(since).as_secs_f64();
+            let held = now.saturating_sub(since);
+            // Others went for those who have been served meanwhile.
+            let held = if somebody_waits {
+                held
+            } else {
+                held.min(GIVEN)
+            };
+            let held_s = held.as_secs_f64();
             usage.guesses().delayed(self.tier, guess.grounds, held_s);
         }
         usage.guesses().gone(self.tier, &content);
@@ -562,15 +576,15 @@ async fn alone(house: &House, urgency: &Urgency, mut moving: BoxFuture<'static, 
 
 /// Nothing is guessed any more.
 pub(crate) fn call_off_all(house: &House) {
-    let _ = house
-        .ram
-        .cast(RamCacheMessage::Guess(GuessMessage::CallOff));
-    call_off_uploads(house);
+    let call_off = GuessMessage::CallOff { waited_for: false };
+    let _ = house.ram.cast(RamCacheMessage::Guess(call_off));
+    call_off_uploads(house, false);
 }
 
-/// Somebody waits for RAM: uploads on a guess let go of what they hold there.
-pub(crate) fn call_off_uploads(house: &House) {
+/// RAM is short: uploads on a guess let go of what they hold there.
+pub(crate) fn call_off_uploads(house: &House, waited_for: bool) {
     for slot in house.vram.values() {
-        let _ = slot.cast(VramManagerMessage::Guess(GuessMessage::CallOff));
+        let call_off = GuessMessage::CallOff { waited_for };
+        let _ = slot.cast(VramManagerMessage::Guess(call_off));
     }
 }

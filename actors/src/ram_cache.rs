@@ -93,7 +93,7 @@ impl RamCache {
         state.admission.submit(request);
         state.guessing.look(&mut state.admission);
         if state.admission.waiting() > 0 {
-            call_off_uploads(&state.house);
+            call_off_uploads(&state.house, true);
         }
     }
 
@@ -120,7 +120,7 @@ impl RamCache {
     #[ractor::message(RamCacheMessage::Woken)]
     fn woken(&self, state: &mut State) {
         if state.guessing.keep_within_budget(&mut state.admission) {
-            call_off_uploads(&state.house);
+            call_off_uploads(&state.house, false);
         }
         state.admission.retry();
         state.guessing.look(&mut state.admission);
@@ -135,17 +135,8 @@ impl RamCache {
         state: &mut State,
     ) {
         state.guessing.call_off(&mut state.admission);
-        call_off_uploads(&state.house);
-        let surplus = state
-            .house
-            .ledger
-            .view(Tier::Ram)
-            .map_or(Bytes::ZERO, |view| {
-                view.committed
-                    .saturating_sub(view.evicting)
-                    .saturating_sub(view.budget.share(keep))
-            });
-        let freed = state.admission.evict_up_to(surplus, &cause);
+        call_off_uploads(&state.house, false);
+        let freed = state.admission.relieve(keep, &cause);
         if let Some(reply) = reply {
             let _ = reply.send(freed);
         }

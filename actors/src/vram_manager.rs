@@ -257,16 +257,7 @@ impl VramManager {
         state: &mut State,
     ) {
         state.guessing.call_off(&mut state.admission);
-        let surplus = state
-            .house
-            .ledger
-            .view(state.tier)
-            .map_or(Bytes::ZERO, |view| {
-                view.committed
-                    .saturating_sub(view.evicting)
-                    .saturating_sub(view.budget.share(keep))
-            });
-        let freed = state.admission.evict_up_to(surplus, &cause);
+        let freed = state.admission.relieve(keep, &cause);
         if let Some(reply) = reply {
             let _ = reply.send(freed);
         }

@@ -1,10 +1,11 @@
 //! `hotset serve`: runs the system until it is told to stop. Every command that needs a system starts it here.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use hotset::bridge::Bridge;
 use hotset::http::Http;
-use hotset::{Config, Hotset};
+use hotset::{Config, Hotset, Status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -60,21 +61,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
         false => None,
     };
     let status = hotset.status().await;
-    if global.json {
-        super::output::json(&status)?;
-    } else {
-        line(format!(
-            "serving {} models; ctrl-c drains and ends",
-            status.catalogue.models
-        ))?;
-        if let Some(bridge) = &bridge {
-            line(format!("bridge: {}", bridge.socket().display()))?;
-        }
-        if let Some(http) = &http {
-            line(format!("http: http://{}", http.address()))?;
-        }
-        super::status::tiers(&status.tiers)?;
-    }
+    let http_at = http.as_ref().map(Http::address);
+    // Whoever reads it may have gone; those who are served have not.
+    let _ = greet(global, &status, bridge.as_ref(), http_at);
     let why = tokio::select! {
         why = stop.told() => why,
         () = asked(bridge.as_ref()) => "a client asked for the end",
@@ -99,6 +88,29 @@ async fn asked(bridge: Option<&Bridge>) {
         Some(bridge) => bridge.drain_requested().await,
         None => std::future::pending().await,
     }
+}
+
+/// Says what is served and where.
+fn greet(
+    global: &Global,
+    status: &Status,
+    bridge: Option<&Bridge>,
+    http: Option<SocketAddr>,
+) -> Result<(), CliError> {
+    if global.json {
+        return super::output::json(status);
+    }
+    line(format!(
+        "serving {} models; ctrl-c drains and ends",
+        status.catalogue.models
+    ))?;
+    if let Some(bridge) = bridge {
+        line(format!("bridge: {}", bridge.socket().display()))?;
+    }
+    if let Some(address) = http {
+        line(format!("http: http://{address}"))?;
+    }
+    super::status::tiers(&status.tiers)
 }
 
 /// `hotset drain`

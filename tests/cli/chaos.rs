@@ -8,7 +8,7 @@ use hotset::client::{Client, LoadOptions};
 use hotset::core::machine::Cgroup;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
-use crate::server::{Server, until};
+use crate::server::{Server, hangup, until};
 use crate::{Home, told};
 
 #[test]
@@ -96,7 +96,7 @@ fn a_run_that_is_told_to_stop_cleans_up() {
     until("the run, its server and workers", || processes() > 3);
     let pid = Pid::from_child(&run.0);
     // As where its terminal is closed; SIGTERM is the same.
-    assert_eq!(run.stop(rustix::process::Signal::HUP).code(), Some(1));
+    assert_eq!(run.stop(hangup()).code(), Some(1));
     assert_eq!((mounts(), processes()), (0, 0));
     let groups = Cgroup::of_this_process().and_then(|own| own.folder().map(Path::to_owned));
     if let Some(groups) = groups {

@@ -99,6 +99,17 @@ impl Drop for Server {
     }
 }
 
+/// The end of a terminal; SIGTERM where this process is to outlive that, as do those that it starts (`nohup cargo test`).
+pub(crate) fn hangup() -> rustix::process::Signal {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mut lines = status.lines();
+    let ignored = lines.find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    match u64::from_str_radix(ignored.trim(), 16).unwrap() & 1 {
+        0 => rustix::process::Signal::HUP,
+        _ => rustix::process::Signal::TERM,
+    }
+}
+
 /// A process that does not outlive its test.
 pub(crate) struct Ending(pub(crate) Child);
 
@@ -139,7 +150,7 @@ fn a_server_drains_when_its_terminal_is_gone() {
         "{loaded}"
     );
     let pid = rustix::process::Pid::from_raw(server.id().cast_signed()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    rustix::process::kill_process(pid, hangup()).unwrap();
     let ended = server.ended();
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
 }

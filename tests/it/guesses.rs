@@ -386,6 +386,7 @@ async fn nobody_waits_for_a_guess_whose_disk_hangs() {
     rig.hotset.enable_predictive_caching(true).await.unwrap();
     load(&rig.hotset, &["base/text_encoder"]).await;
     until("the guess to be read", async || rig.reader.opened() == 3).await;
+    tokio::time::sleep(Duration::from_millis(10)).await;
     let session = rig.hotset.session("test").await.unwrap();
     let loading = session.load(ComponentSet::new(["wanted"]));
     until("something else to go", async || rig.reader.opened() == 4).await;

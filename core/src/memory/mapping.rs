@@ -452,12 +452,14 @@ impl Drop for Mapping {
             return;
         }
         let counted = self.counted.take();
+        let held = self.held();
         if let Some(Withheld(bytes)) = &counted {
-            bytes.fetch_add(self.len as u64, Ordering::Relaxed);
+            bytes.fetch_add(held.get(), Ordering::Relaxed);
         }
         let addresses = Arc::new(Addresses {
             start: self.start,
             len: self.len,
+            held,
             counted,
         });
         for observer in self.withholding.drain(..) {

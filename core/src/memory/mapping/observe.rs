@@ -36,6 +36,8 @@ pub enum Unmapping {
 pub struct Addresses {
     pub(super) start: NonNull<u8>,
     pub(super) len: usize,
+    /// The memory that was there.
+    pub(super) held: Bytes,
     pub(super) counted: Option<Withheld>,
 }
 
@@ -57,7 +59,7 @@ unsafe impl Sync for Addresses {}
 impl Drop for Addresses {
     fn drop(&mut self) {
         if let Some(Withheld(bytes)) = &self.counted {
-            bytes.fetch_sub(self.len as u64, Ordering::Relaxed);
+            bytes.fetch_sub(self.held.get(), Ordering::Relaxed);
         }
         // SAFETY: made in `Mapping::drop` in the place of the mapping, and without access, so that nobody uses it.
         if let Err(error) = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) } {
