@@ -3,7 +3,7 @@
 //!
 //! A component that is on disk alone comes to RAM first, and goes on to the GPU where it is expected once it is there.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -105,8 +105,9 @@ pub(crate) struct Guessing {
     tier: Tier,
     high_watermark: f64,
     tell: Tell,
-    /// Holds each until it lands.
-    under_way: BTreeMap<ContentId, UnderWay>,
+    /// Holds each until it lands. In the order in which they began, which content ids have not: those differ from run to run of a
+    /// simulation, as its files do.
+    under_way: Vec<UnderWay>,
     /// The one for which others went whose memory is not back yet, and those after it.
     emptying: Option<Emptying>,
     next: VecDeque<Arc<GuessedLoad>>,
@@ -124,7 +125,7 @@ impl Guessing {
             tier,
             high_watermark,
             tell: Arc::new(tell),
-            under_way: BTreeMap::new(),
+            under_way: Vec::new(),
             emptying: None,
             next: VecDeque::new(),
         }
@@ -169,7 +170,7 @@ impl Guessing {
             self.consider_next(admission);
             return;
         }
-        let all = self.under_way.keys().copied();
+        let all = self.under_way.iter().map(|one| one.guess.content());
         let waited_for: HashSet<ContentId> = all
             .filter(|content| admission.is_waited_for(content))
             .collect();
@@ -201,8 +202,8 @@ impl Guessing {
     fn drop_reservations(&mut self, waited_for: bool, but: impl Fn(&ContentId) -> bool) {
         let now = self.house.ledger.now();
         let mut any = false;
-        for (content, under_way) in &mut self.under_way {
-            if !but(content) && under_way.reservation.take().is_some() {
+        for under_way in &mut self.under_way {
+            if !but(&under_way.guess.content()) && under_way.reservation.take().is_some() {
                 under_way.called_off = Some((now, waited_for));
                 any = true;
             }
@@ -250,7 +251,7 @@ impl Guessing {
             let since = under_way.called_off.map(|(since, _)| since);
             under_way.is_called_off() && since.is_some_and(|since| now < since + GIVEN)
         };
-        let all = self.under_way.values();
+        let all = self.under_way.iter();
         all.filter(soon)
             .map(|under_way| self.want(&under_way.guess.component).bytes())
             .sum()
@@ -415,7 +416,7 @@ impl Guessing {
             urgency: urgency.clone(),
             called_off: None,
         };
-        self.under_way.insert(content, under_way);
+        self.under_way.push(under_way);
         let tell = self.tell.clone();
         // Not tied to the actor, like every load.
         let task = house.clone();
@@ -470,13 +471,11 @@ impl Guessing {
     fn ended(&mut self, guess: &Arc<GuessedLoad>, share: f64, somebody_waits: bool) {
         let content = guess.content();
         let is_it = |under_way: &UnderWay| Arc::ptr_eq(&under_way.guess, guess);
-        if !self.under_way.get(&content).is_some_and(is_it) {
-            return;
-        }
-        // What has landed may be evicted at any time.
-        let Some(under_way) = self.under_way.remove(&content) else {
+        let Some(at) = self.under_way.iter().position(is_it) else {
             return;
         };
+        // What has landed may be evicted at any time.
+        let under_way = self.under_way.remove(at);
         let house = &self.house;
         let wants = [self.want(&guess.component)];
         let there = house.ledger.needed(self.tier, &wants).is_zero();
@@ -492,7 +491,7 @@ impl Guessing {
         let mut usage = house.usage();
         // Whoever waited did so for all of them together: until the last.
         let in_the_way = |under_way: &UnderWay| under_way.called_off.filter(|(_, waited)| *waited);
-        let others = self.under_way.values().any(|u| in_the_way(u).is_some());
+        let others = self.under_way.iter().any(|u| in_the_way(u).is_some());
         if let Some((since, _)) = in_the_way(&under_way).filter(|_| !others) {
             let held = now.saturating_sub(since);
             // Others went for those who have been served meanwhile.
@@ -524,12 +523,10 @@ impl Guessing {
 impl Drop for Guessing {
     fn drop(&mut self) {
         // What is loaded for them ends with their reservations, and nobody hears of it.
-        let emptying = self
-            .emptying
-            .take()
-            .map(|emptying| emptying.guess.content());
-        for content in self.under_way.keys().chain(&emptying) {
-            self.withdraw(content);
+        let emptying = self.emptying.take().map(|emptying| emptying.guess);
+        let under_way = self.under_way.iter().map(|one| &one.guess);
+        for guess in under_way.chain(&emptying) {
+            self.withdraw(&guess.content());
         }
     }
 }

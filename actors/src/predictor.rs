@@ -219,9 +219,7 @@ impl Places {
                     &mut places.ram
                 }
                 Tier::Vram(gpu) => {
-                    // Not in simulation: uploads on a guess made two runs of one seed differ, for a reason that is not found yet.
-                    let guessed = !house.machine.is_simulated();
-                    if guessed && used.tier == view.tier && view.out_of_service.is_none() {
+                    if used.tier == view.tier && view.out_of_service.is_none() {
                         let config = config.gpu.get(gpu.0 as usize).cloned().unwrap_or_default();
                         places.onto = Some((gpu, view.budget.share(config.high_watermark)));
                     }
