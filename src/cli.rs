@@ -79,7 +79,7 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 enum Command {
     /// Make a small model library, serve it, load pipelines, and show what happened
     Demo(demo::DemoArgs),
-    /// Run the system until it is told to stop (SIGTERM, ctrl-c, `hotset drain`)
+    /// Run the system until it is told to stop (SIGTERM, ctrl-c, the end of its terminal, `hotset drain`)
     Serve,
     /// Discover and identify the models in folders
     Scan(catalog::ScanArgs),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hotset_core::breaks::{self, Break};
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{
-    Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, TierView, WakeWhen, Want,
+    Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, TierSums, WakeWhen, Want,
 };
 use hotset_core::plan::{Priority, newcomers_wait, passing, restore_s};
 use hotset_core::policy::{Candidate, EvictionPolicy, Guess, Victim, select};
@@ -130,23 +130,21 @@ impl Admission {
     pub(crate) fn is_short(&self, request: &Request) -> bool {
         let ledger = &self.house.ledger;
         let whole: Bytes = request.wants.iter().map(Want::bytes).sum();
-        let serves = |view: &TierView| view.out_of_service.is_none() && whole <= view.budget;
-        let view = ledger.view(self.tier).filter(serves);
-        view.is_some_and(|view| ledger.needed(self.tier, &request.wants) > view.free())
+        let sums = ledger.sums(self.tier);
+        let sums = sums.filter(|sums| sums.in_service && whole <= sums.budget);
+        sums.is_some_and(|sums| ledger.needed(self.tier, &request.wants) > sums.free())
     }
 
     /// What is taken, without what comes back anyhow.
-    fn used(&self, view: &TierView) -> Bytes {
-        view.committed
-            .saturating_sub(view.evicting)
-            .saturating_sub(self.coming)
+    fn used(&self, sums: TierSums) -> Bytes {
+        sums.used().saturating_sub(self.coming)
     }
 
     /// Evicts what nobody holds until no more than this share of the budget is taken; gives what is coming back by that.
     pub(crate) fn relieve(&mut self, keep: f64, cause: &EvictCause) -> Bytes {
-        let view = self.house.ledger.view(self.tier);
-        let surplus = view.map_or(Bytes::ZERO, |view| {
-            self.used(&view).saturating_sub(view.budget.share(keep))
+        let sums = self.house.ledger.sums(self.tier);
+        let surplus = sums.map_or(Bytes::ZERO, |sums| {
+            self.used(sums).saturating_sub(sums.budget.share(keep))
         });
         self.evict_up_to(surplus, cause)
     }
@@ -286,13 +284,13 @@ impl Admission {
 
     /// Evicts what nobody holds, down to the low watermark, where the high one is passed.
     pub(crate) fn trim(&mut self) {
-        let Some(view) = self.house.ledger.view(self.tier) else {
+        let Some(sums) = self.house.ledger.sums(self.tier) else {
             return;
         };
-        let high = view.budget.share(self.high_watermark);
-        let used = self.used(&view);
+        let high = sums.budget.share(self.high_watermark);
+        let used = self.used(sums);
         if used > high {
-            let surplus = used.saturating_sub(view.budget.share(self.low_watermark));
+            let surplus = used.saturating_sub(sums.budget.share(self.low_watermark));
             self.evict_up_to(
                 surplus,
                 &EvictCause::Watermark {
@@ -306,10 +304,10 @@ impl Admission {
     /// Evicts what nobody holds where more is committed than the budget allows, which may have become less. Gives what
     /// remains too much, since it is held.
     pub(crate) fn keep_within_budget(&mut self, cause: &EvictCause) -> Bytes {
-        let Some(view) = self.house.ledger.view(self.tier) else {
+        let Some(sums) = self.house.ledger.sums(self.tier) else {
             return Bytes::ZERO;
         };
-        let surplus = self.used(&view).saturating_sub(view.budget);
+        let surplus = self.used(sums).saturating_sub(sums.budget);
         if surplus.is_zero() {
             return surplus;
         }
@@ -526,11 +524,6 @@ impl Admission {
         freed
     }
 
-    fn is_on_a_gpu(&self, content: &ContentId) -> bool {
-        let ledger = &self.house.ledger;
-        ledger.resident(|tier| tier != Tier::Ram).contains(content)
-    }
-
     fn take_out(
         &mut self,
         victims: Vec<Victim>,
@@ -545,8 +538,8 @@ impl Admission {
             };
             // A guess that went on to a GPU is there, whatever becomes of its source.
             let went_on =
-                self.tier == Tier::Ram && evicted.prefetched() && self.is_on_a_gpu(&victim.content);
-            let wasted = evicted.prefetched() && !went_on;
+                || self.tier == Tier::Ram && self.house.ledger.is_on_a_gpu(&victim.content);
+            let wasted = evicted.prefetched() && !went_on();
             if wasted {
                 let mut usage = self.house.usage();
                 usage.guesses().gone(self.tier, &victim.content);
@@ -594,13 +587,8 @@ impl Admission {
                 wake.notify_one();
             }))
         });
-        let high = self
-            .house
-            .ledger
-            .view(self.tier)
-            .map_or(Bytes(u64::MAX), |view| {
-                view.budget.share(self.high_watermark)
-            });
+        let budget = self.house.ledger.budget(self.tier);
+        let high = budget.map_or(Bytes(u64::MAX), |budget| budget.share(self.high_watermark));
         self.house.ledger.set_wake_when(
             self.tier,
             WakeWhen {

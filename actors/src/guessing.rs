@@ -90,10 +90,18 @@ impl UnderWay {
     }
 }
 
+/// How a component comes to a tier on a guess.
+enum Way {
+    /// From disk to RAM.
+    Read,
+    /// To a GPU, from RAM, where this claim holds it.
+    Upload(Arc<dyn Device>, Claim),
+}
+
 /// A guess for which others went.
 struct Emptying {
     guess: Arc<GuessedLoad>,
-    source: Option<Claim>,
+    way: Way,
 }
 
 /// Guesses under way at most, the one that waits for room included. A disk or a link moves a piece of one at a time.
@@ -146,8 +154,8 @@ impl Guessing {
             GuessMessage::Emptied(guess) => {
                 // Unless it was given up meanwhile.
                 let is_it = |emptying: &mut Emptying| Arc::ptr_eq(&emptying.guess, &guess);
-                if let Some(Emptying { guess, source }) = self.emptying.take_if(is_it) {
-                    self.begin(guess, source);
+                if let Some(Emptying { guess, way }) = self.emptying.take_if(is_it) {
+                    self.begin(guess, way);
                     self.consider_next(admission);
                 }
             }
@@ -226,9 +234,8 @@ impl Guessing {
 
     /// The same where more is committed than the budget allows, which may have become less. Gives whether it is.
     pub(crate) fn keep_within_budget(&mut self, admission: &mut Admission) -> bool {
-        let view = self.house.ledger.view(self.tier);
-        let over =
-            view.is_some_and(|view| view.committed.saturating_sub(view.evicting) > view.budget);
+        let sums = self.house.ledger.sums(self.tier);
+        let over = sums.is_some_and(|sums| sums.used() > sums.budget);
         if over {
             self.call_off(admission);
         }
@@ -281,8 +288,8 @@ impl Guessing {
 
     /// Whether memory is on its way out.
     fn is_evicting(&self) -> bool {
-        let view = self.house.ledger.view(self.tier);
-        view.is_some_and(|view| !view.evicting.is_zero())
+        let sums = self.house.ledger.sums(self.tier);
+        sums.is_some_and(|sums| !sums.evicting.is_zero())
     }
 
     /// Whether a GPU's guess would hold what somebody waits for in RAM.
@@ -309,7 +316,7 @@ impl Guessing {
         let (component, content) = (&guess.component, guess.content());
         let want = self.want(component);
         let bytes = want.bytes();
-        let Some(view) = house.ledger.view(self.tier) else {
+        let Some(sums) = house.ledger.sums(self.tier) else {
             return;
         };
         if *house.pressure.borrow() == Pressure::High
@@ -319,8 +326,8 @@ impl Guessing {
         {
             return;
         }
-        let high = view.budget.share(self.high_watermark);
-        let over = view.committed.saturating_add(bytes).saturating_sub(high);
+        let high = sums.budget.share(self.high_watermark);
+        let over = sums.committed.saturating_add(bytes).saturating_sub(high);
         let asked = Guess {
             content,
             restore_s: guess.load_s,
@@ -333,8 +340,8 @@ impl Guessing {
         let Some(room) = room.filter(|_| bytes <= high) else {
             return;
         };
-        // Before anything goes for it: it stays there.
-        let Some(source) = self.source(component) else {
+        // Before anything goes for it: what it comes from stays there.
+        let Some(way) = self.way(component) else {
             return;
         };
         let position = Position {
@@ -353,16 +360,19 @@ impl Guessing {
             return;
         }
         if room.costs.is_empty() {
-            self.begin(guess, source);
+            self.begin(guess, way);
             return;
         }
         let evicted = admission.make(room, &component.id);
+        let dropped = house.off_thread(move || drop(evicted));
+        let device = match &way {
+            Way::Read => None,
+            Way::Upload(device, _) => Some(device.clone()),
+        };
         self.emptying = Some(Emptying {
             guess: guess.clone(),
-            source,
+            way,
         });
-        let dropped = house.off_thread(move || drop(evicted));
-        let device = self.device();
         let tell = self.tell.clone();
         house.tasks.spawn(async move {
             let _ = dropped.await;
@@ -374,14 +384,7 @@ impl Guessing {
         });
     }
 
-    fn device(&self) -> Option<Arc<dyn Device>> {
-        match self.tier {
-            Tier::Ram => None,
-            Tier::Vram(gpu) => self.house.devices.get(&gpu).cloned(),
-        }
-    }
-
-    fn begin(&mut self, guess: Arc<GuessedLoad>, source: Option<Claim>) {
+    fn begin(&mut self, guess: Arc<GuessedLoad>, way: Way) {
         let house = &self.house;
         let component = &guess.component;
         let (content, want) = (guess.content(), self.want(component));
@@ -389,19 +392,17 @@ impl Guessing {
         let begun = match house.ledger.reserve(self.tier, &[want], true) {
             Ok(Reserved::Granted(reservation)) => {
                 let ticket = house.ledger.start(self.tier, &content);
-                ticket.and_then(|ticket| {
-                    let urgency = ticket.urgency().clone();
-                    let moving = self.moving(component, source, ticket)?;
-                    Some((reservation, urgency, moving))
-                })
+                ticket.map(|ticket| (reservation, ticket))
             }
             _ => None,
         };
         // Others were faster: with the memory, or with the component itself.
-        let Some((reservation, urgency, moving)) = begun else {
+        let Some((reservation, ticket)) = begun else {
             self.withdraw(&content);
             return;
         };
+        let urgency = ticket.urgency().clone();
+        let moving = self.moving(component, way, ticket);
         add(&house.counters.prefetches, 1);
         house.decide(Act::Prefetch {
             component: component.id.clone(),
@@ -430,41 +431,40 @@ impl Guessing {
         });
     }
 
-    /// What it is moved from, held, so that it stays there: nothing for the disk. `None` where it is not there.
-    fn source(&self, component: &Arc<Component>) -> Option<Option<Claim>> {
-        if self.tier == Tier::Ram {
-            return Some(None);
-        }
+    /// How it would come here; `None` where it is not where it comes from.
+    fn way(&self, component: &Arc<Component>) -> Option<Way> {
+        let Tier::Vram(gpu) = self.tier else {
+            return Some(Way::Read);
+        };
         let wants = [Want::Component(component.clone(), component.ram_bytes())];
         // As a guess, since nobody has used it by that.
-        match self.house.ledger.reserve(Tier::Ram, &wants, true) {
-            Ok(Reserved::Granted(mut reservation)) => {
-                let there =
-                    |claim: &Claim| matches!(claim.state(), ResidencyState::Resident { .. });
-                reservation.claims.pop().filter(there).map(Some)
-            }
-            _ => None,
-        }
+        let Ok(Reserved::Granted(mut held)) = self.house.ledger.reserve(Tier::Ram, &wants, true)
+        else {
+            return None;
+        };
+        let there = |claim: &Claim| matches!(claim.state(), ResidencyState::Resident { .. });
+        let claim = held.claims.pop().filter(there)?;
+        Some(Way::Upload(self.house.devices.get(&gpu)?.clone(), claim))
     }
 
     fn moving(
         &self,
         component: &Arc<Component>,
-        source: Option<Claim>,
+        way: Way,
         ticket: FlightTicket,
-    ) -> Option<BoxFuture<'static, ()>> {
+    ) -> BoxFuture<'static, ()> {
         let (house, component) = (self.house.clone(), component.clone());
-        match (self.tier, source) {
-            (Tier::Vram(gpu), Some(claim)) => {
+        match way {
+            Way::Read => read_component(house, component, None, ticket).boxed(),
+            Way::Upload(device, claim) => {
                 let upload = Upload {
-                    device: house.devices.get(&gpu)?.clone(),
                     house,
+                    device,
                     component,
                     ticket,
                 };
-                Some(upload.run(Source::Ram(claim)).boxed())
+                upload.run(Source::Ram(claim)).boxed()
             }
-            _ => Some(read_component(house, component, None, ticket).boxed()),
         }
     }
 

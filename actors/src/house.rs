@@ -211,7 +211,7 @@ impl House {
             first_figures,
         } = gpus;
         let name = config.policy.eviction;
-        let ram_budget = ledger.view(Tier::Ram).map_or(Bytes::ZERO, |ram| ram.budget);
+        let ram_budget = ledger.budget(Tier::Ram).unwrap_or_default();
         Self {
             id: SYSTEMS.fetch_add(1, Ordering::Relaxed),
             catalogue: Arc::new(CatalogueCell::default()),
@@ -438,7 +438,7 @@ impl House {
     pub(crate) fn settle_budget(self: &Arc<Self>, host: &HostMemory) {
         let allowed = ram_budget(self.config.ram.budget, host.usable());
         let budget = allowed.saturating_sub(self.arena.view().lingering);
-        let Some(current) = self.ledger.view(Tier::Ram).map(|ram| ram.budget) else {
+        let Some(current) = self.ledger.budget(Tier::Ram) else {
             return;
         };
         if current == budget {

@@ -122,8 +122,8 @@ impl Monitor {
                     "others need host memory; dropping what nobody holds"
                 );
             }
-            let used = house.ledger.view(Tier::Ram).map_or(0.0, |view| {
-                view.committed.as_f64() / view.budget.as_f64().max(1.0)
+            let used = house.ledger.sums(Tier::Ram).map_or(0.0, |sums| {
+                sums.committed.as_f64() / sums.budget.as_f64().max(1.0)
             });
             let _ = house.ram.cast(RamCacheMessage::Relieve {
                 keep: used * KEEP_UNDER_PRESSURE,

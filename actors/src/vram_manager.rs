@@ -289,7 +289,7 @@ impl State {
             allowed,
         };
         let ledger = &self.house.ledger;
-        if ledger.view(self.tier).map(|view| view.budget) != Some(allowed) {
+        if ledger.budget(self.tier) != Some(allowed) {
             ledger.open_tier(self.tier, allowed);
         }
         if !figures.xids.is_empty() {
@@ -328,9 +328,7 @@ impl State {
 /// GPU is lost has nothing more to tell.
 fn lost(house: &House, tier: Tier, reason: &Arc<str>) {
     let ledger = &house.ledger;
-    let known = ledger
-        .view(tier)
-        .is_some_and(|view| view.out_of_service.is_some());
+    let known = ledger.sums(tier).is_some_and(|sums| !sums.in_service);
     ledger.set_service(tier, Some(reason.clone()));
     let leases = ledger.revoke_tier(tier, reason);
     house.usage().guesses().lost(tier);

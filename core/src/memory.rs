@@ -19,7 +19,7 @@ pub use frozen::{FrozenError, FrozenSlab, MemoryIdentity, OfferedMemory};
 pub use lease::{Lease, LeaseError, Place, TensorView};
 pub use ledger::{
     Charge, Claim, Evicted, Held, Ledger, Memory, Never, Reservation, Reserved, ResidencyState,
-    ResidencyView, Shortfall, TierView, WakeWhen, Want,
+    ResidencyView, Shortfall, TierSums, TierView, WakeWhen, Want,
 };
 pub use mapping::{
     Addresses, HUGE_PAGE, MappedRange, MappingId, MappingObserver, Pages, Unmapping,

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hotset::core::plan::{Fit, LINK_PER_S};
-use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim, lru::Lru};
+use hotset::core::policy::{Candidate, EvictionPolicy, Victim, lru::Lru};
 use hotset::core::predict::{Grounds, GuessResults, Observed};
 use hotset::{Act, Bytes, ComponentSet, Config, EvictCause, GpuIndex, Hotset, Target, Tier};
 
-use crate::library::{Library, Rig, outcome, until};
+use crate::library::{Gambler, Library, Rig, outcome, until};
 
 fn guessing(mut config: Config) -> Config {
     config.predict.enabled = true;
@@ -157,33 +157,6 @@ async fn nothing_is_guessed_where_that_is_off() {
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(in_ram(&rig.hotset), ["base/text_encoder"]);
     assert!(rig.hotset.guesses().iter().all(|of| of.score.loads == 0));
-}
-
-/// LRU, for whom a guess is worth everything, or nothing.
-struct Gambler {
-    generous: bool,
-}
-
-impl EvictionPolicy for Gambler {
-    fn name(&self) -> &'static str {
-        "gambler"
-    }
-
-    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        Lru.rank(now, candidates)
-    }
-
-    fn room_for_guess(
-        &mut self,
-        now: Duration,
-        guess: &Guess,
-        residents: &[Candidate],
-        needed: Bytes,
-    ) -> Option<Vec<Victim>> {
-        assert!(guess.certain && !needed.is_zero());
-        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
-        (self.generous && all >= needed).then(|| self.choose(now, residents, needed))
-    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -12,6 +12,8 @@ use hotset::core::config::GpuConfig;
 use hotset::core::device::sim::SimDevice;
 use hotset::core::io::{OpenComponent, PreadReader, ReadError, ReadOn, Reader};
 use hotset::core::memory::SlabWriter;
+use hotset::core::policy::lru::Lru;
+use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim};
 use hotset::core::tensor::TensorTable;
 use hotset::{
     Bytes, Component, Config, Device, Dtype, GpuIndex, Hotset, Lease, LoadError, Loading, Place,
@@ -353,5 +355,32 @@ pub(crate) async fn assert_tensors(lease: &Lease, expected: &Tensors) {
                 assert!(read == *bytes, "{name} differs on the device");
             }
         }
+    }
+}
+
+/// LRU, for whom a guess is worth everything, or nothing.
+pub(crate) struct Gambler {
+    pub(crate) generous: bool,
+}
+
+impl EvictionPolicy for Gambler {
+    fn name(&self) -> &'static str {
+        "gambler"
+    }
+
+    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        Lru.rank(now, candidates)
+    }
+
+    fn room_for_guess(
+        &mut self,
+        now: Duration,
+        guess: &Guess,
+        residents: &[Candidate],
+        needed: Bytes,
+    ) -> Option<Vec<Victim>> {
+        assert!(guess.certain && !needed.is_zero());
+        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
+        (self.generous && all >= needed).then(|| self.choose(now, residents, needed))
     }
 }

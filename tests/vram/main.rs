@@ -25,14 +25,14 @@ use hotset::bridge::wire::ServerMessage;
 use hotset::client::{Client, LoadOptions};
 use hotset::core::device::FigureSource;
 use hotset::core::device::cuda::{Cuda, Imported};
-use hotset::core::policy::{Candidate, EvictionPolicy, Guess, Victim, lru::Lru};
+use hotset::core::policy::EvictionPolicy;
 use hotset::{
     Act, ActorName, Bytes, ComponentSet, Config, EvictCause, GpuEvent, GpuIndex, Health, Hotset,
     Lease, LoadError, Session, Target, Tier, TierStatus,
 };
 use hotset_double_machine::{Call, Isolated, Machine, in_role, run, run_role, this_test};
 
-use library::{Library, Tensors, assert_tensors, outcome, soon, until};
+use library::{Gambler, Library, Tensors, assert_tensors, outcome, soon, until};
 
 const GPU: Tier = Tier::Vram(GpuIndex(0));
 

@@ -324,30 +324,6 @@ fn small_tensors_go_in_few_copies() {
     });
 }
 
-/// LRU, for whom every guess is worth all that is there.
-struct Generous;
-
-impl EvictionPolicy for Generous {
-    fn name(&self) -> &'static str {
-        "generous"
-    }
-
-    fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        Lru.rank(now, candidates)
-    }
-
-    fn room_for_guess(
-        &mut self,
-        now: Duration,
-        _guess: &Guess,
-        residents: &[Candidate],
-        needed: Bytes,
-    ) -> Option<Vec<Victim>> {
-        let all: Bytes = residents.iter().map(|c| c.bytes).sum();
-        (all >= needed).then(|| self.choose(now, residents, needed))
-    }
-}
-
 #[test]
 fn a_guess_waits_until_the_gpu_has_freed_what_goes_for_it() {
     run(this_test!(), gpus(1), |machine| {
@@ -360,7 +336,7 @@ fn a_guess_waits_until_the_gpu_has_freed_what_goes_for_it() {
         library.single("old", 2, 9000);
         set_room(machine, 25);
         block_on(async {
-            let policy = || -> Box<dyn EvictionPolicy> { Box::new(Generous) };
+            let policy = || -> Box<dyn EvictionPolicy> { Box::new(Gambler { generous: true }) };
             let started = Hotset::builder()
                 .config(config(&library))
                 .eviction(Arc::new(policy))

@@ -2,38 +2,30 @@
 //!
 //! Everything that it holds on the way, it holds by handles: wherever it is dropped, the bytes come back.
 
-use std::collections::BTreeMap;
+mod moving;
+mod reserving;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use hotset_core::breaks::{self, Break};
 use hotset_core::decision::Act;
-use hotset_core::memory::{
-    Claim, FlightFailure, FlightState, Lease, Never, Reservation, Reserved, ResidencyState, Want,
-};
+use hotset_core::memory::Want;
 use hotset_core::plan::{ComponentSet, Plan, Priority, Route, Step, There};
 use hotset_core::usage::Cause;
-use hotset_core::{Bytes, ContentId, RequestId, SessionId, Tier};
-use tokio::sync::{Mutex, watch};
+use hotset_core::{Bytes, RequestId, SessionId, Tier};
 use tokio::time::Instant;
 
 use super::handed::Handed;
 use super::progress::Board;
-use super::restarts::Restarts;
-use super::staging::Staging;
-use crate::admission::Request;
 use crate::counters::add;
 use crate::house::House;
 use crate::loading::{ComponentProgress, LoadError, LoadEvent, Outlet, Phase, Stage};
 use crate::phases::LoadPhase;
 use crate::plan;
 use crate::quotas::Counted;
-use crate::ram_cache::RamCacheMessage;
 use crate::sessions::Record;
 use crate::uses::UsedSet;
-use crate::vram_manager::{Ring, Source, VramManagerMessage};
 
 /// How often a load begins again when what it waited for was interrupted, by a restart or by another client's cancel.
 const ATTEMPTS: u32 = 5;
@@ -377,321 +369,6 @@ impl Job {
             plan.steps.len() as u64 - hits,
         );
     }
-
-    /// Reserves in every tier, in the one global order. On the way to a GPU that is its memory first, then RAM's.
-    async fn reserve(
-        &self,
-        plan: &Plan,
-        outlet: &Outlet,
-        board: &mut Board,
-    ) -> Result<(Vec<Claim>, Staging), LoadError> {
-        // All there: no need to trouble anybody.
-        if let Some(claims) = self.claim_resident(plan) {
-            return Ok((claims, Staging::default()));
-        }
-        board.enter(Stage::WaitingFor(plan.tier), &self.house.phases);
-        outlet.show(board.progress(self.started));
-        let own = self.ask(plan.tier, plan.wants(plan.tier)).await?;
-        let Tier::Vram(_) = plan.tier else {
-            return Ok((own.claims, Staging::default()));
-        };
-        // While it waited, components may have come and gone: from here on they are pinned, so now it is certain which
-        // of them have to move.
-        let (routed, peers) = self.route(plan)?;
-        let mut wants = routed.wants(Tier::Ram);
-        let staying = wants.len();
-        wants.extend(routed.stage_wants());
-        if wants.is_empty() {
-            let staging = Staging {
-                peers,
-                ..Staging::default()
-            };
-            return Ok((own.claims, staging));
-        }
-        board.enter(Stage::WaitingFor(Tier::Ram), &self.house.phases);
-        outlet.show(board.progress(self.started));
-        let mut ram = self.ask(Tier::Ram, wants).await?;
-        let stages = ram.claims.split_off(staying);
-        let staging = Staging {
-            claims: stages
-                .into_iter()
-                .map(|claim| (claim.component().content_id, claim))
-                .collect(),
-            ring: ram.scratch.map(|charge| Arc::new(Mutex::new(charge))),
-            peers,
-        };
-        Ok((in_order(plan, own.claims, ram.claims), staging))
-    }
-
-    /// Claims on all components of a plan, where each is resident where it goes.
-    fn claim_resident(&self, plan: &Plan) -> Option<Vec<Claim>> {
-        // What costs nothing takes memory from nobody, but what nobody held may be just what somebody else waits for.
-        if self.set.priority != Priority::Interactive && self.must_yield(plan) {
-            return None;
-        }
-        let claim = |tier| {
-            let components = plan.components(tier);
-            let ledger = &self.house.ledger;
-            ledger.claim_resident(tier, &components, Some(self.session))
-        };
-        let own = claim(plan.tier)?;
-        let spilled = match plan.tiers().len() {
-            1 => Vec::new(),
-            _ => claim(Tier::Ram)?,
-        };
-        Some(in_order(plan, own, spilled))
-    }
-
-    /// The ways by which the components of a plan get to its GPU, and claims on those that come from other GPUs. A claim on
-    /// what is resident is had at once or not at all, so it needs no place in the order of reservations.
-    fn route(&self, plan: &Plan) -> Result<(Plan, BTreeMap<ContentId, Claim>), LoadError> {
-        let outlook = self.house.outlook();
-        let mut routed = plan.clone();
-        outlook.planner().route(&mut routed)?;
-        let mut peers = BTreeMap::new();
-        for step in &routed.steps {
-            let Some(gpu) = step.peer else { continue };
-            let (tier, one) = (Tier::Vram(gpu), std::slice::from_ref(&step.component));
-            match self.house.ledger.claim_resident(tier, one, None) {
-                Some(claims) => peers.extend(
-                    claims
-                        .into_iter()
-                        .map(|claim| (step.component.content_id, claim)),
-                ),
-                None => {
-                    // It has just gone: then all come the usual way.
-                    outlook.without_links().planner().route(&mut routed)?;
-                    return Ok((routed, BTreeMap::new()));
-                }
-            }
-        }
-        Ok((routed, peers))
-    }
-
-    /// Asks the keeper of a tier for memory, and again after each of its restarts.
-    async fn ask(&self, tier: Tier, wants: Vec<Want>) -> Result<Reservation, LoadError> {
-        let before = self.house.ledger.view(tier);
-        let needed = self.house.ledger.needed(tier, &wants);
-        let request = |reply| Request {
-            session: self.session,
-            request: self.request,
-            priority: self.set.priority,
-            wants: wants.clone(),
-            asked: self.asked,
-            reply,
-        };
-        let asked = Instant::now();
-        let answer = match tier {
-            Tier::Ram => {
-                self.house
-                    .ram
-                    .insist(|reply| RamCacheMessage::Reserve(request(reply)))
-                    .await
-            }
-            Tier::Vram(gpu) => match self.house.vram.get(&gpu) {
-                Some(slot) => {
-                    slot.insist(|reply| VramManagerMessage::Reserve(request(reply)))
-                        .await
-                }
-                None => Err(Never::OutOfService {
-                    tier,
-                    reason: "there is no such GPU".into(),
-                }),
-            },
-        };
-        let reservation = answer?;
-        self.house.decide(Act::Admit {
-            session: self.session,
-            request: self.request,
-            tier,
-            components: reservation
-                .claims
-                .iter()
-                .map(|claim| claim.component().id.clone())
-                .collect(),
-            needed,
-            free: before.map_or(Bytes::ZERO, |view| view.free()),
-            waited: asked.elapsed(),
-        });
-        Ok(reservation)
-    }
-
-    /// Moves all components, several at a time, in loading order, and hands out each lease as soon as all before it are,
-    /// where somebody waits for it.
-    async fn move_all(
-        &self,
-        way: &Way<'_>,
-        claims: Vec<Claim>,
-        mut staging: Staging,
-        board: &mut Board,
-        handed: &mut Handed,
-    ) -> Result<Attempt, LoadError> {
-        let Way {
-            plan,
-            outlet,
-            may_yield,
-        } = *way;
-        let mut waiting = claims
-            .into_iter()
-            .enumerate()
-            .collect::<std::collections::VecDeque<_>>();
-        let mut moving = FuturesUnordered::new();
-        let (told, mut tells) = watch::channel(vec![Bytes::ZERO; waiting.len()]);
-        let told = Arc::new(told);
-        let concurrency = self.house.config.load.concurrency.max(1);
-        loop {
-            if waiting.is_empty() && moving.is_empty() {
-                return Ok(Attempt::Done);
-            }
-            let yields = may_yield && self.must_yield(plan);
-            // A guess stops at once; what is wanted at some time finishes the components that are under way.
-            if yields && (moving.is_empty() || self.set.priority == Priority::Prefetch) {
-                self.house.decide(Act::Yield {
-                    session: self.session,
-                    request: self.request,
-                    tier: plan.tier,
-                    components: plan
-                        .steps
-                        .iter()
-                        .map(|step| step.component.id.clone())
-                        .collect(),
-                });
-                return Ok(Attempt::Yielded);
-            }
-            while !yields
-                && moving.len() < concurrency
-                && let Some((i, claim)) = waiting.pop_front()
-            {
-                let (source, ring) = staging.take(&claim);
-                moving.push(self.move_one(i, claim, source, ring, told.clone()));
-            }
-            tokio::select! {
-                biased;
-                Some(moved) = moving.next() => {
-                    let (i, lease) = moved?;
-                    if let Some(progress) = board.components.get_mut(i) {
-                        progress.phase = Phase::Ready;
-                        progress.done = progress.total;
-                    }
-                    let content = lease.component().content_id;
-                    // What the client has by an attempt before, it does not get twice.
-                    if !handed.sent.contains(&content) {
-                        handed.ready.insert(content, lease);
-                    }
-                    // Who may have to give way hands out nothing before all is there.
-                    if self.set.priority == Priority::Interactive {
-                        handed.on(plan, outlet);
-                    }
-                    outlet.show(board.progress(self.started));
-                }
-                Ok(()) = tells.changed() => {
-                    board.take(&tells.borrow_and_update());
-                    outlet.show(board.progress(self.started));
-                }
-            }
-        }
-    }
-
-    /// Moves one component, or waits while others do, and leases it.
-    async fn move_one(
-        &self,
-        i: usize,
-        claim: Claim,
-        mut source: Option<Source>,
-        ring: Option<Ring>,
-        told: Arc<watch::Sender<Vec<Bytes>>>,
-    ) -> Result<(usize, Lease), LoadError> {
-        let id = claim.component().id.clone();
-        let failed = |failure| LoadError::Component {
-            component: id.clone(),
-            failure,
-        };
-        if let ResidencyState::Loading(flight) = claim.state() {
-            // A batch load's bytes come when nobody else's do.
-            let due = self.asked.saturating_add(self.deadline());
-            match self.set.priority {
-                Priority::Interactive => flight.urgency().raise(Some(due)),
-                Priority::Batch => flight.urgency().raise(None),
-                Priority::Prefetch => {}
-            }
-            let mut states = flight.subscribe();
-            let mut restarts = Restarts::of(&self.house, claim.tier());
-            loop {
-                let state = states.borrow_and_update().clone();
-                match state {
-                    FlightState::Landed => break,
-                    FlightState::Failed(failure) => return Err(failed(failure)),
-                    FlightState::Moving(done) => told.send_modify(|all| {
-                        if let Some(mine) = all.get_mut(i) {
-                            *mine = done;
-                        }
-                    }),
-                    FlightState::Waiting => self.start(&claim, &mut source),
-                }
-                tokio::select! {
-                    biased;
-                    changed = states.changed() => {
-                        changed.map_err(|_| failed(FlightFailure::Interrupted))?;
-                    }
-                    () = restarts.changed() => {
-                        // The message may have been lost with the actor, and the claim on the slab with it.
-                        let waiting = matches!(*states.borrow(), FlightState::Waiting);
-                        if waiting && source.is_none() && claim.tier() != Tier::Ram {
-                            source = self.supply_again(&claim, ring.clone());
-                            if source.is_none() {
-                                return Err(failed(FlightFailure::Interrupted));
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        Lease::new(claim, self.session)
-            .map(|lease| (i, lease))
-            .map_err(|_| failed(FlightFailure::Interrupted))
-    }
-
-    /// The source of an upload once more, after the first one was lost with its message. Never waits for memory: that
-    /// would be waiting while holding some, and two loads could wait for each other.
-    fn supply_again(&self, claim: &Claim, ring: Option<Ring>) -> Option<Source> {
-        if let Some(ring) = ring {
-            return Some(Source::Ring(ring));
-        }
-        let component = claim.component();
-        let wants = [Want::Component(component.clone(), component.ram_bytes())];
-        match self.house.ledger.reserve(Tier::Ram, &wants, false) {
-            Ok(Reserved::Granted(mut reservation)) => reservation.claims.pop().map(Source::Ram),
-            _ => None,
-        }
-    }
-
-    /// Asks for the movement of a component. Whoever asks first starts it; the others' messages change nothing.
-    fn start(&self, claim: &Claim, source: &mut Option<Source>) {
-        let component = claim.component().clone();
-        // Where the actor is not there now, its restart brings us here again.
-        match claim.tier() {
-            Tier::Ram => {
-                let _ = self.house.ram.cast(RamCacheMessage::Fetch(component, None));
-            }
-            Tier::Vram(gpu) => {
-                if let (Some(slot), Some(from)) = (self.house.vram.get(&gpu), source.take()) {
-                    let _ = slot.cast(VramManagerMessage::Upload(component, from));
-                }
-            }
-        }
-    }
-}
-
-/// The claims of a plan in the order of its steps; both kinds are in that order among themselves.
-fn in_order(plan: &Plan, own: Vec<Claim>, spilled: Vec<Claim>) -> Vec<Claim> {
-    let (mut own, mut spilled) = (own.into_iter(), spilled.into_iter());
-    let steps = plan.steps.iter();
-    steps
-        .filter_map(|step| match step.tier == plan.tier {
-            true => own.next(),
-            false => spilled.next(),
-        })
-        .collect()
 }
 
 /// What a plan uses.

@@ -168,13 +168,10 @@ async fn slab(
 
 /// Asks for memory that nobody holds to be given back to the machine.
 fn relieve(house: &House, missing: Bytes) {
-    let Some(ram) = house.ledger.view(Tier::Ram) else {
+    let Some(ram) = house.ledger.sums(Tier::Ram) else {
         return;
     };
-    let keep = ram
-        .committed
-        .saturating_sub(ram.evicting)
-        .saturating_sub(missing);
+    let keep = ram.used().saturating_sub(missing);
     // Lost with a restart, it is asked for again at the next try.
     let _ = house.ram.cast(RamCacheMessage::Relieve {
         keep: keep.as_f64() / ram.budget.as_f64().max(1.0),

@@ -25,7 +25,7 @@ pub use self::charge::{Charge, Held, Memory};
 pub use self::claim::{
     Claim, Evicted, Never, Reservation, Reserved, ResidencyState, Shortfall, Want,
 };
-pub use self::views::{ResidencyView, TierView};
+pub use self::views::{ResidencyView, TierSums, TierView};
 use super::flight::{Flight, FlightTicket};
 use crate::breaks::{self, Break};
 use crate::catalog::Component;

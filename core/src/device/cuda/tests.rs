@@ -34,6 +34,13 @@ async fn open(cuda: &Cuda, index: u32) -> Arc<CudaDevice> {
     cuda.open(GpuIndex(index), gpu).await.unwrap()
 }
 
+fn two() -> Isolated {
+    Isolated {
+        gpus: 2,
+        ..Isolated::default()
+    }
+}
+
 async fn first() -> Arc<CudaDevice> {
     open(&Cuda::detect().unwrap(), 0).await
 }
@@ -86,11 +93,7 @@ fn without_a_driver_there_is_no_gpu_and_no_panic() {
 
 #[test]
 fn gpus_are_known_by_ordinal_and_uuid() {
-    let two = Isolated {
-        gpus: 2,
-        ..Isolated::default()
-    };
-    run(this_test!(), two, |_| {
+    run(this_test!(), two(), |_| {
         let cuda = Cuda::detect().unwrap();
         let [first, second] = cuda.gpus() else {
             panic!("two GPUs");
@@ -416,11 +419,7 @@ fn a_gpu_that_fell_off_the_bus_stays_lost() {
 /// What is pinned for both GPUs is registered in the context of one, which may end at any time.
 #[test]
 fn host_memory_stays_pinned_for_the_copies_of_others_when_its_gpu_is_lost() {
-    let two = Isolated {
-        gpus: 2,
-        ..Isolated::default()
-    };
-    run(this_test!(), two, |machine| {
+    run(this_test!(), two(), |machine| {
         block_on(async {
             let cuda = Cuda::detect().unwrap();
             let (a, b) = (open(&cuda, 0).await, open(&cuda, 1).await);
@@ -474,11 +473,7 @@ fn host_memory_stays_pinned_for_the_copies_of_others_when_its_gpu_is_lost() {
 /// What a lost GPU has registered stays so until its context is gone, whatever becomes of the memory.
 #[test]
 fn nothing_comes_to_lie_where_a_lost_gpu_has_memory_registered() {
-    let two = Isolated {
-        gpus: 2,
-        ..Isolated::default()
-    };
-    run(this_test!(), two, |machine| {
+    run(this_test!(), two(), |machine| {
         block_on(async {
             let cuda = Cuda::detect().unwrap().patience(Duration::from_millis(300));
             let (a, b) = (open(&cuda, 0).await, open(&cuda, 1).await);
@@ -528,11 +523,7 @@ fn nothing_comes_to_lie_where_a_lost_gpu_has_memory_registered() {
 
 #[test]
 fn a_component_comes_from_a_neighbour_without_the_host() {
-    let two = Isolated {
-        gpus: 2,
-        ..Isolated::default()
-    };
-    run(this_test!(), two, |machine| {
+    run(this_test!(), two(), |machine| {
         block_on(async {
             let cuda = Cuda::detect().unwrap();
             let (a, b) = (open(&cuda, 0).await, open(&cuda, 1).await);

@@ -79,6 +79,33 @@ pub struct TierView {
     pub residencies: Vec<ResidencyView>,
 }
 
+/// What a tier's books come to, without what is in it: reading a view copies all of that.
+#[derive(Clone, Copy, Debug)]
+pub struct TierSums {
+    /// The most that hotset may use.
+    pub budget: Bytes,
+    /// What is promised or occupied.
+    pub committed: Bytes,
+    /// The part of it that is evicted and about to be freed.
+    pub evicting: Bytes,
+    /// Whether it takes anything.
+    pub in_service: bool,
+}
+
+impl TierSums {
+    /// Bytes that are not promised.
+    #[must_use]
+    pub const fn free(&self) -> Bytes {
+        self.budget.saturating_sub(self.committed)
+    }
+
+    /// What is taken and stays so.
+    #[must_use]
+    pub const fn used(&self) -> Bytes {
+        self.committed.saturating_sub(self.evicting)
+    }
+}
+
 impl TierView {
     /// Bytes that are not promised.
     #[must_use]
@@ -92,6 +119,19 @@ impl Ledger {
     #[must_use]
     pub fn budget(&self, tier: Tier) -> Option<Bytes> {
         Some(self.lock().tiers.get(&tier)?.budget)
+    }
+
+    /// What a tier's books come to.
+    #[must_use]
+    pub fn sums(&self, tier: Tier) -> Option<TierSums> {
+        let books = self.lock();
+        let open = books.tiers.get(&tier)?;
+        Some(TierSums {
+            budget: open.budget,
+            committed: open.committed,
+            evicting: open.evicting,
+            in_service: open.out_of_service.is_none(),
+        })
     }
 
     /// What these wants need in this tier beyond what is there or promised.
@@ -128,6 +168,17 @@ impl Ledger {
                 entry.prefetched = false;
             }
         }
+    }
+
+    /// Whether any GPU has this component.
+    #[must_use]
+    pub fn is_on_a_gpu(&self, content: &ContentId) -> bool {
+        let books = self.lock();
+        let mut gpus = books.tiers.iter().filter(|(tier, _)| **tier != Tier::Ram);
+        gpus.any(|(_, open)| {
+            let entry = open.entry(content);
+            entry.is_some_and(|entry| matches!(entry.state, State::Resident { .. }))
+        })
     }
 
     /// What is resident in any of these tiers.
