@@ -45,7 +45,7 @@ const MEMORY: f64 = 0.998;
 /// A challenger must be ahead of the leader by so many standard deviations of their differences, were these of random sign:
 /// few loads decide much, and following luck costs more than waiting. The predictor is given up more slowly than it is
 /// taken up again, since in the end it does better nearly everywhere.
-const AHEAD: f64 = 1.0;
+const AHEAD: f64 = 0.5;
 const AHEAD_OF_PREDICTOR: f64 = 2.0;
 /// Candidates beyond those that would do which are weighed against them.
 const BEYOND: usize = 3;
@@ -94,10 +94,22 @@ impl Lag {
         self.squares = self.squares * MEMORY * MEMORY + more_s * more_s;
     }
 
+    /// Counts only from when it was last the better, as Page's test for a change does (Biometrika 1954).
+    fn forget_gains(&mut self) {
+        self.seconds = self.seconds.max(0.0);
+    }
+
     /// Whether it is more than luck.
     fn is_plain(&self, deviations: f64) -> bool {
         self.seconds > deviations * self.squares.sqrt()
     }
+}
+
+/// Whether only what was lost since the last decision between these counts. LRU is right at once when the world changes, and
+/// what others won in the old one is no excuse. The others both go by what was: in a stream that comes round, each has its
+/// stretches, and only the whole of them tells.
+fn is_anew(one: Leader, other: Leader) -> bool {
+    one == Leader::Lru || other == Leader::Lru
 }
 
 /// Retention by predicted use, or by what does better.
@@ -226,9 +238,12 @@ impl HotsetRetention {
         if paid_s.iter().all(|paid| *paid <= 0.0) {
             return;
         }
-        for (lags, paid) in self.lags.iter_mut().zip(paid_s) {
-            for (lag, other) in lags.iter_mut().zip(paid_s) {
-                lag.note(paid - other);
+        for (one, lags) in Leader::ALL.into_iter().zip(&mut self.lags) {
+            for (other, lag) in Leader::ALL.into_iter().zip(lags) {
+                lag.note(paid_s[one as usize] - paid_s[other as usize]);
+                if is_anew(one, other) {
+                    lag.forget_gains();
+                }
             }
         }
         let lags = &self.lags[self.leader as usize];
@@ -243,7 +258,16 @@ impl HotsetRetention {
                 let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
                 a.total_cmp(&b)
             });
-        self.leader = ahead.unwrap_or(self.leader);
+        let Some(next) = ahead else {
+            return;
+        };
+        if is_anew(self.leader, next) {
+            // What has decided is spent.
+            for (one, other) in [(self.leader, next), (next, self.leader)] {
+                self.lags[one as usize][other as usize].seconds = 0.0;
+            }
+        }
+        self.leader = next;
     }
 
     /// Hears what restoring costs.

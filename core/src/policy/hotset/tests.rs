@@ -244,3 +244,21 @@ fn for_a_guess_only_what_is_worth_far_less_goes() {
     assert_eq!(room(policy, &guess(2, true), &[hot]), None);
     assert_eq!(room(policy, &guess(2, true), &[]), None);
 }
+
+#[test]
+fn what_was_won_in_another_world_is_no_excuse() {
+    let mut policy = HotsetRetention::new(1);
+    let lead = |policy: &mut HotsetRetention, paid_s: [f64; 3], times: usize| {
+        (0..times).for_each(|_| policy.elect(paid_s));
+        policy.leader
+    };
+    // The predictor wins for long, then loses against LRU: some dozens of loads tell.
+    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
+    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 3), Leader::Predictor);
+    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 57), Leader::Lru);
+    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+    // Against GDSF the whole counts.
+    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
+    assert_eq!(lead(&mut policy, [2.0, 1.0, 2.0], 100), Leader::Predictor);
+    assert_eq!(lead(&mut policy, [2.0, 1.0, 2.0], 1_000), Leader::Gdsf);
+}
