@@ -91,7 +91,7 @@ impl UnderWay {
 }
 
 /// How a component comes to a tier on a guess.
-enum Way {
+enum Route {
     /// From disk to RAM.
     Read,
     /// To a GPU, from RAM, where this claim holds it.
@@ -101,7 +101,7 @@ enum Way {
 /// A guess for which others went.
 struct Emptying {
     guess: Arc<GuessedLoad>,
-    way: Way,
+    route: Route,
 }
 
 /// Guesses under way at most, the one that waits for room included. A disk or a link moves a piece of one at a time.
@@ -154,8 +154,8 @@ impl Guessing {
             GuessMessage::Emptied(guess) => {
                 // Unless it was given up meanwhile.
                 let is_it = |emptying: &mut Emptying| Arc::ptr_eq(&emptying.guess, &guess);
-                if let Some(Emptying { guess, way }) = self.emptying.take_if(is_it) {
-                    self.begin(guess, way);
+                if let Some(Emptying { guess, route }) = self.emptying.take_if(is_it) {
+                    self.begin(guess, route);
                     self.consider_next(admission);
                 }
             }
@@ -341,7 +341,7 @@ impl Guessing {
             return;
         };
         // Before anything goes for it: what it comes from stays there.
-        let Some(way) = self.way(component) else {
+        let Some(route) = self.route(component) else {
             return;
         };
         let position = Position {
@@ -360,18 +360,18 @@ impl Guessing {
             return;
         }
         if room.costs.is_empty() {
-            self.begin(guess, way);
+            self.begin(guess, route);
             return;
         }
         let evicted = admission.make(room, &component.id);
         let dropped = house.off_thread(move || drop(evicted));
-        let device = match &way {
-            Way::Read => None,
-            Way::Upload(device, _) => Some(device.clone()),
+        let device = match &route {
+            Route::Read => None,
+            Route::Upload(device, _) => Some(device.clone()),
         };
         self.emptying = Some(Emptying {
             guess: guess.clone(),
-            way,
+            route,
         });
         let tell = self.tell.clone();
         house.tasks.spawn(async move {
@@ -384,7 +384,7 @@ impl Guessing {
         });
     }
 
-    fn begin(&mut self, guess: Arc<GuessedLoad>, way: Way) {
+    fn begin(&mut self, guess: Arc<GuessedLoad>, route: Route) {
         let house = &self.house;
         let component = &guess.component;
         let (content, want) = (guess.content(), self.want(component));
@@ -402,7 +402,7 @@ impl Guessing {
             return;
         };
         let urgency = ticket.urgency().clone();
-        let moving = self.moving(component, way, ticket);
+        let moving = self.moving(component, route, ticket);
         add(&house.counters.prefetches, 1);
         house.decide(Act::Prefetch {
             component: component.id.clone(),
@@ -432,9 +432,9 @@ impl Guessing {
     }
 
     /// How it would come here; `None` where it is not where it comes from.
-    fn way(&self, component: &Arc<Component>) -> Option<Way> {
+    fn route(&self, component: &Arc<Component>) -> Option<Route> {
         let Tier::Vram(gpu) = self.tier else {
-            return Some(Way::Read);
+            return Some(Route::Read);
         };
         let wants = [Want::Component(component.clone(), component.ram_bytes())];
         // As a guess, since nobody has used it by that.
@@ -444,19 +444,19 @@ impl Guessing {
         };
         let there = |claim: &Claim| matches!(claim.state(), ResidencyState::Resident { .. });
         let claim = held.claims.pop().filter(there)?;
-        Some(Way::Upload(self.house.devices.get(&gpu)?.clone(), claim))
+        Some(Route::Upload(self.house.devices.get(&gpu)?.clone(), claim))
     }
 
     fn moving(
         &self,
         component: &Arc<Component>,
-        way: Way,
+        route: Route,
         ticket: FlightTicket,
     ) -> BoxFuture<'static, ()> {
         let (house, component) = (self.house.clone(), component.clone());
-        match way {
-            Way::Read => read_component(house, component, None, ticket).boxed(),
-            Way::Upload(device, claim) => {
+        match route {
+            Route::Read => read_component(house, component, None, ticket).boxed(),
+            Route::Upload(device, claim) => {
                 let upload = Upload {
                     house,
                     device,

@@ -24,8 +24,6 @@ use self::talk::Talk;
 
 /// How long a client may take to say `hello`.
 const HELLO_TIME: Duration = Duration::from_secs(10);
-/// Silence after which a client that promised signs of life is taken for hung, as a multiple of its promise.
-const SILENCES: u32 = 3;
 /// The longest promise; a longer one is as good as none.
 const LONGEST_PROMISE: Duration = Duration::from_secs(24 * 3600);
 

@@ -26,7 +26,10 @@ use crate::bridge::wire::{
 use crate::bridge::{FrameError, Shared};
 use crate::{Act, GpuEvent, LoadError, LoadEvent, Loading, Session, SessionId, Shortage, Tier};
 
-use super::{Connection, End, SILENCES, send};
+use super::{Connection, End, send};
+
+/// Silence after which a client that promised signs of life is taken for hung, as a multiple of its promise.
+const SILENCES: u32 = 3;
 
 /// What goes on beside the reading.
 enum Finished {

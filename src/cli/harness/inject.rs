@@ -26,7 +26,7 @@ const SHRINKING: [Bytes; 6] = [
     Bytes::mib(16),
     Bytes::mib(16),
 ];
-/// Time between two steps, and at the last one.
+/// Time from when the server has answered after a step to the next, and at the last one.
 const STEP: Duration = Duration::from_millis(300);
 
 impl Run {
@@ -195,6 +195,8 @@ impl Run {
             if group.set(Some(next)).is_ok() {
                 limit = Some(next);
             }
+            // A server that others leave no processor has not seen the step yet.
+            let _ = self.status().await;
             tokio::time::sleep(STEP).await;
         }
         let _ = group.slow_above(None);

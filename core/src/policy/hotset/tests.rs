@@ -257,6 +257,10 @@ fn what_was_won_in_another_world_is_no_excuse() {
     assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 3), Leader::Predictor);
     assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 57), Leader::Lru);
     assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+    // What a third won then is none either.
+    assert_eq!(lead(&mut policy, [2.0, 1.5, 1.0], 1_000), Leader::Predictor);
+    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 60), Leader::Lru);
+    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 20), Leader::Predictor);
     // Against GDSF the whole counts.
     assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
     assert_eq!(lead(&mut policy, [2.0, 1.0, 2.0], 100), Leader::Predictor);
