@@ -43,8 +43,9 @@ const AGE_STEP: f64 = 1.0 / 64.0;
 /// say is not to be forgotten before the next.
 const MEMORY: f64 = 0.998;
 /// A challenger must be ahead of the predictor by so many standard deviations of their differences, were these of random sign:
-/// few loads decide much, and following luck costs more than waiting.
-const AHEAD_OF_PREDICTOR: f64 = 2.0;
+/// few loads decide much, and following luck costs more than waiting. Of less, down to the second, the less far it looks ahead of the
+/// time for which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
+const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
 /// Of LRU and GDSF by so many, which one load may be: the predictor does better nearly everywhere in the end. With 1, as before, all
 /// that was measured was up to 0.7 % worse.
 const AHEAD: f64 = 0.5;
@@ -249,7 +250,11 @@ impl HotsetRetention {
         }
         let lags = &self.lags[self.leader as usize];
         let deviations = match self.leader {
-            Leader::Predictor => AHEAD_OF_PREDICTOR,
+            Leader::Predictor => {
+                let (most, least) = AHEAD_OF_PREDICTOR;
+                let share = self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0);
+                (most * share).clamp(least, most)
+            }
             Leader::Lru | Leader::Gdsf => AHEAD,
         };
         let ahead = Leader::ALL
