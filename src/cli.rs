@@ -1,5 +1,6 @@
 //! The command line: tables and progress bars for people, one JSON document with `--json`.
 
+mod anew;
 mod attach;
 mod bench;
 mod catalog;
@@ -123,6 +124,12 @@ pub(crate) enum CliError {
     /// The async runtime did not start.
     #[error("cannot start the runtime: {source}")]
     Runtime {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The program could not be started again in this process.
+    #[error("cannot start anew: {source}; start it by hand")]
+    Anew {
         /// What the system said.
         source: io::Error,
     },

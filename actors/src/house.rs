@@ -65,6 +65,14 @@ pub enum GpuEvent {
         /// Which tier.
         tier: Tier,
     },
+    /// This process cannot use it any more; another process could. Who runs hotset in a process of its own, restarts it, as
+    /// `hotset serve` does.
+    Spent {
+        /// Which tier.
+        tier: Tier,
+        /// Why.
+        reason: Arc<str>,
+    },
     /// Other processes have taken so much of its memory that only leases are left to give some back. Whoever holds one of
     /// these and can do without it should let go.
     Wanted {

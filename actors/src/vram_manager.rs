@@ -194,12 +194,16 @@ impl VramManager {
                 let _ = state.house.gpu_events.send(GpuEvent::Back { tier });
             }
             Err(error) => {
-                let reason = error.to_string();
-                state
-                    .house
-                    .ledger
-                    .set_service(tier, Some(reason.clone().into()));
-                myself.stop(Some(reason));
+                let reason: Arc<str> = error.to_string().into();
+                let house = &state.house;
+                house.ledger.set_service(tier, Some(reason.clone()));
+                if let DeviceError::Spent { .. } = error {
+                    // Nothing is left to try in this process, so the manager stays and refuses.
+                    tracing::error!(%tier, %reason, "a GPU is out of service for good");
+                    let _ = house.gpu_events.send(GpuEvent::Spent { tier, reason });
+                } else {
+                    myself.stop(Some(reason.to_string()));
+                }
             }
         }
     }

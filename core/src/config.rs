@@ -185,6 +185,9 @@ pub struct CudaConfig {
     /// How long one call of the driver may take. A GPU whose driver takes longer is out of service until the call returns.
     #[serde(with = "humantime_serde")]
     pub call_timeout: Duration,
+    /// Whether `hotset serve` starts itself anew when an error has left a GPU unusable to its process, which only a new
+    /// process can mend; at most once in `supervision.retry`.
+    pub restart: bool,
 }
 
 impl Default for CudaConfig {
@@ -197,6 +200,7 @@ impl Default for CudaConfig {
             share: gpu.share,
             headroom: gpu.headroom,
             call_timeout: Duration::from_secs(30),
+            restart: true,
         }
     }
 }

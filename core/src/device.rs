@@ -73,6 +73,17 @@ pub enum DeviceError {
         /// What it said last.
         reason: Arc<str>,
     },
+    /// The driver gives this process nothing on this device any more: an error has broken all its contexts there, and no new
+    /// one can be made. Other processes can use it.
+    #[error(
+        "GPU {gpu} is lost to this process until it ends: {reason}; restart it, a new process can use the GPU"
+    )]
+    Spent {
+        /// Which GPU.
+        gpu: GpuIndex,
+        /// What broke it.
+        reason: Arc<str>,
+    },
     /// The driver refused a call, without being broken by it.
     #[error("GPU {gpu}: {call} failed with {code}; see docs/gpu.md")]
     Driver {
@@ -387,7 +398,7 @@ pub trait Device: Send + Sync + fmt::Debug + 'static {
     /// Brings a lost device back, empty. Nothing where it is not lost.
     ///
     /// # Errors
-    /// [`DeviceError::Lost`] where it stays lost.
+    /// [`DeviceError::Lost`] where it stays lost, [`DeviceError::Spent`] where it does so for this process alone.
     fn recover(&self) -> BoxFuture<'_, Result<(), DeviceError>>;
 
     /// Frees memory, and then drops `kept`; called once for each allocation, when it is dropped. Never blocks.

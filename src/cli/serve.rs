@@ -2,12 +2,16 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
+use futures::FutureExt;
 use hotset::bridge::Bridge;
 use hotset::http::Http;
-use hotset::{Config, Hotset, Status};
+use hotset::{Config, GpuEvent, Hotset, Status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
 
 use super::output::{line, tell};
 use super::{CliError, Global, config};
@@ -31,6 +35,7 @@ fn allow_descriptors() {
 
 /// `hotset serve`
 pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
+    let began = Instant::now();
     allow_descriptors();
     let mut config = config(global)?;
     if config.catalog.database.is_none() {
@@ -52,6 +57,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
             return Ok(());
         }
     };
+    let gpus = hotset.subscribe_gpus();
     let bridge = match hotset.config().bridge.enabled {
         true => Some(Bridge::open(hotset.clone()).await?),
         false => None,
@@ -64,9 +70,10 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     let http_at = http.as_ref().map(Http::address);
     // Whoever reads it may have gone; those who are served have not.
     let _ = greet(global, &status, bridge.as_ref(), http_at);
-    let why = tokio::select! {
-        why = stop.told() => why,
-        () = asked(bridge.as_ref()) => "a client asked for the end",
+    let (why, anew) = tokio::select! {
+        why = stop.told() => (why.to_owned(), false),
+        () = asked(bridge.as_ref()) => ("a client asked for the end".to_owned(), false),
+        reason = spent(hotset.config(), gpus, began) => (reason.to_string(), true),
         never = super::heap::give_back() => match never {},
     };
     tell(format_args!("{why}: draining"));
@@ -80,7 +87,30 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     if let Some(hotset) = Arc::into_inner(hotset) {
         hotset.drain().await;
     }
-    Ok(())
+    // Who asked for the end meanwhile meant it.
+    match anew && stop.told().now_or_never().is_none() {
+        true => Err(super::anew::start()),
+        false => Ok(()),
+    }
+}
+
+/// Waits until a GPU is lost to this process and to no other, and this process has run long enough not to begin anew all the time;
+/// gives the reason.
+async fn spent(config: &Config, mut gpus: Receiver<GpuEvent>, began: Instant) -> Arc<str> {
+    if !config.cuda.restart {
+        return std::future::pending().await;
+    }
+    loop {
+        match gpus.recv().await {
+            Ok(GpuEvent::Spent { reason, .. }) => {
+                let at = began + config.supervision.retry;
+                tokio::time::sleep_until(at.into()).await;
+                return reason;
+            }
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
+    }
 }
 
 async fn asked(bridge: Option<&Bridge>) {

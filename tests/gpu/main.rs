@@ -7,6 +7,8 @@
 #[allow(dead_code)]
 mod library;
 
+mod kernels;
+
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +18,7 @@ use hotset::core::device::cuda::{Cuda, CudaDevice, Imported};
 use hotset::core::device::{Allocation, Export};
 use hotset::core::memory::{HostRange, Slab};
 use hotset::{Bytes, ComponentSet, Device, DeviceError, GpuIndex, Hotset, Target};
+use kernels::{Breaking, Functions};
 use library::{Library, assert_tensors, contents, outcome, soon, until};
 
 /// One test at a time: they measure free memory.
@@ -253,4 +256,147 @@ fn speed_of_uploads() {
             raw.as_secs_f64() / best.as_secs_f64()
         );
     });
+}
+
+/// Another user of this process's context, such as PyTorch in a host that embeds hotset, breaks it: the driver gives this
+/// process nothing more on that GPU, and other processes go on.
+#[test]
+fn a_context_that_a_kernel_broke_is_lost_to_its_process_alone() {
+    const TEST: &str = "a_context_that_a_kernel_broke_is_lost_to_its_process_alone";
+    const ALL: [Breaking; 3] = [
+        Breaking::StrayStore,
+        Breaking::MisalignedStore,
+        Breaking::Trap,
+    ];
+    let bytes = contents(11, 4 << 20);
+    let role = std::env::var(ROLE).ok();
+    with_gpu(async |cuda| {
+        let Some(functions) = Functions::find() else {
+            println!("left out: this driver runs no kernels");
+            return;
+        };
+        let device = open(&cuda).await;
+        let there = uploaded(&device, &bytes).await;
+        let Some(role) = role else {
+            let before = device.figures().await.unwrap();
+            for how in ALL {
+                let mut command = Command::new("/proc/self/exe");
+                command.args([TEST, "--exact", "--nocapture"]);
+                command.env(ROLE, format!("{how:?}"));
+                let ended = tokio::task::spawn_blocking(move || command.status());
+                let status = ended.await.unwrap().unwrap();
+                assert!(status.success(), "{how:?}: {status}");
+                let back = device.download(&there, 0, bytes.len() as u64).await;
+                assert!(back.unwrap() == bytes, "{how:?}");
+                until("its memory to be free", async || {
+                    device.figures().await.unwrap().free + Bytes::mib(64) >= before.free
+                })
+                .await;
+            }
+            return;
+        };
+        let how = ALL
+            .into_iter()
+            .find(|how| format!("{how:?}") == role)
+            .unwrap();
+        let held = device.clone().allocate(Bytes::gib(1)).await.unwrap();
+        println!("{how:?}: before: {}", used());
+        let code = tokio::task::spawn_blocking(move || functions.break_context(how))
+            .await
+            .unwrap();
+        assert_ne!(code, 0, "{how:?} broke nothing");
+        let lost = device.download(&there, 0, bytes.len() as u64).await;
+        assert!(matches!(lost, Err(DeviceError::Lost { .. })), "{lost:?}");
+        for _ in 0..2 {
+            let spent = device.recover().await.unwrap_err();
+            println!("code {code}: {spent}");
+            assert!(matches!(spent, DeviceError::Spent { .. }), "{spent}");
+        }
+        println!("with all that it held: {}", used());
+        drop((held, there));
+        device.settle().await;
+        println!("without: {}", used());
+    });
+}
+
+/// What NVML says of the GPU's used memory.
+fn used() -> String {
+    let mut command = Command::new("nvidia-smi");
+    command.args(["--query-gpu=memory.used", "--format=csv,noheader"]);
+    match command.output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        Err(error) => format!("no nvidia-smi: {error}"),
+    }
+}
+
+/// Not an assertion either: what it costs to take memory on both sides.
+#[test]
+fn time_of_taking_memory() {
+    with_gpu(async |cuda| {
+        let device = open(&cuda).await;
+        for gib in [1, 8, 32] {
+            let bytes = Bytes::gib(gib);
+            if device.figures().await.unwrap().free < bytes + Bytes::gib(1) {
+                break;
+            }
+            let began = Instant::now();
+            let held = device.clone().allocate(bytes).await.unwrap();
+            let allocated = began.elapsed();
+            let began = Instant::now();
+            drop(held);
+            device.settle().await;
+            println!(
+                "{bytes} on the GPU: allocated in {allocated:.1?}, freed in {:.1?}",
+                began.elapsed()
+            );
+        }
+        let Some(functions) = Functions::find() else {
+            return;
+        };
+        for (pages, advice) in [
+            ("4 KiB", libc::MADV_NOHUGEPAGE),
+            ("2 MiB", libc::MADV_HUGEPAGE),
+        ] {
+            let mut memory = Anonymous::new(1 << 30, advice);
+            let [registered, unregistered] = functions.registering(memory.bytes());
+            println!(
+                "1 GiB on pages of {pages}: registered in {registered:.1?}, unregistered in {unregistered:.1?}"
+            );
+        }
+    });
+}
+
+/// Memory of this process, whose pages are all there.
+struct Anonymous {
+    at: *mut libc::c_void,
+    bytes: usize,
+}
+
+impl Anonymous {
+    fn new(bytes: usize, advice: i32) -> Self {
+        let (access, kind) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
+        // SAFETY: new memory, wherever there is room.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED, "no memory");
+        // SAFETY: all of the mapping above. Where the kernel has no such pages, it is a matter of speed only.
+        unsafe { libc::madvise(at, bytes, advice) };
+        let mut made = Self { at, bytes };
+        made.bytes().fill(1);
+        made
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: mapped in `new` for reading and writing, zeroed by the kernel, and borrowed from nobody else.
+        unsafe { std::slice::from_raw_parts_mut(self.at.cast(), self.bytes) }
+    }
+}
+
+impl Drop for Anonymous {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and nothing borrows it any more.
+        unsafe { libc::munmap(self.at, self.bytes) };
+    }
 }

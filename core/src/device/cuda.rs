@@ -30,6 +30,7 @@ use tokio::sync::oneshot;
 use self::copier::Part;
 use self::driver::Driver;
 use self::engine::{Block, Engine, Shared};
+use self::import::Contexts;
 use self::pins::{Pinned, Pins};
 use super::nvml::{Answer, NvmlWatch, Reading};
 use super::{
@@ -95,6 +96,7 @@ pub struct Cuda {
     driver: Arc<Driver>,
     gpus: Vec<CudaGpu>,
     fleet: Arc<Fleet>,
+    contexts: Contexts,
     patience: Duration,
 }
 
@@ -134,6 +136,7 @@ impl Cuda {
             });
         }
         Ok(Self {
+            contexts: Contexts::new(driver.clone()),
             driver,
             gpus,
             fleet: Arc::default(),
@@ -539,7 +542,7 @@ impl Device for CudaDevice {
             let block = self.block(allocation)?;
             let (engine, bytes) = (block.engine.clone(), block.bytes);
             let asked = engine.control.ask(move |control| {
-                let exported = control.heap().export(block.place);
+                let exported = control.export(block.place);
                 drop(block);
                 exported
             });

@@ -149,7 +149,8 @@ fn read(device: &nvml_wrapper::Device<'_>) -> Result<Reading, NvmlError> {
         .map(|reasons| reasons.difference(harmless))
         .unwrap_or(ThrottleReasons::empty());
     Ok(Reading {
-        total: memory.total,
+        // The driver keeps some for itself on an idle GPU, which is nobody's use.
+        total: memory.total.saturating_sub(memory.reserved),
         free: memory.free,
         processes: processes
             .iter()

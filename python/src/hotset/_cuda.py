@@ -44,7 +44,6 @@ class _Driver:
             "cuDeviceGet": [pointer, integer],
             "cuDeviceGetUuid_v2": [pointer, integer],
             "cuDevicePrimaryCtxRetain": [pointer, integer],
-            "cuDevicePrimaryCtxRelease_v2": [integer],
             "cuCtxSetCurrent": [pointer],
             "cuMemImportFromShareableHandle": [pointer, pointer, integer],
             "cuMemAddressReserve": [pointer, size, size, u64, u64],
@@ -56,6 +55,7 @@ class _Driver:
         }.items():
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, integer
+        self._contexts: dict[str, tuple[int, int, ctypes.c_void_p]] = {}
         self.call("cuInit", 0)
 
     @classmethod
@@ -70,8 +70,19 @@ class _Driver:
         if code != 0:
             raise NotMappable(f"the CUDA driver refused {name} (error {code})")
 
-    def device(self, uuid: str) -> tuple[int, int]:
-        """Ordinal and handle of the GPU with this UUID."""
+    def context(self, uuid: str) -> tuple[int, int, ctypes.c_void_p]:
+        """Ordinal, handle and primary context of the GPU with this UUID. The context stays until the process ends: one that went with
+        the last mapping would have to be made anew for the next, which takes a tenth of a second."""
+        with self._lock:
+            found = self._contexts.get(uuid)
+            if found is None:
+                ordinal, device = self._device(uuid)
+                context = ctypes.c_void_p()
+                self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+                found = self._contexts[uuid] = (ordinal, device, context)
+            return found
+
+    def _device(self, uuid: str) -> tuple[int, int]:
         count = ctypes.c_int()
         self.call("cuDeviceGetCount", ctypes.byref(count))
         wanted = uuid.lower().removeprefix("gpu-").removeprefix("mig-").replace("-", "")
@@ -96,20 +107,17 @@ class DeviceMapping:
         mapped, offset = memory["mapped"], memory.get("offset", 0)
         if offset + self.bytes > mapped:
             raise HotsetError("the server's device memory is smaller than it says")
-        self.ordinal, self._device = driver.device(memory["gpu"])
-        context, handle, address = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_uint64()
+        self.ordinal, device, self._context = driver.context(memory["gpu"])
+        handle, address = ctypes.c_uint64(), ctypes.c_uint64()
         try:
-            driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-            self._undo.append(("cuDevicePrimaryCtxRelease_v2", self._device))
-            self._context = context
-            driver.call("cuCtxSetCurrent", context)
+            driver.call("cuCtxSetCurrent", self._context)
             driver.call("cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.c_void_p(descriptor), _POSIX_DESCRIPTOR)
             self._undo.append(("cuMemRelease", handle))
             driver.call("cuMemAddressReserve", ctypes.byref(address), mapped, 0, 0, 0)
             self._undo.append(("cuMemAddressFree", address, mapped))
             driver.call("cuMemMap", address, mapped, 0, handle, 0)
             self._undo.append(("cuMemUnmap", address, mapped))
-            access = _Access(_Location(_ON_DEVICE, self._device), _READ)
+            access = _Access(_Location(_ON_DEVICE, device), _READ)
             driver.call("cuMemSetAccess", address, mapped, ctypes.byref(access), 1)
         except BaseException:
             self._end()

@@ -110,7 +110,7 @@ impl Doubles {
     pub(super) async fn inject(&mut self, fault: GpuFault, gpu: usize) -> io::Result<()> {
         let (begin, end) = match fault {
             GpuFault::Lose => (format!("lost {gpu} 1"), Some(format!("lost {gpu} 0"))),
-            GpuFault::Sticky => (format!("sticky {gpu} 700"), None),
+            GpuFault::Sticky => (format!("sticky {gpu} 700"), Some(format!("sticky {gpu} 0"))),
             GpuFault::OutOfMemory => (format!("refuse {gpu} 4"), Some(format!("refuse {gpu} 0"))),
             GpuFault::Foreign => (
                 format!("foreign {gpu} {MIB}"),

@@ -45,7 +45,8 @@ pub enum CudaError {
 }
 
 /// A call that failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call} failed with {name}")]
 pub(super) struct Fault {
     pub(super) call: &'static str,
     pub(super) code: u32,
@@ -66,6 +67,13 @@ impl Fault {
             4 | 46 | 100 | 101 | 201 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714
                 ..=721 | 911 | 999
         )
+    }
+
+    /// What the driver answers to every call of this process on this GPU from now on: also in other contexts, and in those
+    /// that would be made anew. Measured on hardware (docs/gpu.md), and so documented for most of these codes: "the process
+    /// must be terminated and relaunched".
+    pub(super) const fn is_sticky(&self) -> bool {
+        matches!(self.code, 214 | 220 | 226 | 700 | 702 | 710 | 714..=721)
     }
 }
 
@@ -163,6 +171,10 @@ const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_FLAGS: c_uint = 1 | 2;
 /// `CU_MEMHOSTREGISTER_PORTABLE`: registered for every GPU of the process.
 const REGISTER_PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTREGISTER_READ_ONLY`: the GPU only reads it.
+const REGISTER_READ_ONLY: c_uint = 8;
+/// `CUDA_ERROR_INVALID_VALUE`.
+const INVALID_VALUE: u32 = 1;
 
 macro_rules! call {
     ($self:ident.$function:ident($($argument:expr),* $(,)?)) => {{
@@ -431,8 +443,15 @@ impl Driver {
         Ok(handle)
     }
 
+    /// Makes host memory readable by all GPUs of the process. Memory that this process may only read, as what was taken over
+    /// from another server, needs a flag that not every driver and GPU has, so it is the second try.
     pub(super) fn register(&self, address: usize, bytes: usize) -> Outcome<()> {
-        call!(self.cuMemHostRegister_v2(address as *mut c_void, bytes, REGISTER_PORTABLE))
+        let try_with =
+            |flags| call!(self.cuMemHostRegister_v2(address as *mut c_void, bytes, flags));
+        try_with(REGISTER_PORTABLE).or_else(|fault| match fault.code {
+            INVALID_VALUE => try_with(REGISTER_PORTABLE | REGISTER_READ_ONLY).map_err(|_| fault),
+            _ => Err(fault),
+        })
     }
 
     pub(super) fn unregister(&self, address: usize) -> Outcome<()> {

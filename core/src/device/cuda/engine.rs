@@ -7,6 +7,7 @@
 //! A driver may never return from a call. Whoever waits for an answer watches the threads' pulses meanwhile, and after too
 //! long gives the GPU up; the threads are left where they are, and end once the call returns.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
@@ -54,8 +55,7 @@ impl Shared {
             return self.lost_error(reason);
         }
         if fault.is_fatal() {
-            return self
-                .lost_error(self.lose(format!("{} failed with {}", fault.call, fault.name)));
+            return self.lost_error(self.lose(fault.to_string()));
         }
         DeviceError::Driver {
             gpu: self.gpu,
@@ -180,6 +180,11 @@ impl Control {
         &self.heap
     }
 
+    /// As [`Heap::export`].
+    pub(super) fn export(&mut self, place: Place) -> Outcome<Option<(OwnedFd, u64, u64)>> {
+        self.heap.export(place)
+    }
+
     /// Changes the heap, so that figures taken meanwhile are known to be of no use.
     pub(super) fn change<R>(&mut self, change: impl FnOnce(&mut Heap) -> R) -> R {
         let shared = &self.shared;
@@ -272,7 +277,14 @@ impl Engine {
                         Some(control)
                     }
                     Err(fault) => {
-                        let _ = begun.send(Err(shared.error(&fault)));
+                        let error = match reset && fault.is_sticky() {
+                            true => DeviceError::Spent {
+                                gpu,
+                                reason: shared.lose(fault.to_string()),
+                            },
+                            false => shared.error(&fault),
+                        };
+                        let _ = begun.send(Err(error));
                         None
                     }
                 }

@@ -1,11 +1,50 @@
 //! The other end of an export: device memory of another process, mapped read-only.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Driver, Opaque, Outcome};
 use super::{Cuda, CudaError, CudaGpu};
 use crate::device::Export;
+
+/// Primary contexts of this process that stay once memory was mapped in them: one that went with the last mapping would have to
+/// be made anew for the next, which takes a tenth of a second on an H200.
+#[derive(Debug)]
+pub(super) struct Contexts {
+    driver: Arc<Driver>,
+    /// The devices, by the driver's handles.
+    held: Mutex<BTreeSet<i32>>,
+}
+
+impl Contexts {
+    pub(super) fn new(driver: Arc<Driver>) -> Self {
+        Self {
+            driver,
+            held: Mutex::default(),
+        }
+    }
+
+    fn hold(&self, device: i32) -> Outcome<()> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if !held.contains(&device) {
+            self.driver.retain_context(device)?;
+            held.insert(device);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Contexts {
+    fn drop(&mut self) {
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for device in std::mem::take(held) {
+            if let Err(fault) = self.driver.release_context(device) {
+                tracing::warn!(?fault, "cannot release a context");
+            }
+        }
+    }
+}
 
 /// Physical memory mapped in this process, with the primary context that it needs. Calls block, and leave that context
 /// current on the calling thread.
@@ -29,6 +68,7 @@ impl Mapped {
     ) -> Outcome<Self> {
         let driver = cuda.driver.clone();
         let device = driver.device(i32::try_from(gpu.ordinal).unwrap_or(i32::MAX))?;
+        cuda.contexts.hold(device)?;
         let context = driver.retain_context(device)?;
         let placed = driver
             .enter(context)
@@ -87,7 +127,7 @@ pub struct Imported {
 }
 
 impl Imported {
-    /// Maps what was exported, on the GPU that it lies on.
+    /// Maps what was exported, on the GPU that it lies on. From then on `cuda` keeps this process's primary context there.
     ///
     /// # Errors
     /// [`CudaError::Refused`] where the driver does not take it.

@@ -230,7 +230,6 @@ extern "C" fn cuDevicePrimaryCtxReset_v2(dev: c_int) -> Code {
         }
         state().contexts[gpu].retained = 0;
         destroy(machine, gpu);
-        machine.gpu(gpu).sticky.store(0, SeqCst);
         Ok(())
     })
 }

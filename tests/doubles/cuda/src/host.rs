@@ -14,6 +14,8 @@ use crate::{
 
 /// `CU_MEMHOSTREGISTER_PORTABLE`: registered for all GPUs.
 const PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTREGISTER_READ_ONLY`: only read by the GPU, which is all that may be done with what is mapped for reading.
+const READ_ONLY: c_uint = 8;
 
 /// What is mapped at an address.
 enum Backing {
@@ -21,20 +23,22 @@ enum Backing {
     Unseen,
     /// Nothing, or not all of it.
     Nothing,
-    /// Files and offsets into them.
-    Files(String),
+    /// Files and offsets into them, and whether this process may write there.
+    Files(String, bool),
 }
 
 /// What is mapped at this address now, by the kernel's own list.
 fn backing(at: u64, bytes: u64) -> Backing {
     match std::fs::read_to_string("/proc/self/maps") {
         Err(_) => Backing::Unseen,
-        Ok(maps) => files(&maps, at, bytes).map_or(Backing::Nothing, Backing::Files),
+        Ok(maps) => files(&maps, at, bytes).map_or(Backing::Nothing, |(files, write)| {
+            Backing::Files(files, write)
+        }),
     }
 }
 
-fn files(maps: &str, at: u64, bytes: u64) -> Option<String> {
-    let mut found = Vec::new();
+fn files(maps: &str, at: u64, bytes: u64) -> Option<(String, bool)> {
+    let (mut found, mut write) = (Vec::new(), true);
     let mut reached = at;
     for line in maps.lines() {
         let mut fields = line.split_whitespace();
@@ -44,7 +48,7 @@ fn files(maps: &str, at: u64, bytes: u64) -> Option<String> {
         if end <= reached || start > reached {
             continue;
         }
-        let _permissions = fields.next()?;
+        write &= fields.next()?.contains('w');
         let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
         let _device = fields.next()?;
         let inode = fields.next()?;
@@ -58,7 +62,7 @@ fn files(maps: &str, at: u64, bytes: u64) -> Option<String> {
         reached = end;
         if reached >= at + bytes {
             found.dedup();
-            return Some(found.join(" "));
+            return Some((found.join(" "), write));
         }
     }
     None
@@ -81,7 +85,9 @@ extern "C" fn cuMemHostRegister_v2(at: *mut c_void, bytes: usize, flags: c_uint)
             ));
         }
         let backing = match backing(at, bytes) {
-            Backing::Files(files) => Some(files),
+            // As the driver 580 on an H200 answers.
+            Backing::Files(_, false) if flags & READ_ONLY == 0 => return Err(INVALID_VALUE),
+            Backing::Files(files, _) => Some(files),
             Backing::Unseen => None,
             Backing::Nothing => {
                 return Err(misuse(
@@ -142,7 +148,7 @@ extern "C" fn cuMemHostUnregister(at: *mut c_void) -> Code {
 fn check_backing(machine: &Machine, at: u64, known: &Registration) {
     let Some(before) = &known.backing else { return };
     let same = match backing(at, known.bytes) {
-        Backing::Files(now) => now == *before,
+        Backing::Files(now, _) => now == *before,
         Backing::Unseen => true,
         Backing::Nothing => false,
     };

@@ -14,9 +14,10 @@ mod state;
 mod stream;
 
 use std::ffi::c_int;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
 
-use hotset_double_machine::{Call, Machine};
+use hotset_double_machine::{Call, MAX_GPUS, Machine};
 
 /// Result codes as the driver returns them; plain numbers, since a driver may return others than we know.
 type Code = u32;
@@ -57,7 +58,13 @@ fn fault(machine: &Machine, gpu: usize) -> Answer {
     if machine.gpu(gpu).lost.load(SeqCst) != 0 {
         return Err(UNKNOWN);
     }
-    match machine.gpu(gpu).sticky.load(SeqCst) {
+    // Once it was met, it stays with this process, whatever is reset: so does the driver 580 on an H200.
+    static MET: [AtomicU32; MAX_GPUS] = [const { AtomicU32::new(0) }; MAX_GPUS];
+    let now = machine.gpu(gpu).sticky.load(SeqCst);
+    if now != 0 {
+        MET[gpu].store(now, SeqCst);
+    }
+    match MET[gpu].load(SeqCst) {
         0 => Ok(()),
         code => Err(code),
     }

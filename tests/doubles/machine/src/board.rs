@@ -79,7 +79,7 @@ pub struct Gpu {
     pub distance: [AtomicU32; MAX_GPUS],
     /// Whether it reaches each other GPU's memory by itself.
     pub direct: [AtomicU32; MAX_GPUS],
-    /// The error that every call returns until the context is reset; 0: none.
+    /// The error that every call returns, and goes on to return in each process that has met it; 0: none.
     pub sticky: AtomicU32,
     /// The GPU is gone: every call fails, a reset too.
     pub lost: AtomicU32,
@@ -151,6 +151,8 @@ impl Gpu {
 pub struct Process {
     /// Its id; 0 where the place is free.
     pub pid: AtomicU32,
+    /// Which program it runs, since one that replaces itself keeps its id.
+    image: AtomicU64,
     /// Whether it has a context on each GPU.
     pub contexts: [AtomicU32; MAX_GPUS],
     /// Physical memory that it created or imported, on each GPU.
@@ -167,6 +169,36 @@ pub struct Process {
     pub streams: AtomicU32,
     /// Events.
     pub events: AtomicU32,
+}
+
+impl Process {
+    /// What it held went with its end.
+    fn forget(&self) {
+        for counter in self.contexts.iter().chain([
+            &self.handles,
+            &self.mappings,
+            &self.reservations,
+            &self.registrations,
+            &self.streams,
+            &self.events,
+        ]) {
+            counter.store(0, SeqCst);
+        }
+        for bytes in &self.memory {
+            bytes.store(0, SeqCst);
+        }
+    }
+}
+
+/// A number that the kernel draws for each program that a process runs.
+fn image() -> u64 {
+    // SAFETY: asks for a value of this process; no memory is touched.
+    let drawn = unsafe { libc::getauxval(libc::AT_RANDOM) } as *const u64;
+    if drawn.is_null() {
+        return 0;
+    }
+    // SAFETY: 16 bytes that the kernel put there before the program began, and that stay as long as it runs.
+    unsafe { drawn.read_unaligned() }
 }
 
 /// One allocation of physical memory.
@@ -374,7 +406,7 @@ impl Machine {
     pub fn process(&self) -> &Process {
         let pid = std::process::id();
         let processes = &self.board().processes;
-        processes
+        let process = processes
             .iter()
             .find(|process| process.pid.load(SeqCst) == pid)
             .or_else(|| {
@@ -382,7 +414,11 @@ impl Machine {
                     .iter()
                     .find(|process| process.pid.compare_exchange(0, pid, SeqCst, SeqCst).is_ok())
             })
-            .expect("fewer processes than the machine has places for")
+            .expect("fewer processes than the machine has places for");
+        if process.image.swap(image(), SeqCst) != image() {
+            process.forget();
+        }
+        process
     }
 
     /// Writes down a new allocation.
@@ -430,19 +466,7 @@ impl Machine {
             if pid == 0 || Path::new(&format!("/proc/{pid}")).exists() {
                 continue;
             }
-            for counter in process.contexts.iter().chain([
-                &process.handles,
-                &process.mappings,
-                &process.reservations,
-                &process.registrations,
-                &process.streams,
-                &process.events,
-            ]) {
-                counter.store(0, SeqCst);
-            }
-            for bytes in &process.memory {
-                bytes.store(0, SeqCst);
-            }
+            process.forget();
             process.pid.store(0, SeqCst);
         }
         // The rows first: what is made meanwhile is not among them.
