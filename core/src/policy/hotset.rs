@@ -11,14 +11,18 @@
 //! whichever plainly pays less. Until the predictor has learned enough it is out of the race, and LRU is what is
 //! followed at the start.
 
+mod race;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
+pub use self::race::Leader;
+use self::race::Race;
 use super::cheapest::{self, Item};
 use super::lowest::Lowest;
 use super::memory::Memory;
 use super::rates::Rates;
-use super::shadow::{Asked, Held, Scoring, Shadow};
+use super::shadow::Asked;
 use super::{Candidate, EvictionPolicy, Guess, Prefetch, Score, Victim, by_score};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
@@ -28,27 +32,6 @@ use crate::predict::{
 };
 use crate::units::Bytes;
 
-/// How long LRU keeps things before its shadow has told, in requests.
-const FIRST_AGE: f64 = 64.0;
-/// The horizon as a share of the requests for which LRU keeps what it evicts. Measured: from 0.5 to 2 within a percent; the
-/// shorter, the sooner a change is seen.
-const HORIZON_SHARE: f64 = 0.7;
-/// The least and the most requests that are looked ahead. Further than that a large tier would do better by a percent while
-/// nothing changes, and by three worse when what is popular does.
-const HORIZONS: (f64, f64) = (4.0, 96.0);
-/// Share of the latest eviction in the mean time that LRU keeps things.
-const AGE_STEP: f64 = 1.0 / 64.0;
-/// Share of the differences between two shadows that is remembered from one request that any of them loads for to the next: half
-/// is forgotten after about 350. Counted in loads and not in requests, since in a large tier few loads say anything, and what they
-/// say is not to be forgotten before the next.
-const MEMORY: f64 = 0.998;
-/// A challenger must be ahead of the predictor by so many standard deviations of their differences, were these of random sign:
-/// few loads decide much, and following luck costs more than waiting. Of less, down to the second, the less far it looks ahead of the
-/// time for which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
-const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
-/// Of LRU and GDSF by so many, which one load may be: the predictor does better nearly everywhere in the end. With 1, as before, all
-/// that was measured was up to 0.7 % worse.
-const AHEAD: f64 = 0.5;
 /// Candidates beyond those that would do which are weighed against them.
 const BEYOND: usize = 3;
 /// What a component is worth that a tier above has as well, as a share of what it is worth else. Measured: from 0.2 to 0.5 within a
@@ -64,56 +47,6 @@ const MIN_USES: f64 = 0.7;
 const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
 const NOTED: usize = 16;
-/// Makes the number of a request a score below all that come from rates.
-const UNKNOWN: f64 = 1e-30;
-
-/// Whose shadow is followed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Leader {
-    /// Least recently used.
-    Lru,
-    /// Greedy-Dual-Size-Frequency.
-    Gdsf,
-    /// Predicted use.
-    Predictor,
-}
-
-impl Leader {
-    const ALL: [Self; 3] = [Self::Lru, Self::Gdsf, Self::Predictor];
-}
-
-/// By how much one shadow paid more than another of late, or since they last stood level: see [`with_lru`].
-#[derive(Debug, Clone, Copy, Default)]
-struct Lag {
-    seconds: f64,
-    squares: f64,
-}
-
-impl Lag {
-    fn note(&mut self, more_s: f64) {
-        self.seconds = self.seconds * MEMORY + more_s;
-        self.squares = self.squares * MEMORY * MEMORY + more_s * more_s;
-    }
-
-    /// Counts only from when they last stood level, as Page's test for a change does (Biometrika 1954).
-    fn forget_gains(&mut self) {
-        self.seconds = self.seconds.max(0.0);
-    }
-
-    /// Whether it is more than so many standard deviations.
-    fn is_plain(&self, deviations: f64) -> bool {
-        self.seconds > deviations * self.squares.sqrt()
-    }
-}
-
-/// Whether LRU is one of these: then only what was lost since they last stood level counts. LRU is right at once when the world
-/// changes, and what others won in the old one is no excuse. The others both go by what was: in a stream that comes round, each
-/// has its stretches, and only the whole of them tells.
-fn with_lru(one: Leader, other: Leader) -> bool {
-    one == Leader::Lru || other == Leader::Lru
-}
-
 /// Retention by predicted use, or by what does better.
 #[derive(Debug, Clone)]
 pub struct HotsetRetention {
@@ -125,16 +58,7 @@ pub struct HotsetRetention {
     /// Seconds and GB of all restores heard of, for those not heard of yet.
     restored: (f64, f64),
 
-    // The race.
-    lru: Shadow,
-    /// Requests for which LRU keeps what it evicts.
-    lru_age: f64,
-    gdsf: Shadow,
-    gdsf_clock: f64,
-    predicted: Shadow,
-    /// By how much each paid more than each.
-    lags: [[Lag; 3]; 3],
-    leader: Leader,
+    race: Race,
 
     // Prefetch, where it is wanted.
     prefetch: Option<Scoreboard>,
@@ -156,13 +80,7 @@ impl HotsetRetention {
             capacity: Bytes::ZERO,
             restore_s: Memory::default(),
             restored: (0.0, 0.0),
-            lru: Shadow::default(),
-            lru_age: FIRST_AGE,
-            gdsf: Shadow::default(),
-            gdsf_clock: 0.0,
-            predicted: Shadow::default(),
-            lags: Default::default(),
-            leader: Leader::Predictor,
+            race: Race::default(),
             prefetch: None,
             ghosts: VecDeque::new(),
         }
@@ -186,14 +104,10 @@ impl HotsetRetention {
     /// Whose choices it follows.
     #[must_use]
     pub fn leader(&self) -> Leader {
-        if self.leader == Leader::Predictor && !self.predictor.is_trained() {
-            return Leader::Lru;
+        match self.race.leader() {
+            Leader::Predictor if !self.predictor.is_trained() => Leader::Lru,
+            leader => leader,
         }
-        self.leader
-    }
-
-    fn horizon(&self) -> f64 {
-        (HORIZON_SHARE * self.lru_age).clamp(HORIZONS.0, HORIZONS.1)
     }
 
     fn asked(&self, content: ContentId, bytes: Bytes) -> Asked {
@@ -206,76 +120,16 @@ impl HotsetRetention {
         }
     }
 
-    /// Runs the shadows.
+    /// Runs the race on a request.
     fn race(&mut self, now: Duration, request: &Observed<'_>) {
-        let (number, capacity) = (self.predictor.observed(), self.capacity);
         let mut set: Vec<Asked> = Vec::with_capacity(request.components.len());
         for seen in request.components {
             if set.iter().all(|asked| asked.content != seen.content) {
                 set.push(self.asked(seen.content, seen.bytes));
             }
         }
-        let mut lru = ByAge {
-            number,
-            age: &mut self.lru_age,
-        };
-        let lru_s = self.lru.request(number, capacity, &set, &mut lru);
-        let mut gdsf = ByWorth {
-            clock: &mut self.gdsf_clock,
-        };
-        let gdsf_s = self.gdsf.request(number, capacity, &set, &mut gdsf);
-        let mut predicted = ByRate {
-            now,
-            horizon: self.horizon(),
-            predictor: &mut self.predictor,
-            rates: &mut self.rates,
-        };
-        let predicted_s = self
-            .predicted
-            .request(number, capacity, &set, &mut predicted);
-        self.elect([lru_s, gdsf_s, predicted_s]);
-    }
-
-    fn elect(&mut self, paid_s: [f64; 3]) {
-        if paid_s.iter().all(|paid| *paid <= 0.0) {
-            return;
-        }
-        for (one, lags) in Leader::ALL.into_iter().zip(&mut self.lags) {
-            for (other, lag) in Leader::ALL.into_iter().zip(lags) {
-                lag.note(paid_s[one as usize] - paid_s[other as usize]);
-                if with_lru(one, other) {
-                    lag.forget_gains();
-                }
-            }
-        }
-        let lags = &self.lags[self.leader as usize];
-        let deviations = match self.leader {
-            Leader::Predictor => {
-                let (most, least) = AHEAD_OF_PREDICTOR;
-                let share = self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0);
-                (most * share).clamp(least, most)
-            }
-            Leader::Lru | Leader::Gdsf => AHEAD,
-        };
-        let ahead = Leader::ALL
-            .into_iter()
-            .filter(|other| lags[*other as usize].is_plain(deviations))
-            // Where two are, LRU has the advantage that its losses of long ago do not count.
-            .max_by(|a, b| {
-                let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
-                a.total_cmp(&b)
-            });
-        let Some(next) = ahead else {
-            return;
-        };
-        if with_lru(self.leader, next) {
-            // All stand level again: else what a third won before would undo it at once.
-            for other in Leader::ALL {
-                self.lags[Leader::Lru as usize][other as usize].seconds = 0.0;
-                self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
-            }
-        }
-        self.leader = next;
+        let (predictor, rates) = (&mut self.predictor, &mut self.rates);
+        self.race.run(now, self.capacity, &set, predictor, rates);
     }
 
     /// Hears what restoring costs.
@@ -305,7 +159,7 @@ impl HotsetRetention {
         if needed > evictable {
             return None;
         }
-        let horizon = self.horizon();
+        let horizon = self.race.horizon();
         let victims = self.choose_as(Leader::Predictor, now, residents, needed);
         let mut lost_s = 0.0;
         for victim in &victims {
@@ -315,13 +169,6 @@ impl HotsetRetention {
             lost_s += rate * held.map_or(0.0, |c| c.restore_s);
         }
         (saved_s > MARGIN * lost_s).then_some(victims)
-    }
-
-    fn gdsf_score(&self, candidate: &Candidate) -> f64 {
-        // What GDSF would not have kept goes first.
-        self.gdsf
-            .get(&candidate.content)
-            .map_or(0.0, |held| held.score)
     }
 
     fn gdsf_reason(score: f64) -> String {
@@ -355,7 +202,7 @@ impl HotsetRetention {
         candidates: &[Candidate],
         needed: Bytes,
     ) -> Vec<Victim> {
-        let horizon = self.horizon();
+        let horizon = self.race.horizon();
         self.rates.grant();
         let keys: Vec<_> = (0_u32..)
             .zip(candidates)
@@ -364,7 +211,7 @@ impl HotsetRetention {
                 let score = match leader {
                     // By the time of the last use, which stands next in the key.
                     Leader::Lru => 0.0,
-                    Leader::Gdsf => self.gdsf_score(candidate),
+                    Leader::Gdsf => self.race.gdsf_score(&candidate.content),
                     Leader::Predictor => {
                         let predictor = &mut self.predictor;
                         let rate = self.rates.lately(predictor, now, content, horizon);
@@ -444,72 +291,6 @@ impl HotsetRetention {
     }
 }
 
-/// LRU: the number of the request that used it last.
-struct ByAge<'a> {
-    number: u64,
-    age: &'a mut f64,
-}
-
-impl Scoring for ByAge<'_> {
-    fn on_use(&mut self, _held: &Held) -> (f64, u64) {
-        (self.number as f64, u64::MAX)
-    }
-
-    fn on_evict(&mut self, held: &Held) {
-        *self.age += AGE_STEP * (self.number as f64 - held.score - *self.age);
-    }
-}
-
-/// GDSF: see [`super::gdsf`].
-struct ByWorth<'a> {
-    clock: &'a mut f64,
-}
-
-impl Scoring for ByWorth<'_> {
-    fn on_use(&mut self, held: &Held) -> (f64, u64) {
-        let worth = held.uses as f64 * held.asked.seconds_per_gb();
-        (*self.clock + worth, u64::MAX)
-    }
-
-    fn on_evict(&mut self, held: &Held) {
-        *self.clock = self.clock.max(held.score);
-    }
-}
-
-/// The predictor: expected seconds saved by each GB in each request.
-struct ByRate<'a> {
-    now: Duration,
-    horizon: f64,
-    predictor: &'a mut Predictor,
-    rates: &'a mut Rates,
-}
-
-impl ByRate<'_> {
-    fn score(&mut self, asked: &Asked) -> (f64, u64) {
-        if !self.predictor.is_trained() {
-            // Least recently used first, and before anything that is known.
-            let now = self.predictor.observed();
-            let last = now - self.predictor.requests_since(&asked.content).min(now);
-            return (last as f64 * UNKNOWN, now + 1);
-        }
-        let (rate, _) = self
-            .rates
-            .now(self.predictor, self.now, &asked.content, self.horizon);
-        let fresh_until = self.rates.fresh_until(&asked.content);
-        (rate * asked.seconds_per_gb(), fresh_until)
-    }
-}
-
-impl Scoring for ByRate<'_> {
-    fn on_use(&mut self, held: &Held) -> (f64, u64) {
-        self.score(&held.asked)
-    }
-
-    fn again(&mut self, held: &Held) -> (f64, u64) {
-        self.score(&held.asked)
-    }
-}
-
 impl EvictionPolicy for HotsetRetention {
     fn name(&self) -> &'static str {
         match self.prefetch {
@@ -563,7 +344,7 @@ impl EvictionPolicy for HotsetRetention {
         if !self.predictor.is_trained() {
             return None;
         }
-        let horizon = self.horizon();
+        let horizon = self.race.horizon();
         self.rates.grant();
         // The most seconds saved first; the first that pays for its victims is it.
         let mut wanted: Vec<(Score, Asked)> = self
@@ -622,7 +403,7 @@ impl EvictionPolicy for HotsetRetention {
         }
         self.note_costs(residents);
         self.rates.grant();
-        let horizon = self.horizon();
+        let horizon = self.race.horizon();
         let uses = if guess.certain {
             1.0 / horizon
         } else {
@@ -675,11 +456,11 @@ impl EvictionPolicy for HotsetRetention {
         match self.leader() {
             Leader::Lru => super::lru::Lru.rank(now, candidates),
             Leader::Gdsf => by_score(candidates, |c| {
-                let score = self.gdsf_score(c);
+                let score = self.race.gdsf_score(&c.content);
                 (score, Self::gdsf_reason(score))
             }),
             Leader::Predictor => {
-                let horizon = self.horizon();
+                let horizon = self.race.horizon();
                 let mut all: Vec<(Score, f64, &Candidate)> = candidates
                     .iter()
                     .map(|c| {

@@ -137,38 +137,6 @@ fn it_learns_to_keep_part_of_a_loop() {
 }
 
 #[test]
-fn it_follows_what_pays_least() {
-    let mut policy = HotsetRetention::new(1);
-    let leader_after = |policy: &mut HotsetRetention, paid: [f64; 3], times: usize| {
-        (0..times).for_each(|_| policy.elect(paid));
-        policy.leader
-    };
-    assert_eq!(policy.leader, Leader::Predictor);
-    // One load decides nothing, nor do a few that go either way.
-    assert_eq!(
-        leader_after(&mut policy, [0.0, 5.0, 5.0], 1),
-        Leader::Predictor
-    );
-    assert_eq!(
-        leader_after(&mut policy, [5.0, 5.0, 0.0], 1),
-        Leader::Predictor
-    );
-    assert_eq!(leader_after(&mut policy, [1.0, 2.0, 2.0], 40), Leader::Lru);
-    assert_eq!(
-        leader_after(&mut policy, [2.0, 1.0, 2.0], 200),
-        Leader::Gdsf
-    );
-    assert_eq!(
-        leader_after(&mut policy, [2.0, 2.0, 2.0], 4_000),
-        Leader::Gdsf
-    );
-    assert_eq!(
-        leader_after(&mut policy, [2.0, 2.0, 1.0], 200),
-        Leader::Predictor
-    );
-}
-
-#[test]
 fn few_rates_give_the_same_choice_as_all() {
     let stream: Vec<u8> = crate::policy::test_utils::zipf_like(3, 4_000);
     let mut policy = HotsetRetention::new(1);
@@ -243,26 +211,4 @@ fn for_a_guess_only_what_is_worth_far_less_goes() {
     assert_eq!(room(policy, &guess(26, false), &both), None);
     assert_eq!(room(policy, &guess(2, true), &[hot]), None);
     assert_eq!(room(policy, &guess(2, true), &[]), None);
-}
-
-#[test]
-fn what_was_won_in_another_world_is_no_excuse() {
-    let mut policy = HotsetRetention::new(1);
-    let lead = |policy: &mut HotsetRetention, paid_s: [f64; 3], times: usize| {
-        (0..times).for_each(|_| policy.elect(paid_s));
-        policy.leader
-    };
-    // The predictor wins for long, then loses against LRU: some dozens of loads tell.
-    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
-    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 3), Leader::Predictor);
-    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 57), Leader::Lru);
-    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 20), Leader::Predictor);
-    // What a third won then is none either.
-    assert_eq!(lead(&mut policy, [2.0, 1.5, 1.0], 1_000), Leader::Predictor);
-    assert_eq!(lead(&mut policy, [1.0, 2.0, 2.0], 60), Leader::Lru);
-    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 20), Leader::Predictor);
-    // Against GDSF the whole counts.
-    assert_eq!(lead(&mut policy, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
-    assert_eq!(lead(&mut policy, [2.0, 1.0, 2.0], 100), Leader::Predictor);
-    assert_eq!(lead(&mut policy, [2.0, 1.0, 2.0], 1_000), Leader::Gdsf);
 }

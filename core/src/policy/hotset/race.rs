@@ -1,0 +1,307 @@
+//! The race: three tiers beside the real one, as metadata alone, each under a policy of its own, on the same requests. Whoever plainly pays
+//! less is followed.
+
+use std::time::Duration;
+
+use crate::ids::ContentId;
+use crate::policy::rates::Rates;
+use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
+use crate::predict::Predictor;
+use crate::units::Bytes;
+
+/// How long LRU keeps things before its shadow has told, in requests.
+const FIRST_AGE: f64 = 64.0;
+/// The horizon as a share of the requests for which LRU keeps what it evicts. Measured: from 0.5 to 2 within a percent; the
+/// shorter, the sooner a change is seen.
+const HORIZON_SHARE: f64 = 0.7;
+/// The least and the most requests that are looked ahead. Further than that a large tier would do better by a percent while
+/// nothing changes, and by three worse when what is popular does.
+const HORIZONS: (f64, f64) = (4.0, 96.0);
+/// Share of the latest eviction in the mean time that LRU keeps things.
+const AGE_STEP: f64 = 1.0 / 64.0;
+/// Share of the differences between two shadows that is remembered from one request that any of them loads for to the next: half
+/// is forgotten after about 350. Counted in loads and not in requests, since in a large tier few loads say anything, and what they
+/// say is not to be forgotten before the next.
+const MEMORY: f64 = 0.998;
+/// A challenger must be ahead of the predictor by so many standard deviations of their differences, were these of random sign:
+/// few loads decide much, and following luck costs more than waiting. Of less, down to the second, the less far it looks ahead of the
+/// time for which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
+const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
+/// Of LRU and GDSF by so many, which one load may be: the predictor does better nearly everywhere in the end. With 1, as before, all
+/// that was measured was up to 0.7 % worse.
+const AHEAD: f64 = 0.5;
+/// Makes the number of a request a score below all that come from rates.
+const UNKNOWN: f64 = 1e-30;
+
+/// Whose shadow is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leader {
+    /// Least recently used.
+    Lru,
+    /// Greedy-Dual-Size-Frequency.
+    Gdsf,
+    /// Predicted use.
+    Predictor,
+}
+
+impl Leader {
+    const ALL: [Self; 3] = [Self::Lru, Self::Gdsf, Self::Predictor];
+}
+
+/// By how much one shadow paid more than another of late, or since they last stood level: see [`with_lru`].
+#[derive(Debug, Clone, Copy, Default)]
+struct Lag {
+    seconds: f64,
+    squares: f64,
+}
+
+impl Lag {
+    fn note(&mut self, more_s: f64) {
+        self.seconds = self.seconds * MEMORY + more_s;
+        self.squares = self.squares * MEMORY * MEMORY + more_s * more_s;
+    }
+
+    /// Counts only from when they last stood level, as Page's test for a change does (Biometrika 1954).
+    fn forget_gains(&mut self) {
+        self.seconds = self.seconds.max(0.0);
+    }
+
+    /// Whether it is more than so many standard deviations.
+    fn is_plain(&self, deviations: f64) -> bool {
+        self.seconds > deviations * self.squares.sqrt()
+    }
+}
+
+/// Whether LRU is one of these: then only what was lost since they last stood level counts. LRU is right at once when the world
+/// changes, and what others won in the old one is no excuse. The others both go by what was: in a stream that comes round, each
+/// has its stretches, and only the whole of them tells.
+fn with_lru(one: Leader, other: Leader) -> bool {
+    one == Leader::Lru || other == Leader::Lru
+}
+
+/// The shadows, and who is followed.
+#[derive(Debug, Clone)]
+pub(super) struct Race {
+    lru: Shadow,
+    /// Requests for which LRU keeps what it evicts.
+    lru_age: f64,
+    gdsf: Shadow,
+    gdsf_clock: f64,
+    predicted: Shadow,
+    /// By how much each paid more than each.
+    lags: [[Lag; 3]; 3],
+    leader: Leader,
+}
+
+impl Default for Race {
+    fn default() -> Self {
+        Self {
+            lru: Shadow::default(),
+            lru_age: FIRST_AGE,
+            gdsf: Shadow::default(),
+            gdsf_clock: 0.0,
+            predicted: Shadow::default(),
+            lags: Default::default(),
+            leader: Leader::Predictor,
+        }
+    }
+}
+
+impl Race {
+    /// Whose choices pay least; the predictor's also while it knows nothing.
+    pub(super) const fn leader(&self) -> Leader {
+        self.leader
+    }
+
+    /// What GDSF's shadow gives a component. What it would not have kept goes first.
+    pub(super) fn gdsf_score(&self, content: &ContentId) -> f64 {
+        self.gdsf.get(content).map_or(0.0, |held| held.score)
+    }
+
+    /// How many requests the predictor looks ahead.
+    pub(super) fn horizon(&self) -> f64 {
+        (HORIZON_SHARE * self.lru_age).clamp(HORIZONS.0, HORIZONS.1)
+    }
+
+    /// Runs the shadows on a request that the predictor has observed.
+    pub(super) fn run(
+        &mut self,
+        now: Duration,
+        capacity: Bytes,
+        set: &[Asked],
+        predictor: &mut Predictor,
+        rates: &mut Rates,
+    ) {
+        let number = predictor.observed();
+        let mut lru = ByAge {
+            number,
+            age: &mut self.lru_age,
+        };
+        let lru_s = self.lru.request(number, capacity, set, &mut lru);
+        let mut gdsf = ByWorth {
+            clock: &mut self.gdsf_clock,
+        };
+        let gdsf_s = self.gdsf.request(number, capacity, set, &mut gdsf);
+        let mut predicted = ByRate {
+            now,
+            horizon: self.horizon(),
+            predictor,
+            rates,
+        };
+        let predicted_s = self
+            .predicted
+            .request(number, capacity, set, &mut predicted);
+        self.elect([lru_s, gdsf_s, predicted_s]);
+    }
+
+    fn elect(&mut self, paid_s: [f64; 3]) {
+        if paid_s.iter().all(|paid| *paid <= 0.0) {
+            return;
+        }
+        for (one, lags) in Leader::ALL.into_iter().zip(&mut self.lags) {
+            for (other, lag) in Leader::ALL.into_iter().zip(lags) {
+                lag.note(paid_s[one as usize] - paid_s[other as usize]);
+                if with_lru(one, other) {
+                    lag.forget_gains();
+                }
+            }
+        }
+        let lags = &self.lags[self.leader as usize];
+        let deviations = match self.leader {
+            Leader::Predictor => {
+                let (most, least) = AHEAD_OF_PREDICTOR;
+                let share = self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0);
+                (most * share).clamp(least, most)
+            }
+            Leader::Lru | Leader::Gdsf => AHEAD,
+        };
+        let ahead = Leader::ALL
+            .into_iter()
+            .filter(|other| lags[*other as usize].is_plain(deviations))
+            // Where two are, LRU has the advantage that its losses of long ago do not count.
+            .max_by(|a, b| {
+                let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
+                a.total_cmp(&b)
+            });
+        let Some(next) = ahead else {
+            return;
+        };
+        if with_lru(self.leader, next) {
+            // All stand level again: else what a third won before would undo it at once.
+            for other in Leader::ALL {
+                self.lags[Leader::Lru as usize][other as usize].seconds = 0.0;
+                self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
+            }
+        }
+        self.leader = next;
+    }
+}
+
+/// LRU: the number of the request that used it last.
+struct ByAge<'a> {
+    number: u64,
+    age: &'a mut f64,
+}
+
+impl Scoring for ByAge<'_> {
+    fn on_use(&mut self, _held: &Held) -> (f64, u64) {
+        (self.number as f64, u64::MAX)
+    }
+
+    fn on_evict(&mut self, held: &Held) {
+        *self.age += AGE_STEP * (self.number as f64 - held.score - *self.age);
+    }
+}
+
+/// GDSF: see [`super::gdsf`].
+struct ByWorth<'a> {
+    clock: &'a mut f64,
+}
+
+impl Scoring for ByWorth<'_> {
+    fn on_use(&mut self, held: &Held) -> (f64, u64) {
+        let worth = held.uses as f64 * held.asked.seconds_per_gb();
+        (*self.clock + worth, u64::MAX)
+    }
+
+    fn on_evict(&mut self, held: &Held) {
+        *self.clock = self.clock.max(held.score);
+    }
+}
+
+/// The predictor: expected seconds saved by each GB in each request.
+struct ByRate<'a> {
+    now: Duration,
+    horizon: f64,
+    predictor: &'a mut Predictor,
+    rates: &'a mut Rates,
+}
+
+impl ByRate<'_> {
+    fn score(&mut self, asked: &Asked) -> (f64, u64) {
+        if !self.predictor.is_trained() {
+            // Least recently used first, and before anything that is known.
+            let now = self.predictor.observed();
+            let last = now - self.predictor.requests_since(&asked.content).min(now);
+            return (last as f64 * UNKNOWN, now + 1);
+        }
+        let (rate, _) = self
+            .rates
+            .now(self.predictor, self.now, &asked.content, self.horizon);
+        let fresh_until = self.rates.fresh_until(&asked.content);
+        (rate * asked.seconds_per_gb(), fresh_until)
+    }
+}
+
+impl Scoring for ByRate<'_> {
+    fn on_use(&mut self, held: &Held) -> (f64, u64) {
+        self.score(&held.asked)
+    }
+
+    fn again(&mut self, held: &Held) -> (f64, u64) {
+        self.score(&held.asked)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who is followed once each has paid so much so many times.
+    fn after(race: &mut Race, paid_s: [f64; 3], times: usize) -> Leader {
+        (0..times).for_each(|_| race.elect(paid_s));
+        race.leader
+    }
+
+    #[test]
+    fn it_follows_what_pays_least() {
+        let race = &mut Race::default();
+        assert_eq!(race.leader(), Leader::Predictor);
+        // Against the predictor one load decides nothing, nor do a few that go either way.
+        assert_eq!(after(race, [0.0, 5.0, 5.0], 1), Leader::Predictor);
+        assert_eq!(after(race, [5.0, 5.0, 0.0], 1), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 40), Leader::Lru);
+        assert_eq!(after(race, [2.0, 1.0, 2.0], 200), Leader::Gdsf);
+        assert_eq!(after(race, [2.0, 2.0, 2.0], 4_000), Leader::Gdsf);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 200), Leader::Predictor);
+    }
+
+    #[test]
+    fn what_was_won_in_another_world_is_no_excuse() {
+        let race = &mut Race::default();
+        // The predictor wins for long, then loses against LRU: some dozens of loads tell.
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 3), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 57), Leader::Lru);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+        // What a third won then is none either.
+        assert_eq!(after(race, [2.0, 1.5, 1.0], 1_000), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 60), Leader::Lru);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+        // Against GDSF the whole counts.
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
+        assert_eq!(after(race, [2.0, 1.0, 2.0], 100), Leader::Predictor);
+        assert_eq!(after(race, [2.0, 1.0, 2.0], 1_000), Leader::Gdsf);
+    }
+}
