@@ -347,6 +347,12 @@ impl Hotset {
         self.system.subscribe_gpus()
     }
 
+    /// Waits until an error has left one of the GPUs unusable to this process, and to no other; gives the reason, at once where that
+    /// has happened before. Only a new process helps.
+    pub async fn spent(&self) -> Arc<str> {
+        self.system.spent().await
+    }
+
     /// Hears of every decision from now on, in their order.
     #[must_use]
     pub fn subscribe_decisions(&self) -> tokio::sync::broadcast::Receiver<Decision> {

@@ -109,6 +109,8 @@ pub(crate) struct House {
     pub(crate) catalogue_changes: broadcast::Sender<Arc<[Change]>>,
     /// What happens to GPUs.
     pub(crate) gpu_events: broadcast::Sender<GpuEvent>,
+    /// Why this process cannot use one of its GPUs any more.
+    pub(crate) spent: watch::Sender<Option<Arc<str>>>,
     /// Each decision, as it is recorded.
     pub(crate) decided: broadcast::Sender<Decision>,
     /// What sessions are granted, for who records it.
@@ -225,6 +227,7 @@ impl House {
             catalogue: Arc::new(CatalogueCell::default()),
             catalogue_changes: broadcast::Sender::new(CHANGES_KEPT),
             gpu_events: broadcast::Sender::new(CHANGES_KEPT),
+            spent: watch::Sender::new(None),
             // A set of hundreds evicts as many at once.
             decided: broadcast::Sender::new(DECISIONS_KEPT),
             granted: broadcast::Sender::new(DECISIONS_KEPT),

@@ -211,6 +211,17 @@ impl System {
         self.house.gpu_events.subscribe()
     }
 
+    /// Waits until an error has left one of the GPUs unusable to this process, and to no other; gives the reason, at once where that
+    /// has happened before.
+    pub async fn spent(&self) -> Arc<str> {
+        let mut spent = self.house.spent.subscribe();
+        let reason = spent.wait_for(Option::is_some).await;
+        match reason.ok().and_then(|reason| reason.clone()) {
+            Some(reason) => reason,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Hears of every decision from now on, in their order.
     #[must_use]
     pub fn subscribe_decisions(&self) -> broadcast::Receiver<Decision> {

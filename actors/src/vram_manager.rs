@@ -96,6 +96,8 @@ pub(crate) struct State {
     xids: VecDeque<u64>,
     /// What leases hold beyond the budget, so that their holders are asked once for each change.
     wanted: Bytes,
+    /// This process cannot use the device any more.
+    spent: bool,
     _wake: AbortOnDropHandle<()>,
     _measuring: AbortOnDropHandle<()>,
 }
@@ -152,6 +154,7 @@ impl VramManager {
             guessing,
             xids: VecDeque::new(),
             wanted: Bytes::ZERO,
+            spent: false,
             _wake: wake,
             _measuring: measuring,
         })
@@ -166,6 +169,8 @@ impl VramManager {
     ) {
         match measured {
             Ok(figures) => state.measured(figures),
+            // That is known, and an upload that was under way meets it only now.
+            Err(DeviceError::Lost { .. }) if state.spent => {}
             Err(DeviceError::Lost { reason, .. }) => {
                 lost(&state.house, state.tier, &reason);
                 // The supervisor starts it again, and it tries to bring the device back.
@@ -200,6 +205,8 @@ impl VramManager {
                 if let DeviceError::Spent { .. } = error {
                     // Nothing is left to try in this process, so the manager stays and refuses.
                     tracing::error!(%tier, %reason, "a GPU is out of service for good");
+                    state.spent = true;
+                    house.spent.send_replace(Some(reason.clone()));
                     let _ = house.gpu_events.send(GpuEvent::Spent { tier, reason });
                 } else {
                     myself.stop(Some(reason.to_string()));

@@ -201,7 +201,7 @@ pub struct Figures {
     pub overhead: Bytes,
     /// The part of the overhead that is the context. `None` where nobody can tell it.
     pub context: Option<Bytes>,
-    /// What others use, the driver's own reserve included.
+    /// What others use. Where NVML does not tell the driver's own reserve, that is among it.
     pub foreign: Bytes,
     /// The processes that compute on it, where that is told.
     pub processes: Vec<ProcessUse>,

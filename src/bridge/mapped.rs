@@ -297,7 +297,7 @@ impl Mapped {
 
     fn count(&self, hotset: &Hotset, mappings: Vec<u64>) -> Counted {
         let bytes = self.bytes();
-        let over = hotset.ledger().view(Tier::Ram).map_or(Bytes::ZERO, |ram| {
+        let over = hotset.ledger().sums(Tier::Ram).map_or(Bytes::ZERO, |ram| {
             ram.committed.saturating_sub(ram.budget).min(bytes)
         });
         Counted {

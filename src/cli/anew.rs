@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -12,7 +14,7 @@ use super::CliError;
 /// Does so; comes back only where that fails. The running program is started, also where its file was replaced meanwhile.
 pub(crate) fn start() -> CliError {
     let mut arguments = std::env::args_os();
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(program());
     if let Some(name) = arguments.next() {
         command.arg0(name);
     }
@@ -22,6 +24,19 @@ pub(crate) fn start() -> CliError {
         Err(error) => error,
     };
     CliError::Anew { source }
+}
+
+/// The program's own file, by whose name the process is known, or the kernel's link to it where that is another one by now.
+fn program() -> PathBuf {
+    let link = PathBuf::from("/proc/self/exe");
+    let which = |path: &Path| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    match std::env::current_exe() {
+        Ok(path) if which(&path).is_some() && which(&path) == which(&link) => path,
+        _ => link,
+    }
 }
 
 /// Libraries may have opened descriptors that would go on into the new program, and memory of a GPU lives as long as one of them.

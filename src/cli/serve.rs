@@ -7,11 +7,9 @@ use std::time::Instant;
 use futures::FutureExt;
 use hotset::bridge::Bridge;
 use hotset::http::Http;
-use hotset::{Config, GpuEvent, Hotset, Status};
+use hotset::{Config, Hotset, Status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::RecvError;
 
 use super::output::{line, tell};
 use super::{CliError, Global, config};
@@ -57,7 +55,6 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
             return Ok(());
         }
     };
-    let gpus = hotset.subscribe_gpus();
     let bridge = match hotset.config().bridge.enabled {
         true => Some(Bridge::open(hotset.clone()).await?),
         false => None,
@@ -70,10 +67,10 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     let http_at = http.as_ref().map(Http::address);
     // Whoever reads it may have gone; those who are served have not.
     let _ = greet(global, &status, bridge.as_ref(), http_at);
-    let (why, anew) = tokio::select! {
+    let (why, mut anew) = tokio::select! {
         why = stop.told() => (why.to_owned(), false),
         () = asked(bridge.as_ref()) => ("a client asked for the end".to_owned(), false),
-        reason = spent(hotset.config(), gpus, began) => (reason.to_string(), true),
+        reason = spent(global, &hotset, began) => (reason.to_string(), true),
         never = super::heap::give_back() => match never {},
     };
     tell(format_args!("{why}: draining"));
@@ -81,13 +78,14 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
     if let Some(http) = http {
         http.close().await;
     }
+    // Who asks for the end meanwhile means it.
+    anew &= asked(bridge.as_ref()).now_or_never().is_none();
     if let Some(bridge) = bridge {
         bridge.close().await;
     }
     if let Some(hotset) = Arc::into_inner(hotset) {
         hotset.drain().await;
     }
-    // Who asked for the end meanwhile meant it.
     match anew && stop.told().now_or_never().is_none() {
         true => Err(super::anew::start()),
         false => Ok(()),
@@ -96,21 +94,18 @@ pub(crate) async fn run(global: &Global) -> Result<(), CliError> {
 
 /// Waits until a GPU is lost to this process and to no other, and this process has run long enough not to begin anew all the time;
 /// gives the reason.
-async fn spent(config: &Config, mut gpus: Receiver<GpuEvent>, began: Instant) -> Arc<str> {
-    if !config.cuda.restart {
+async fn spent(global: &Global, hotset: &Hotset, began: Instant) -> Arc<str> {
+    let own = hotset.config();
+    if !own.cuda.restart {
         return std::future::pending().await;
     }
-    loop {
-        match gpus.recv().await {
-            Ok(GpuEvent::Spent { reason, .. }) => {
-                let at = began + config.supervision.retry;
-                tokio::time::sleep_until(at.into()).await;
-                return reason;
-            }
-            Ok(_) | Err(RecvError::Lagged(_)) => {}
-            Err(RecvError::Closed) => return std::future::pending().await,
-        }
+    let reason = hotset.spent().await;
+    tokio::time::sleep_until((began + own.supervision.retry).into()).await;
+    if let Err(error) = config(global) {
+        tracing::error!(%error, %reason, "a new start would fail; mend the configuration, and restart the server");
+        return std::future::pending().await;
     }
+    reason
 }
 
 async fn asked(bridge: Option<&Bridge>) {

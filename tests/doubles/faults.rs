@@ -4,7 +4,7 @@
 //! Usage: `double-faults MACHINE GPUS MIB`: makes the machine in this file, its GPUs with so much for hotset, then reads lines until
 //! its input ends:
 //!
-//! - `sticky GPU ERROR`: every call returns this error; a process that has met it never gets anything else
+//! - `sticky GPU ERROR`: the next process to call gets this error, and never anything else
 //! - `lost GPU 0|1`: it is gone, or back
 //! - `refuse GPU COUNT`: so many of the next allocations find no memory
 //! - `foreign GPU MIB`: so much is taken by processes that are no doubles

@@ -142,7 +142,14 @@ fn a_gpu_that_an_error_took_from_this_process_is_refused_with_what_to_do() {
             let elsewhere = outcome(session.load(on(1))).await.unwrap();
             assert_tensors(&elsewhere[0], &tensors).await;
             // Once, and nothing that is tried in vain over and over.
+            let restarts = async || {
+                let actors = hotset.status().await.actors;
+                actors.iter().map(|actor| actor.restarts).sum::<u64>()
+            };
+            let before = restarts().await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
             assert!(events.try_recv().is_err());
+            assert_eq!(restarts().await, before);
             drop((held, elsewhere));
             end(hotset).await;
         });
@@ -186,7 +193,6 @@ fn a_server_whose_gpu_an_error_took_starts_itself_anew() {
                 machine.calls(Call::cuDevicePrimaryCtxReset) > 0
             })
             .await;
-            machine.gpu(0).sticky.store(0, SeqCst);
             until("a new start", async || contexts() > first + 1).await;
             // While it starts, the socket is not there.
             let mut again = Vec::new();
@@ -199,7 +205,15 @@ fn a_server_whose_gpu_an_error_took_starts_itself_anew() {
             .await;
             assert_eq!(again[0].leased().tier, "vram:0");
             assert_eq!(server.try_wait().unwrap(), None, "the same process");
+            let address = |lease: &RemoteLease| lease.mapping().unwrap().as_slice().as_ptr();
+            let in_ram_again = client.load(&on("ram")).await.unwrap();
+            assert_eq!(
+                address(&in_ram_again[0]),
+                address(&in_ram[0]),
+                "the new server took over what the client had kept"
+            );
             assert!(in_ram[0].mapping().unwrap().as_slice() == before);
+            drop(in_ram_again);
             drop((in_ram, lost, again, client));
         });
         let asked = Command::new("kill").arg(server.id().to_string()).status();

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use hotset::bridge::Bridge;
 use hotset::bridge::wire::ServerMessage;
-use hotset::client::{Client, LoadOptions};
+use hotset::client::{Client, LoadOptions, RemoteLease};
 use hotset::core::device::FigureSource;
 use hotset::core::device::cuda::{Cuda, Imported};
 use hotset::core::policy::EvictionPolicy;

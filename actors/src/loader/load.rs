@@ -322,11 +322,7 @@ impl Job {
             session: self.session,
             request: self.request,
             tier: plan.tier,
-            components: plan
-                .steps
-                .iter()
-                .map(|step| step.component.id.clone())
-                .collect(),
+            components: plan.ids(),
             moving: plan.moving(),
             alternatives: plan.alternatives.clone(),
         });

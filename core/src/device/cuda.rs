@@ -611,9 +611,17 @@ impl Device for CudaDevice {
                 patience,
                 &mut starting,
             )
-            .await?;
+            .await
+            .map_err(|error| match error {
+                // It was the process's own fault, and not the hardware's.
+                DeviceError::Spent { gpu, .. } if old.shared.is_sticky() => {
+                    DeviceError::Spent { gpu, reason }
+                }
+                DeviceError::Spent { gpu, reason } => DeviceError::Lost { gpu, reason },
+                other => other,
+            })?;
             *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
-            tracing::warn!(gpu = %self.index, %reason, "a GPU that was lost is back, empty");
+            tracing::warn!(gpu = %self.index, "a GPU that was lost is back, empty");
             Ok(())
         }
         .boxed()

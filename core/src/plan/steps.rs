@@ -222,6 +222,13 @@ impl Plan {
         wants
     }
 
+    /// The components, in the order of the steps.
+    #[must_use]
+    pub fn ids(&self) -> Vec<ComponentId> {
+        let ids = self.steps.iter().map(|step| &step.component.id);
+        ids.cloned().collect()
+    }
+
     /// Bytes that have to move into the plan's tier.
     #[must_use]
     pub fn moving(&self) -> Bytes {

@@ -44,6 +44,7 @@ class _Driver:
             "cuDeviceGet": [pointer, integer],
             "cuDeviceGetUuid_v2": [pointer, integer],
             "cuDevicePrimaryCtxRetain": [pointer, integer],
+            "cuDevicePrimaryCtxRelease_v2": [integer],
             "cuCtxSetCurrent": [pointer],
             "cuMemImportFromShareableHandle": [pointer, pointer, integer],
             "cuMemAddressReserve": [pointer, size, size, u64, u64],
@@ -55,7 +56,7 @@ class _Driver:
         }.items():
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, integer
-        self._contexts: dict[str, tuple[int, int, ctypes.c_void_p]] = {}
+        self._devices: dict[str, tuple[int, int]] = {}
         self.call("cuInit", 0)
 
     @classmethod
@@ -70,16 +71,15 @@ class _Driver:
         if code != 0:
             raise NotMappable(f"the CUDA driver refused {name} (error {code})")
 
-    def context(self, uuid: str) -> tuple[int, int, ctypes.c_void_p]:
-        """Ordinal, handle and primary context of the GPU with this UUID. The context stays until the process ends: one that went with
-        the last mapping would have to be made anew for the next, which takes a tenth of a second."""
+    def device(self, uuid: str) -> tuple[int, int]:
+        """Ordinal and handle of the GPU with this UUID. Its primary context stays until the process ends: one that went with the last
+        mapping would have to be made anew for the next, which takes a tenth of a second."""
         with self._lock:
-            found = self._contexts.get(uuid)
+            found = self._devices.get(uuid)
             if found is None:
-                ordinal, device = self._device(uuid)
-                context = ctypes.c_void_p()
-                self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-                found = self._contexts[uuid] = (ordinal, device, context)
+                found = self._device(uuid)
+                self.call("cuDevicePrimaryCtxRetain", ctypes.byref(ctypes.c_void_p()), found[1])
+                self._devices[uuid] = found
             return found
 
     def _device(self, uuid: str) -> tuple[int, int]:
@@ -107,10 +107,14 @@ class DeviceMapping:
         mapped, offset = memory["mapped"], memory.get("offset", 0)
         if offset + self.bytes > mapped:
             raise HotsetError("the server's device memory is smaller than it says")
-        self.ordinal, device, self._context = driver.context(memory["gpu"])
-        handle, address = ctypes.c_uint64(), ctypes.c_uint64()
+        self.ordinal, device = driver.device(memory["gpu"])
+        context, handle, address = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_uint64()
         try:
-            driver.call("cuCtxSetCurrent", self._context)
+            # Asked for anew, since somebody may have reset the one of before.
+            driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+            self._undo.append(("cuDevicePrimaryCtxRelease_v2", device))
+            self._context = context
+            driver.call("cuCtxSetCurrent", context)
             driver.call("cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.c_void_p(descriptor), _POSIX_DESCRIPTOR)
             self._undo.append(("cuMemRelease", handle))
             driver.call("cuMemAddressReserve", ctypes.byref(address), mapped, 0, 0, 0)

@@ -440,7 +440,7 @@ impl<'a> Bench<'a> {
     async fn evict(&self) -> Result<(), CliError> {
         loop {
             let _ = self.hotset.optimise_cache(Tier::Ram, 0.0).await?;
-            let ram = self.hotset.ledger().view(Tier::Ram);
+            let ram = self.hotset.ledger().sums(Tier::Ram);
             if ram.is_none_or(|ram| ram.committed.is_zero()) {
                 return Ok(());
             }

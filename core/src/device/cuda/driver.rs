@@ -65,15 +65,17 @@ impl Fault {
         matches!(
             self.code,
             4 | 46 | 100 | 101 | 201 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714
-                ..=721 | 911 | 999
+                ..=719 | 721 | 911 | 999
         )
     }
 
     /// What the driver answers to every call of this process on this GPU from now on: also in other contexts, and in those
-    /// that would be made anew. Measured on hardware (docs/gpu.md), and so documented for most of these codes: "the process
-    /// must be terminated and relaunched".
+    /// that would be made anew. Measured for 700, 716 and 719 (docs/gpu.md); the others are likely to be so.
     pub(super) const fn is_sticky(&self) -> bool {
-        matches!(self.code, 214 | 220 | 226 | 700 | 702 | 710 | 714..=721)
+        matches!(
+            self.code,
+            214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721 | 911
+        )
     }
 }
 

@@ -8,7 +8,7 @@
 //! long gives the GPU up; the threads are left where they are, and end once the call returns.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -42,6 +42,8 @@ pub(super) struct Shared {
     /// Of the control thread, the copier and the waiter.
     pub(super) pulses: [Arc<Pulse>; 3],
     lost: Mutex<Option<Arc<str>>>,
+    /// Whether it is lost by an error that stays with the process.
+    sticky: AtomicBool,
     /// Odd while memory is being allocated or freed.
     sequence: AtomicU64,
     allocated: AtomicU64,
@@ -55,6 +57,7 @@ impl Shared {
             return self.lost_error(reason);
         }
         if fault.is_fatal() {
+            self.sticky.store(fault.is_sticky(), Ordering::Release);
             return self.lost_error(self.lose(fault.to_string()));
         }
         DeviceError::Driver {
@@ -79,6 +82,10 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    pub(super) fn is_sticky(&self) -> bool {
+        self.sticky.load(Ordering::Acquire)
     }
 
     pub(super) const fn lost_error(&self, reason: Arc<str>) -> DeviceError {
@@ -252,6 +259,7 @@ impl Engine {
             patience,
             pulses: Default::default(),
             lost: Mutex::new(None),
+            sticky: AtomicBool::new(false),
             sequence: AtomicU64::new(0),
             allocated: AtomicU64::new(0),
             slack: AtomicU64::new(0),

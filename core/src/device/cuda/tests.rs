@@ -197,6 +197,12 @@ fn another_process_maps_it_read_only() {
             let device = first().await;
             let large = uploaded(&device, &bytes).await;
             let small = uploaded(&device, &bytes[..5000]).await;
+            let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+            let at_first = open();
+            drop(device.export(&large).await.unwrap());
+            drop(device.export(&large).await.unwrap());
+            let made = machine.calls(Call::cuMemExportToShareableHandle);
+            assert_eq!((made, open()), (1, at_first + 1), "made once, and kept");
             for (allocation, len) in [(&large, bytes.len()), (&small, 5000)] {
                 let before = machine.gpu(0).allocated.load(SeqCst);
                 let export = device.export(allocation).await.unwrap();
@@ -218,6 +224,10 @@ fn another_process_maps_it_read_only() {
                     "as it was"
                 );
             }
+            // What is kept of it would hold the memory as well.
+            drop((large, small));
+            device.settle().await;
+            assert!(open() < at_first, "descriptors go with the memory");
         });
     });
     in_role("client", || {
@@ -490,8 +500,8 @@ fn host_memory_stays_pinned_for_the_copies_of_others_when_its_gpu_is_lost() {
                 let _ = recovering.await.unwrap();
                 b.upload(&to, 0, from()).await.unwrap();
                 machine.gpu(0).lost.store(0, SeqCst);
-                if a.recover().await.is_err() {
-                    assert_eq!(broken.load(SeqCst), 700, "the sticky error stays");
+                if let Err(error) = a.recover().await {
+                    assert!(matches!(error, DeviceError::Spent { .. }), "{error}");
                     continue;
                 }
                 let again = a.clone().allocate(Bytes::mib(4)).await.unwrap();

@@ -58,9 +58,9 @@ fn fault(machine: &Machine, gpu: usize) -> Answer {
     if machine.gpu(gpu).lost.load(SeqCst) != 0 {
         return Err(UNKNOWN);
     }
-    // Once it was met, it stays with this process, whatever is reset: so does the driver 580 on an H200.
+    // The process that meets it keeps it, whatever is reset, and no other has it: so does the driver 580 on an H200.
     static MET: [AtomicU32; MAX_GPUS] = [const { AtomicU32::new(0) }; MAX_GPUS];
-    let now = machine.gpu(gpu).sticky.load(SeqCst);
+    let now = machine.gpu(gpu).sticky.swap(0, SeqCst);
     if now != 0 {
         MET[gpu].store(now, SeqCst);
     }

@@ -79,7 +79,7 @@ pub struct Gpu {
     pub distance: [AtomicU32; MAX_GPUS],
     /// Whether it reaches each other GPU's memory by itself.
     pub direct: [AtomicU32; MAX_GPUS],
-    /// The error that every call returns, and goes on to return in each process that has met it; 0: none.
+    /// The error that the next process to call gets, from then on for every call; 0: none.
     pub sticky: AtomicU32,
     /// The GPU is gone: every call fails, a reset too.
     pub lost: AtomicU32,
