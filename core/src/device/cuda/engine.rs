@@ -57,7 +57,7 @@ impl Shared {
             return self.lost_error(reason);
         }
         if fault.is_fatal() {
-            self.sticky.store(fault.is_sticky(), Ordering::Release);
+            self.sticky.fetch_or(fault.is_sticky(), Ordering::AcqRel);
             return self.lost_error(self.lose(fault.to_string()));
         }
         DeviceError::Driver {
