@@ -364,7 +364,7 @@ async fn one_by_one(
         Tier::Vram(_) => Some(Cuda::detect()?),
     };
     let first = client.load(&set).await?;
-    // Keeps this process's context on the GPU, which takes longer to make than all that is measured.
+    // Held meanwhile, as a worker holds what it works with. It makes the context, which takes longer than all that is measured.
     let held = attach(&first, cuda.as_ref())?;
     let mut seconds = Vec::new();
     let end = Instant::now() + time;
@@ -459,7 +459,7 @@ socket, components, seconds, device = sys.argv[1], int(sys.argv[2]), float(sys.a
 hs = hotset.connect(socket, "bench")
 names = [f"component-{i}" for i in range(components)]
 first = lambda component: component.memory()[0] if device == "cpu" else component.device_array(next(iter(component)))
-# Keeps this process's context on the GPU.
+# Held meanwhile, as a worker holds what it works with: each memory is mapped once. It also makes the context on the GPU.
 held = hs.load(*names, device=device)
 kept = [first(component) for component in held.components]
 times, end = [], time.monotonic() + seconds

@@ -156,6 +156,58 @@ fn a_gpu_that_an_error_took_from_this_process_is_refused_with_what_to_do() {
     });
 }
 
+/// The program itself, with its socket and its index in this folder.
+fn serve(library: &Library, place: &std::path::Path, set: &[&str]) -> std::process::Child {
+    let own = [
+        "http.enabled=false".to_owned(),
+        "monitor.gpu_interval=20ms".to_owned(),
+        format!("catalog.database={}", place.join("index").display()),
+        format!("bridge.socket={}", place.join("run/hotset.sock").display()),
+    ];
+    let all = own.iter().map(String::as_str).chain(set.iter().copied());
+    Command::new(env!("CARGO_BIN_EXE_hotset"))
+        .arg("serve")
+        .arg("--models")
+        .arg(library.dir.path())
+        .args(all.flat_map(|value| ["--set", value]))
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_server_that_is_not_to_start_anew_serves_on_without_the_gpu() {
+    run(this_test!(), gpus(1), |machine| {
+        let library = Library::new();
+        library.single("a", 1, 5000);
+        let place = tempfile::tempdir().unwrap();
+        let socket = place.path().join("run/hotset.sock");
+        let set = ["cuda.restart=false", "supervision.retry=50ms"];
+        let mut server = serve(&library, place.path(), &set);
+        block_on(async {
+            until("the server", async || socket.exists()).await;
+            let client = Client::connect_to(&socket, "worker").await.unwrap();
+            let on = |target| LoadOptions::new(["a"]).on(target);
+            let held = client.load(&on("ram")).await.unwrap();
+            machine.gpu(0).sticky.store(700, SeqCst);
+            until("what to do", async || {
+                let refused = client.load(&on("vram:0")).await.err();
+                refused.is_some_and(|error| error.to_string().contains("restart it"))
+            })
+            .await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let again = client.load(&on("ram")).await.unwrap();
+            assert_eq!(again[0].leased().tier, "ram");
+            // Had it begun anew, it would have the GPU again.
+            assert!(client.load(&on("vram:0")).await.is_err());
+            drop((held, again, client));
+        });
+        let asked = Command::new("kill").arg(server.id().to_string()).status();
+        assert!(asked.unwrap().success());
+        assert!(server.wait().unwrap().success());
+        machine.reap();
+    });
+}
+
 /// The program itself: it begins anew, under its old id, and a client that was there before has the GPU again.
 #[test]
 fn a_server_whose_gpu_an_error_took_starts_itself_anew() {
@@ -164,21 +216,7 @@ fn a_server_whose_gpu_an_error_took_starts_itself_anew() {
         library.single("a", 1, 5000);
         let place = tempfile::tempdir().unwrap();
         let socket = place.path().join("run/hotset.sock");
-        let set = |name: &str, value: &str| ["--set".to_owned(), format!("{name}={value}")];
-        let mut server = Command::new(env!("CARGO_BIN_EXE_hotset"))
-            .arg("serve")
-            .arg("--models")
-            .arg(library.dir.path())
-            .args(set("http.enabled", "false"))
-            .args(set(
-                "catalog.database",
-                &place.path().join("index").to_string_lossy(),
-            ))
-            .args(set("bridge.socket", &socket.to_string_lossy()))
-            .args(set("monitor.gpu_interval", "20ms"))
-            .args(set("supervision.retry", "1s"))
-            .spawn()
-            .unwrap();
+        let mut server = serve(&library, place.path(), &["supervision.retry=1s"]);
         block_on(async {
             until("the server", async || socket.exists()).await;
             let client = Client::connect_to(&socket, "worker").await.unwrap();

@@ -214,7 +214,7 @@ impl Scoring for ByAge<'_> {
     }
 }
 
-/// GDSF: see [`super::gdsf`].
+/// GDSF: see [`crate::policy::gdsf`].
 struct ByWorth<'a> {
     clock: &'a mut f64,
 }
