@@ -398,7 +398,7 @@ impl EvictionPolicy for HotsetRetention {
         residents: &[Candidate],
         needed: Bytes,
     ) -> Option<Vec<Victim>> {
-        if self.leader() != Leader::Predictor {
+        if !self.predictor.is_trained() || !self.race.believes_predictor() {
             return None;
         }
         self.note_costs(residents);

@@ -20,16 +20,21 @@ const HORIZONS: (f64, f64) = (4.0, 96.0);
 /// Share of the latest eviction in the mean time that LRU keeps things.
 const AGE_STEP: f64 = 1.0 / 64.0;
 /// Share of the differences between two shadows that is remembered from one request that any of them loads for to the next: half
-/// is forgotten after about 350. Counted in loads and not in requests, since in a large tier few loads say anything, and what they
-/// say is not to be forgotten before the next.
-const MEMORY: f64 = 0.998;
+/// is forgotten after about 1,400. Counted in loads and not in requests, since in a large tier few loads say anything, and what they
+/// say is not to be forgotten before the next. With half after 350, as before, no small lead could ever become plain, and in loops of
+/// which a tier held most the tier went to and fro between two that each won for hundreds of requests in turn: worse than either.
+const MEMORY: f64 = 0.9995;
 /// A challenger must be ahead of the predictor by so many standard deviations of their differences, were these of random sign:
 /// few loads decide much, and following luck costs more than waiting. Of less, down to the second, the less far it looks ahead of the
 /// time for which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
 const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
-/// Of LRU and GDSF by so many, which one load may be: the predictor does better nearly everywhere in the end. With 1, as before, all
-/// that was measured was up to 0.7 % worse.
-const AHEAD: f64 = 0.5;
+/// Of LRU by so many, which one load may be: the predictor does better nearly everywhere in the end. Of more, up to the second, by the
+/// same measure: in a large tier there is little to win over LRU, and much to lose once what is popular changes.
+const AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
+/// GDSF of LRU by so many.
+const GDSF_AHEAD_OF_LRU: f64 = 0.75;
+/// Another of GDSF by so many.
+const AHEAD_OF_GDSF: f64 = 0.5;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
@@ -91,7 +96,8 @@ pub(super) struct Race {
     predicted: Shadow,
     /// By how much each paid more than each.
     lags: [[Lag; 3]; 3],
-    leader: Leader,
+    /// Who was elected last. Nobody yet: LRU is followed.
+    elected: Option<Leader>,
 }
 
 impl Default for Race {
@@ -103,15 +109,25 @@ impl Default for Race {
             gdsf_clock: 0.0,
             predicted: Shadow::default(),
             lags: Default::default(),
-            leader: Leader::Predictor,
+            elected: None,
         }
     }
 }
 
 impl Race {
-    /// Whose choices pay least; the predictor's also while it knows nothing.
-    pub(super) const fn leader(&self) -> Leader {
-        self.leader
+    /// Whose choices pay least; LRU's while nothing tells.
+    pub(super) fn leader(&self) -> Leader {
+        self.elected.unwrap_or(Leader::Lru)
+    }
+
+    /// Whether the predictor's word counts: where it leads, and where it has not lost yet. In a tier from which little was evicted
+    /// nobody has had to prove anything.
+    pub(super) fn believes_predictor(&self) -> bool {
+        let behind = &self.lags[Leader::Predictor as usize][Leader::Lru as usize];
+        match self.elected {
+            Some(leader) => leader == Leader::Predictor,
+            None => !behind.is_plain(AHEAD_OF_PREDICTOR.1),
+        }
     }
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
@@ -155,6 +171,27 @@ impl Race {
         self.elect([lru_s, gdsf_s, predicted_s]);
     }
 
+    /// How far it looks ahead, as a share of how far it would to see all that LRU keeps.
+    fn foresight(&self) -> f64 {
+        self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0)
+    }
+
+    /// By how many standard deviations another must be ahead of the leader.
+    fn needed_ahead(&self, other: Leader) -> f64 {
+        match (self.leader(), other) {
+            (Leader::Predictor, _) => {
+                let (most, least) = AHEAD_OF_PREDICTOR;
+                (most * self.foresight()).clamp(least, most)
+            }
+            (Leader::Lru, Leader::Predictor) => {
+                let (least, most) = AHEAD_OF_LRU;
+                (least / self.foresight()).clamp(least, most)
+            }
+            (Leader::Lru, _) => GDSF_AHEAD_OF_LRU,
+            (Leader::Gdsf, _) => AHEAD_OF_GDSF,
+        }
+    }
+
     fn elect(&mut self, paid_s: [f64; 3]) {
         if paid_s.iter().all(|paid| *paid <= 0.0) {
             return;
@@ -167,18 +204,11 @@ impl Race {
                 }
             }
         }
-        let lags = &self.lags[self.leader as usize];
-        let deviations = match self.leader {
-            Leader::Predictor => {
-                let (most, least) = AHEAD_OF_PREDICTOR;
-                let share = self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0);
-                (most * share).clamp(least, most)
-            }
-            Leader::Lru | Leader::Gdsf => AHEAD,
-        };
+        let leader = self.leader();
+        let lags = &self.lags[leader as usize];
         let ahead = Leader::ALL
             .into_iter()
-            .filter(|other| lags[*other as usize].is_plain(deviations))
+            .filter(|other| lags[*other as usize].is_plain(self.needed_ahead(*other)))
             // Where two are, LRU has the advantage that its losses of long ago do not count.
             .max_by(|a, b| {
                 let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
@@ -187,14 +217,14 @@ impl Race {
         let Some(next) = ahead else {
             return;
         };
-        if with_lru(self.leader, next) {
+        if with_lru(leader, next) {
             // All stand level again: else what a third won before would undo it at once.
             for other in Leader::ALL {
                 self.lags[Leader::Lru as usize][other as usize].seconds = 0.0;
                 self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
             }
         }
-        self.leader = next;
+        self.elected = Some(next);
     }
 }
 
@@ -271,20 +301,43 @@ mod tests {
     /// Who is followed once each has paid so much so many times.
     fn after(race: &mut Race, paid_s: [f64; 3], times: usize) -> Leader {
         (0..times).for_each(|_| race.elect(paid_s));
-        race.leader
+        race.leader()
     }
 
     #[test]
     fn it_follows_what_pays_least() {
         let race = &mut Race::default();
-        assert_eq!(race.leader(), Leader::Predictor);
+        assert_eq!(race.leader(), Leader::Lru, "nothing tells yet");
+        assert_eq!(after(race, [0.0, 5.0, 5.0], 1), Leader::Lru);
+        assert!(race.believes_predictor(), "one load tells nothing");
+        assert_eq!(after(race, [0.0, 5.0, 5.0], 9), Leader::Lru);
+        assert!(!race.believes_predictor());
+        assert_eq!(after(race, [5.0, 5.0, 0.0], 2), Leader::Predictor);
+        assert!(race.believes_predictor());
         // Against the predictor one load decides nothing, nor do a few that go either way.
         assert_eq!(after(race, [0.0, 5.0, 5.0], 1), Leader::Predictor);
         assert_eq!(after(race, [5.0, 5.0, 0.0], 1), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 40), Leader::Lru);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 60), Leader::Lru);
+        assert!(!race.believes_predictor());
         assert_eq!(after(race, [2.0, 1.0, 2.0], 200), Leader::Gdsf);
         assert_eq!(after(race, [2.0, 2.0, 2.0], 4_000), Leader::Gdsf);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 200), Leader::Predictor);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 400), Leader::Predictor);
+    }
+
+    #[test]
+    fn in_a_large_tier_the_predictor_has_to_prove_more() {
+        let (small, large) = (&mut Race::default(), &mut Race::default());
+        large.lru_age = 1_000.0;
+        assert_eq!(after(small, [5.0, 5.0, 0.0], 1), Leader::Predictor);
+        assert_eq!(after(large, [5.0, 5.0, 0.0], 2), Leader::Lru);
+        assert_eq!(after(large, [5.0, 5.0, 0.0], 1), Leader::Predictor);
+        // And loses the lead sooner.
+        assert_eq!(after(small, [0.0, 5.0, 5.0], 3), Leader::Predictor);
+        assert_eq!(after(large, [0.0, 5.0, 5.0], 3), Leader::Lru);
+        // GDSF has not: it looks at no horizon.
+        let large = &mut Race::default();
+        large.lru_age = 1_000.0;
+        assert_eq!(after(large, [5.0, 0.0, 5.0], 1), Leader::Gdsf);
     }
 
     #[test]
@@ -293,15 +346,15 @@ mod tests {
         // The predictor wins for long, then loses against LRU: some dozens of loads tell.
         assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
         assert_eq!(after(race, [1.0, 2.0, 2.0], 3), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 57), Leader::Lru);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 77), Leader::Lru);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
         // What a third won then is none either.
         assert_eq!(after(race, [2.0, 1.5, 1.0], 1_000), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 60), Leader::Lru);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 20), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 2.0, 2.0], 90), Leader::Lru);
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
         // Against GDSF the whole counts.
         assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
         assert_eq!(after(race, [2.0, 1.0, 2.0], 100), Leader::Predictor);
-        assert_eq!(after(race, [2.0, 1.0, 2.0], 1_000), Leader::Gdsf);
+        assert_eq!(after(race, [2.0, 1.0, 2.0], 4_000), Leader::Gdsf);
     }
 }

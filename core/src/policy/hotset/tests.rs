@@ -10,6 +10,8 @@ use crate::units::Bytes;
 fn keeps_what_comes_again() {
     let mut policy = HotsetRetention::new(1);
     let gb = 1_000_000_000;
+    // What comes each sixth time is gone under LRU.
+    policy.on_capacity(Bytes(3 * gb));
     let ask = |policy: &mut HotsetRetention, at: u64, n: u8| {
         let components = [Seen {
             content: content(n),
@@ -25,20 +27,21 @@ fn keeps_what_comes_again() {
             },
         );
     };
-    for i in 0..1000 {
-        ask(&mut policy, i * 1200, 1);
-        ask(&mut policy, i * 1200 + 500, 10 + (i % 40) as u8);
+    let rare = |i: u64| 10 + (i * 7 % 40) as u8;
+    for i in 0..4_000 {
+        ask(&mut policy, i * 200, if i % 6 == 0 { 1 } else { rare(i) });
     }
-    let at = 999 * 1200 + 600;
-    let last = 10 + 39;
-    // The regular one is idle for longer than the one that comes each half day.
+    assert_eq!(policy.leader(), Leader::Predictor);
+    let at = 3_999 * 200;
+    let last = rare(3_999);
+    // The regular one is idle for longer than the one that comes each two hours.
     let regular = candidate(1, gb, at - 600);
-    let rare = candidate(last, gb, at - 100);
+    let rare = candidate(last, gb, at);
     let ranked = policy.rank(Duration::from_secs(at), &[regular.clone(), rare.clone()]);
     assert_eq!(order_of(&ranked), [last, 1]);
-    // A thousand times the bytes for the same seconds are not worth it.
+    // A million times the bytes for the same seconds are not worth it.
     let large = Candidate {
-        bytes: Bytes(1000 * gb),
+        bytes: Bytes(1_000_000 * gb),
         ..regular
     };
     let ranked = policy.rank(Duration::from_secs(at), &[large, rare]);
