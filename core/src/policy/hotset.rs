@@ -9,7 +9,7 @@
 //! A predictor can be wrong: the world changes, or there is nothing to learn. So three tiers run beside the real one as
 //! metadata alone, one under LRU, one under GDSF and one under the predictor, on the same requests; the real tier follows
 //! whichever plainly pays less. Until the predictor has learned enough it is out of the race, and LRU is what is
-//! followed at the start.
+//! followed at the start; who led before a restart leads after it.
 
 mod race;
 
@@ -433,7 +433,11 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn learned(&self) -> Option<Vec<u8>> {
-        self.predictor.learned()
+        // A line with who leads, then the predictor: LRU would have to be beaten anew at each start else.
+        let mut learned = serde_json::to_vec(&self.race.elected()).ok()?;
+        learned.push(b'\n');
+        learned.extend(self.predictor.learned()?);
+        Some(learned)
     }
 
     fn resume(
@@ -442,7 +446,16 @@ impl EvictionPolicy for HotsetRetention {
         away: Duration,
         learned: &[u8],
     ) -> Result<(), UnsoundStateError> {
-        self.predictor = Predictor::restored(self.predictor.config(), now, away, learned)?;
+        let (elected, predictor) = match learned.iter().position(|byte| *byte == b'\n') {
+            Some(end) => (&learned[..end], &learned[end + 1..]),
+            // From before the leader was kept.
+            None => (&b"null"[..], learned),
+        };
+        let elected = serde_json::from_slice(elected).map_err(|_| UnsoundStateError {
+            what: "it does not say who leads",
+        })?;
+        self.predictor = Predictor::restored(self.predictor.config(), now, away, predictor)?;
+        self.race.resume(elected);
         self.rates = Rates::default();
         Ok(())
     }

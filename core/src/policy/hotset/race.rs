@@ -39,7 +39,7 @@ const AHEAD_OF_GDSF: f64 = 0.5;
 const UNKNOWN: f64 = 1e-30;
 
 /// Whose shadow is followed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Leader {
     /// Least recently used.
@@ -118,6 +118,16 @@ impl Race {
     /// Whose choices pay least; LRU's while nothing tells.
     pub(super) fn leader(&self) -> Leader {
         self.elected.unwrap_or(Leader::Lru)
+    }
+
+    /// Who was elected last, if anybody.
+    pub(super) const fn elected(&self) -> Option<Leader> {
+        self.elected
+    }
+
+    /// Goes on with who was elected in another process.
+    pub(super) fn resume(&mut self, elected: Option<Leader>) {
+        self.elected = elected;
     }
 
     /// Whether the predictor's word counts: where it leads, and where it has not lost yet. In a tier from which little was evicted
