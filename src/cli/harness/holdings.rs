@@ -12,6 +12,8 @@ use serde_json::Value;
 const MEMFD: &str = "/memfd:";
 /// What the doubles of NVIDIA's libraries call theirs; with a real driver there are none. Their bytes are counted elsewhere.
 const DEVICE_MEMORY: &str = "/memfd:device memory";
+/// What the kernel calls a descriptor of the NVIDIA driver, and of GPU memory that was exported: of each piece of that one is kept.
+const NVIDIA: &str = "/dev/nvidiactl";
 
 /// What the kernel calls the threads that it makes for io_uring.
 const KERNELS: &str = "iou-wrk-";
@@ -29,6 +31,8 @@ pub(super) struct Holdings {
     pub(super) anonymous_bytes: u64,
     /// VRAM that its books say is in use, over all GPUs, in bytes.
     pub(super) vram_bytes: u64,
+    /// Components on GPUs by its books, each in one piece of memory at most.
+    pub(super) vram_components: u64,
     /// Memories that its own books say it has.
     pub(super) kept_memories: u64,
 }
@@ -77,10 +81,11 @@ impl Holdings {
             .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
         holdings.anonymous_bytes = anonymous.unwrap_or(0) << 10;
         let tiers = status["tiers"].as_array().into_iter().flatten();
-        holdings.vram_bytes = tiers
-            .filter(|tier| tier["tier"] != "ram")
-            .filter_map(|tier| tier["committed"].as_u64())
-            .sum();
+        for tier in tiers.filter(|tier| tier["tier"] != "ram") {
+            holdings.vram_bytes += tier["committed"].as_u64().unwrap_or(0);
+            let components = tier["components"].as_array().map_or(0, Vec::len);
+            holdings.vram_components += components as u64;
+        }
         holdings.kept_memories = status["arena"]["mappings"].as_u64().unwrap_or(0);
         Ok(holdings)
     }
@@ -95,7 +100,13 @@ impl Holdings {
         ] {
             for (name, count) in now {
                 let before = before.get(name).copied().unwrap_or(0);
-                if *count > before {
+                // How many pieces of what stays resident were exported differs, as its bytes do.
+                let spare = if name == NVIDIA {
+                    self.vram_components
+                } else {
+                    0
+                };
+                if *count > before + spare {
                     grown.push(format!("{what} {name}: {before} before, {count} now"));
                 }
             }
@@ -181,6 +192,18 @@ mod tests {
         end.anonymous_bytes = 111;
         let grown = end.growth(&start, 10);
         assert_eq!(grown.len(), 4, "{grown:?}");
+    }
+
+    #[test]
+    fn of_each_component_on_a_gpu_one_descriptor_may_stay() {
+        let held = |descriptors, vram_components| Holdings {
+            descriptors: [(NVIDIA.to_owned(), descriptors)].into(),
+            vram_components,
+            ..Holdings::default()
+        };
+        let start = held(5, 0);
+        assert!(held(7, 2).growth(&start, 0).is_empty());
+        assert_eq!(held(8, 2).growth(&start, 0).len(), 1);
     }
 
     #[test]

@@ -334,7 +334,10 @@ impl Copier {
         outcomes.extend(events.into_iter().map(|event| driver.end_event(event)));
         outcomes.extend([up, down, peer].map(|stream| driver.end_stream(stream)));
         for fault in outcomes.into_iter().filter_map(Result::err) {
-            if shared.lost().is_none() {
+            // On a GPU that is lost they go with the context, and where the process ends, the driver may have ended before.
+            if shared.lost().is_some() || fault.is_fatal() {
+                tracing::debug!(?fault, "driver resources are lost");
+            } else {
                 tracing::error!(?fault, "cannot give driver resources back");
             }
         }

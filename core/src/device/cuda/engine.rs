@@ -212,6 +212,7 @@ impl Control {
         let stranded = self.change(Heap::clear);
         match driver.release_context(self.shared.device) {
             Ok(()) => self.pins.context_gone(self.shared.gpu),
+            Err(fault) if fault.is_fatal() => tracing::debug!(?fault, "a context is lost"),
             Err(fault) => tracing::error!(?fault, "cannot release a context"),
         }
         for (address, bytes) in stranded {
