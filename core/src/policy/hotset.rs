@@ -6,8 +6,8 @@
 //! comes later than that could be loaded again meanwhile. Victims by density, since a knapsack over the candidates measured
 //! worse.
 //!
-//! A predictor can be wrong: the world changes, or there is nothing to learn. So three tiers run beside the real one as
-//! metadata alone, one under LRU, one under GDSF and one under the predictor, on the same requests; the real tier follows
+//! A predictor can be wrong: the world changes, or there is nothing to learn. So tiers run beside the real one as
+//! metadata alone, under LRU, under GDSF and under the predictor, on the same requests; the real tier follows
 //! whichever plainly pays less. Until the predictor has learned enough it is out of the race, and LRU is what is
 //! followed at the start; who led before a restart leads after it.
 

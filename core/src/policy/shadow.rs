@@ -1,6 +1,6 @@
 //! A tier as one policy would have it, as metadata alone: what would be resident, and what loading would have cost.
 //!
-//! Three of them run on the requests that a tier sees, so that [`super::hotset`] knows which policy would have paid least.
+//! Some of them run on the requests that a tier sees, so that [`super::hotset`] knows which policy would have paid least.
 
 use std::collections::{BTreeSet, HashMap};
 

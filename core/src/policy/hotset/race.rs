@@ -1,5 +1,10 @@
 //! The race: three tiers beside the real one, as metadata alone, each under a policy of its own, on the same requests. Whoever plainly pays
 //! less is followed.
+//!
+//! Which of LRU and GDSF a stream suits seldom depends on the tier's size (docs/policy.md), and a smaller tier loads more often and has to
+//! evict sooner. So two more run with a share of the capacity, under those two, and what they pay counts between those two as well, unless
+//! the whole tier's plainly say otherwise. So it is known which of them to follow where a large tier runs short for the first time. The
+//! predictor has none: how far it is ahead does depend on the size.
 
 use std::time::Duration;
 
@@ -33,8 +38,12 @@ const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
 const AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
 /// GDSF of LRU by so many.
 const GDSF_AHEAD_OF_LRU: f64 = 0.75;
-/// Another of GDSF by so many.
-const AHEAD_OF_GDSF: f64 = 0.5;
+/// Another of GDSF by so many, and by the same measure up to the second.
+const AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
+/// The smaller tier's share of the capacity. Measured with a half, a third and a quarter: all within a percent.
+const SMALLER: f64 = 0.5;
+/// By so many deviations the whole tier's LRU and GDSF have to differ for the smaller one's to count no more.
+const CONTRADICTED: f64 = 1.5;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
@@ -54,7 +63,7 @@ impl Leader {
     const ALL: [Self; 3] = [Self::Lru, Self::Gdsf, Self::Predictor];
 }
 
-/// By how much one shadow paid more than another of late, or since they last stood level: see [`with_lru`].
+/// By how much one shadow paid more than another of the same size of late, or since they last stood level: see [`with_lru`].
 #[derive(Debug, Clone, Copy, Default)]
 struct Lag {
     seconds: f64,
@@ -85,33 +94,69 @@ fn with_lru(one: Leader, other: Leader) -> bool {
     one == Leader::Lru || other == Leader::Lru
 }
 
-/// The shadows, and who is followed.
+/// A tier under LRU and one under GDSF.
 #[derive(Debug, Clone)]
-pub(super) struct Race {
+struct Simple {
     lru: Shadow,
     /// Requests for which LRU keeps what it evicts.
     lru_age: f64,
+    /// Whether LRU has had to evict.
+    was_short: bool,
     gdsf: Shadow,
     gdsf_clock: f64,
-    predicted: Shadow,
-    /// By how much each paid more than each.
-    lags: [[Lag; 3]; 3],
-    /// Who was elected last. Nobody yet: LRU is followed.
-    elected: Option<Leader>,
 }
 
-impl Default for Race {
+impl Default for Simple {
     fn default() -> Self {
         Self {
             lru: Shadow::default(),
             lru_age: FIRST_AGE,
+            was_short: false,
             gdsf: Shadow::default(),
             gdsf_clock: 0.0,
-            predicted: Shadow::default(),
-            lags: Default::default(),
-            elected: None,
         }
     }
+}
+
+impl Simple {
+    /// Seconds that each pays for a request.
+    fn request(&mut self, number: u64, capacity: Bytes, set: &[Asked]) -> Paid {
+        let mut by_age = ByAge {
+            number,
+            age: &mut self.lru_age,
+            was_short: &mut self.was_short,
+        };
+        let mut by_worth = ByWorth {
+            clock: &mut self.gdsf_clock,
+        };
+        Paid {
+            lru_s: self.lru.request(number, capacity, set, &mut by_age),
+            gdsf_s: self.gdsf.request(number, capacity, set, &mut by_worth),
+        }
+    }
+}
+
+/// What LRU and GDSF paid for a request in tiers of the same size.
+#[derive(Debug, Clone, Copy, Default)]
+struct Paid {
+    lru_s: f64,
+    gdsf_s: f64,
+}
+
+/// The shadows, and who is followed.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Race {
+    whole: Simple,
+    smaller: Simple,
+    predicted: Shadow,
+    /// By how much each paid more than each; between LRU and GDSF in both tiers.
+    lags: [[Lag; 3]; 3],
+    /// By how much LRU paid more than GDSF in the whole tier alone, and GDSF more than LRU, whoever led meanwhile.
+    whole_lags: [Lag; 2],
+    /// Whether the predictor had the lead and lost it.
+    predictor_lost: bool,
+    /// Who was elected last. Nobody yet: LRU is followed.
+    elected: Option<Leader>,
 }
 
 impl Race {
@@ -128,26 +173,24 @@ impl Race {
     /// Goes on with who was elected in another process.
     pub(super) fn resume(&mut self, elected: Option<Leader>) {
         self.elected = elected;
+        self.predictor_lost = elected.is_some_and(|leader| leader != Leader::Predictor);
     }
 
-    /// Whether the predictor's word counts: where it leads, and where it has not lost yet. In a tier from which little was evicted
-    /// nobody has had to prove anything.
+    /// Whether the predictor's word counts: where it leads, and where it has lost against nobody yet. In a tier from which little was
+    /// evicted it has not had to prove anything.
     pub(super) fn believes_predictor(&self) -> bool {
-        let behind = &self.lags[Leader::Predictor as usize][Leader::Lru as usize];
-        match self.elected {
-            Some(leader) => leader == Leader::Predictor,
-            None => !behind.is_plain(AHEAD_OF_PREDICTOR.1),
-        }
+        let behind = &self.lags[Leader::Predictor as usize][self.leader() as usize];
+        !self.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
     }
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
     pub(super) fn gdsf_score(&self, content: &ContentId) -> f64 {
-        self.gdsf.get(content).map_or(0.0, |held| held.score)
+        self.whole.gdsf.get(content).map_or(0.0, |held| held.score)
     }
 
     /// How many requests the predictor looks ahead.
     pub(super) fn horizon(&self) -> f64 {
-        (HORIZON_SHARE * self.lru_age).clamp(HORIZONS.0, HORIZONS.1)
+        (HORIZON_SHARE * self.whole.lru_age).clamp(HORIZONS.0, HORIZONS.1)
     }
 
     /// Runs the shadows on a request that the predictor has observed.
@@ -160,15 +203,8 @@ impl Race {
         rates: &mut Rates,
     ) {
         let number = predictor.observed();
-        let mut lru = ByAge {
-            number,
-            age: &mut self.lru_age,
-        };
-        let lru_s = self.lru.request(number, capacity, set, &mut lru);
-        let mut gdsf = ByWorth {
-            clock: &mut self.gdsf_clock,
-        };
-        let gdsf_s = self.gdsf.request(number, capacity, set, &mut gdsf);
+        let whole = self.whole.request(number, capacity, set);
+        let smaller = self.smaller.request(number, capacity.share(SMALLER), set);
         let mut predicted = ByRate {
             now,
             horizon: self.horizon(),
@@ -178,53 +214,87 @@ impl Race {
         let predicted_s = self
             .predicted
             .request(number, capacity, set, &mut predicted);
-        self.elect([lru_s, gdsf_s, predicted_s]);
+        let noted = self.note(whole, predicted_s, smaller);
+        // Before it was short, nobody has had to choose anything.
+        if noted && self.whole.was_short {
+            self.elect();
+        }
     }
 
     /// How far it looks ahead, as a share of how far it would to see all that LRU keeps.
     fn foresight(&self) -> f64 {
-        self.horizon() / (HORIZON_SHARE * self.lru_age).max(HORIZONS.0)
+        self.horizon() / (HORIZON_SHARE * self.whole.lru_age).max(HORIZONS.0)
     }
 
     /// By how many standard deviations another must be ahead of the leader.
     fn needed_ahead(&self, other: Leader) -> f64 {
+        let more = |(least, most): (f64, f64)| (least / self.foresight()).clamp(least, most);
         match (self.leader(), other) {
             (Leader::Predictor, _) => {
                 let (most, least) = AHEAD_OF_PREDICTOR;
                 (most * self.foresight()).clamp(least, most)
             }
-            (Leader::Lru, Leader::Predictor) => {
-                let (least, most) = AHEAD_OF_LRU;
-                (least / self.foresight()).clamp(least, most)
-            }
+            (Leader::Lru, Leader::Predictor) => more(AHEAD_OF_LRU),
             (Leader::Lru, _) => GDSF_AHEAD_OF_LRU,
-            (Leader::Gdsf, _) => AHEAD_OF_GDSF,
+            (Leader::Gdsf, _) => more(AHEAD_OF_GDSF),
         }
     }
 
-    fn elect(&mut self, paid_s: [f64; 3]) {
-        if paid_s.iter().all(|paid| *paid <= 0.0) {
-            return;
-        }
+    /// Notes what each has paid for a request; gives whether that was anything.
+    fn note(&mut self, whole: Paid, predicted_s: f64, smaller: Paid) -> bool {
+        let paid_s = [whole.lru_s, whole.gdsf_s, predicted_s];
+        let loads = paid_s.iter().any(|paid| *paid > 0.0);
         for (one, lags) in Leader::ALL.into_iter().zip(&mut self.lags) {
             for (other, lag) in Leader::ALL.into_iter().zip(lags) {
-                lag.note(paid_s[one as usize] - paid_s[other as usize]);
+                let more_s = paid_s[one as usize] - paid_s[other as usize];
+                let in_smaller_s = match (one, other) {
+                    (Leader::Lru, Leader::Gdsf) => smaller.lru_s - smaller.gdsf_s,
+                    (Leader::Gdsf, Leader::Lru) => smaller.gdsf_s - smaller.lru_s,
+                    _ => 0.0,
+                };
+                if loads || in_smaller_s != 0.0 {
+                    lag.note(more_s + in_smaller_s);
+                }
                 if with_lru(one, other) {
                     lag.forget_gains();
                 }
             }
         }
+        if loads {
+            let more_s = whole.lru_s - whole.gdsf_s;
+            for (lag, more_s) in self.whole_lags.iter_mut().zip([more_s, -more_s]) {
+                lag.note(more_s);
+                lag.forget_gains();
+            }
+        }
+        loads || smaller.lru_s > 0.0 || smaller.gdsf_s > 0.0
+    }
+
+    /// By how many seconds another is plainly ahead of the leader in the whole tier; `None` where it is not.
+    fn ahead(&self, other: Leader) -> Option<f64> {
         let leader = self.leader();
-        let lags = &self.lags[leader as usize];
+        let lag = &self.lags[leader as usize][other as usize];
+        if !lag.is_plain(self.needed_ahead(other)) {
+            return None;
+        }
+        let [lru, gdsf] = &self.whole_lags;
+        let (own, contrary) = match (leader, other) {
+            (Leader::Lru, Leader::Gdsf) => (lru, gdsf),
+            (Leader::Gdsf, Leader::Lru) => (gdsf, lru),
+            _ => return Some(lag.seconds),
+        };
+        (!contrary.is_plain(CONTRADICTED)).then_some(own.seconds)
+    }
+
+    /// Changes the leader where another is plainly ahead of it.
+    fn elect(&mut self) {
+        let leader = self.leader();
         let ahead = Leader::ALL
             .into_iter()
-            .filter(|other| lags[*other as usize].is_plain(self.needed_ahead(*other)))
+            .filter_map(|other| Some((other, self.ahead(other)?)))
             // Where two are, LRU has the advantage that its losses of long ago do not count.
-            .max_by(|a, b| {
-                let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
-                a.total_cmp(&b)
-            });
-        let Some(next) = ahead else {
+            .max_by(|(_, a), (_, b)| a.total_cmp(b));
+        let Some((next, _)) = ahead else {
             return;
         };
         if with_lru(leader, next) {
@@ -234,6 +304,8 @@ impl Race {
                 self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
             }
         }
+        self.predictor_lost =
+            next != Leader::Predictor && (self.predictor_lost || leader == Leader::Predictor);
         self.elected = Some(next);
     }
 }
@@ -242,6 +314,7 @@ impl Race {
 struct ByAge<'a> {
     number: u64,
     age: &'a mut f64,
+    was_short: &'a mut bool,
 }
 
 impl Scoring for ByAge<'_> {
@@ -250,6 +323,7 @@ impl Scoring for ByAge<'_> {
     }
 
     fn on_evict(&mut self, held: &Held) {
+        *self.was_short = true;
         *self.age += AGE_STEP * (self.number as f64 - held.score - *self.age);
     }
 }
@@ -307,10 +381,17 @@ impl Scoring for ByRate<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::Kind;
+    use crate::config::PredictConfig;
+    use crate::ids::SessionId;
+    use crate::predict::{Observed, Seen};
 
     /// Who is followed once each has paid so much so many times.
-    fn after(race: &mut Race, paid_s: [f64; 3], times: usize) -> Leader {
-        (0..times).for_each(|_| race.elect(paid_s));
+    fn after(race: &mut Race, [lru_s, gdsf_s, predicted_s]: [f64; 3], times: usize) -> Leader {
+        for _ in 0..times {
+            race.note(Paid { lru_s, gdsf_s }, predicted_s, Paid::default());
+            race.elect();
+        }
         race.leader()
     }
 
@@ -337,7 +418,7 @@ mod tests {
     #[test]
     fn in_a_large_tier_the_predictor_has_to_prove_more() {
         let (small, large) = (&mut Race::default(), &mut Race::default());
-        large.lru_age = 1_000.0;
+        large.whole.lru_age = 1_000.0;
         assert_eq!(after(small, [5.0, 5.0, 0.0], 1), Leader::Predictor);
         assert_eq!(after(large, [5.0, 5.0, 0.0], 2), Leader::Lru);
         assert_eq!(after(large, [5.0, 5.0, 0.0], 1), Leader::Predictor);
@@ -346,7 +427,7 @@ mod tests {
         assert_eq!(after(large, [0.0, 5.0, 5.0], 3), Leader::Lru);
         // GDSF has not: it looks at no horizon.
         let large = &mut Race::default();
-        large.lru_age = 1_000.0;
+        large.whole.lru_age = 1_000.0;
         assert_eq!(after(large, [5.0, 0.0, 5.0], 1), Leader::Gdsf);
     }
 
@@ -366,5 +447,105 @@ mod tests {
         assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
         assert_eq!(after(race, [2.0, 1.0, 2.0], 100), Leader::Predictor);
         assert_eq!(after(race, [2.0, 1.0, 2.0], 4_000), Leader::Gdsf);
+    }
+
+    /// What both paid, where LRU paid so much and GDSF so much.
+    const fn paid(lru_s: f64, gdsf_s: f64) -> Paid {
+        Paid { lru_s, gdsf_s }
+    }
+
+    /// Who is followed once LRU, GDSF and the predictor have paid so much, and LRU and GDSF so much in the smaller tier, so many times.
+    fn beside(race: &mut Race, whole: [f64; 3], smaller: Paid, times: usize) -> Leader {
+        for _ in 0..times {
+            race.note(paid(whole[0], whole[1]), whole[2], smaller);
+            race.elect();
+        }
+        race.leader()
+    }
+
+    #[test]
+    fn a_smaller_tier_tells_sooner_which_of_lru_and_gdsf_suits() {
+        let race = &mut Race::default();
+        let level = [0.0; 3];
+        assert_eq!(beside(race, level, paid(2.0, 1.0), 40), Leader::Gdsf);
+        assert_eq!(beside(race, level, paid(1.0, 2.0), 60), Leader::Lru);
+        // Of the predictor it says nothing.
+        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
+        assert_eq!(
+            beside(race, level, paid(1.0, 9.0), 400),
+            Leader::Predictor,
+            "neither for LRU"
+        );
+        assert_eq!(beside(race, level, paid(9.0, 1.0), 400), Leader::Predictor);
+    }
+
+    #[test]
+    fn what_the_whole_tier_plainly_says_counts_more() {
+        // GDSF is right for the smaller tier, and LRU for the whole: once that is plain, it is followed.
+        let race = &mut Race::default();
+        let whole = [1.0, 1.2, 1.1];
+        beside(race, whole, paid(3.0, 2.0), 1_000);
+        let followed: Vec<Leader> = (0..1_000)
+            .map(|_| beside(race, whole, paid(3.0, 2.0), 1))
+            .collect();
+        let lru = followed.iter().filter(|leader| **leader == Leader::Lru);
+        assert_eq!(lru.count(), 1_000);
+    }
+
+    #[test]
+    fn a_predictor_that_lost_nothing_is_believed_beside_gdsf() {
+        let race = &mut Race::default();
+        assert_eq!(beside(race, [0.0; 3], paid(2.0, 1.0), 40), Leader::Gdsf);
+        assert!(race.believes_predictor());
+        assert_eq!(after(race, [3.0, 3.0, 1.0], 400), Leader::Predictor);
+        assert_eq!(after(race, [1.0, 3.0, 3.0], 100), Leader::Lru);
+        assert!(!race.believes_predictor(), "it had the lead, and lost it");
+        let resumed = &mut Race::default();
+        resumed.resume(race.elected());
+        assert!(!resumed.believes_predictor());
+        resumed.resume(None);
+        assert!(resumed.believes_predictor());
+    }
+
+    #[test]
+    fn nobody_is_elected_before_the_tier_is_short() {
+        // Three components that take long to load are asked for in turn, each fifth time, between twenty others: GDSF keeps the three.
+        let asked = |number: u8, restore_s| Asked {
+            content: ContentId::File([number; 32]),
+            bytes: Bytes::gib(1),
+            restore_s,
+        };
+        let mut race = Race::default();
+        let mut predictor = Predictor::new(&PredictConfig::default());
+        let mut rates = Rates::default();
+        let mut run = |race: &mut Race, capacity| {
+            for number in 0..200 {
+                let one = match number % 5 {
+                    0 => asked(number / 5 % 3, 10.0),
+                    _ => asked(number % 20 + 100, 0.1),
+                };
+                let seen = Seen {
+                    content: one.content,
+                    kind: Kind::Checkpoint,
+                    bytes: one.bytes,
+                };
+                let request = Observed {
+                    session: SessionId(1),
+                    components: &[seen],
+                };
+                predictor.observe(Duration::ZERO, &request);
+                race.run(Duration::ZERO, capacity, &[one], &mut predictor, &mut rates);
+            }
+        };
+        run(&mut race, Bytes::gib(23));
+        let lag = &race.lags[Leader::Lru as usize][Leader::Gdsf as usize];
+        assert!(lag.is_plain(GDSF_AHEAD_OF_LRU), "the smaller tier tells");
+        assert_eq!(race.elected(), None);
+        assert!(race.believes_predictor());
+        run(&mut race, Bytes::gib(5));
+        assert!(matches!(
+            race.elected(),
+            Some(Leader::Gdsf | Leader::Predictor)
+        ));
     }
 }
