@@ -2,9 +2,9 @@
 //! less is followed.
 //!
 //! Which of LRU and GDSF a stream suits seldom depends on the tier's size (docs/policy.md), and a smaller tier loads more often and has to
-//! evict sooner. So two more run with a share of the capacity, under those two, and what they pay counts between those two as well, unless
-//! the whole tier's plainly say otherwise. So it is known which of them to follow where a large tier runs short for the first time. The
-//! predictor has none: how far it is ahead does depend on the size.
+//! evict sooner. So two more run with a share of the capacity, under those two, and what they pay counts between those two as well, the less
+//! the more the whole tier has told. So it is known which of them to follow where a large tier runs short for the first time. The predictor
+//! has none: how far it is ahead does depend on the size.
 
 use std::time::Duration;
 
@@ -42,8 +42,9 @@ const GDSF_AHEAD_OF_LRU: f64 = 0.75;
 const AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
 /// The smaller tier's share of the capacity. Measured with a half, a third and a quarter: all within a percent.
 const SMALLER: f64 = 0.5;
-/// By so many deviations the whole tier's LRU and GDSF have to differ for the smaller one's to count no more.
-const CONTRADICTED: f64 = 1.5;
+/// Once so many requests have cost the whole tier's LRU and GDSF unlike, what the smaller one's pay counts half: where it misleads, it is
+/// outlived. Measured with 30, 100 and for ever: within half a percent.
+const TOLD: f64 = 100.0;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
@@ -151,8 +152,8 @@ pub(super) struct Race {
     predicted: Shadow,
     /// By how much each paid more than each; between LRU and GDSF in both tiers.
     lags: [[Lag; 3]; 3],
-    /// By how much LRU paid more than GDSF in the whole tier alone, and GDSF more than LRU, whoever led meanwhile.
-    whole_lags: [Lag; 2],
+    /// Requests that cost the whole tier's LRU and GDSF unlike.
+    told: f64,
     /// Whether the predictor had the lead and lost it.
     predictor_lost: bool,
     /// Who was elected last. Nobody yet: LRU is followed.
@@ -176,8 +177,8 @@ impl Race {
         self.predictor_lost = elected.is_some_and(|leader| leader != Leader::Predictor);
     }
 
-    /// Whether the predictor's word counts: where it leads, and where it has lost against nobody yet. In a tier from which little was
-    /// evicted it has not had to prove anything.
+    /// Whether the predictor's word counts: where it leads, and where it has neither had the lead and lost it nor is plainly behind whoever
+    /// has it. In a tier from which little was evicted it has not had to prove anything.
     pub(super) fn believes_predictor(&self) -> bool {
         let behind = &self.lags[Leader::Predictor as usize][self.leader() as usize];
         !self.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
@@ -244,12 +245,17 @@ impl Race {
     fn note(&mut self, whole: Paid, predicted_s: f64, smaller: Paid) -> bool {
         let paid_s = [whole.lru_s, whole.gdsf_s, predicted_s];
         let loads = paid_s.iter().any(|paid| *paid > 0.0);
+        if whole.lru_s != whole.gdsf_s {
+            self.told += 1.0;
+        }
+        let weight = 1.0 / (1.0 + self.told / TOLD);
+        let in_smaller_s = weight * (smaller.lru_s - smaller.gdsf_s);
         for (one, lags) in Leader::ALL.into_iter().zip(&mut self.lags) {
             for (other, lag) in Leader::ALL.into_iter().zip(lags) {
                 let more_s = paid_s[one as usize] - paid_s[other as usize];
                 let in_smaller_s = match (one, other) {
-                    (Leader::Lru, Leader::Gdsf) => smaller.lru_s - smaller.gdsf_s,
-                    (Leader::Gdsf, Leader::Lru) => smaller.gdsf_s - smaller.lru_s,
+                    (Leader::Lru, Leader::Gdsf) => in_smaller_s,
+                    (Leader::Gdsf, Leader::Lru) => -in_smaller_s,
                     _ => 0.0,
                 };
                 if loads || in_smaller_s != 0.0 {
@@ -260,41 +266,22 @@ impl Race {
                 }
             }
         }
-        if loads {
-            let more_s = whole.lru_s - whole.gdsf_s;
-            for (lag, more_s) in self.whole_lags.iter_mut().zip([more_s, -more_s]) {
-                lag.note(more_s);
-                lag.forget_gains();
-            }
-        }
         loads || smaller.lru_s > 0.0 || smaller.gdsf_s > 0.0
-    }
-
-    /// By how many seconds another is plainly ahead of the leader in the whole tier; `None` where it is not.
-    fn ahead(&self, other: Leader) -> Option<f64> {
-        let leader = self.leader();
-        let lag = &self.lags[leader as usize][other as usize];
-        if !lag.is_plain(self.needed_ahead(other)) {
-            return None;
-        }
-        let [lru, gdsf] = &self.whole_lags;
-        let (own, contrary) = match (leader, other) {
-            (Leader::Lru, Leader::Gdsf) => (lru, gdsf),
-            (Leader::Gdsf, Leader::Lru) => (gdsf, lru),
-            _ => return Some(lag.seconds),
-        };
-        (!contrary.is_plain(CONTRADICTED)).then_some(own.seconds)
     }
 
     /// Changes the leader where another is plainly ahead of it.
     fn elect(&mut self) {
         let leader = self.leader();
+        let lags = &self.lags[leader as usize];
         let ahead = Leader::ALL
             .into_iter()
-            .filter_map(|other| Some((other, self.ahead(other)?)))
+            .filter(|other| lags[*other as usize].is_plain(self.needed_ahead(*other)))
             // Where two are, LRU has the advantage that its losses of long ago do not count.
-            .max_by(|(_, a), (_, b)| a.total_cmp(b));
-        let Some((next, _)) = ahead else {
+            .max_by(|a, b| {
+                let [a, b] = [a, b].map(|other| lags[*other as usize].seconds);
+                a.total_cmp(&b)
+            });
+        let Some(next) = ahead else {
             return;
         };
         if with_lru(leader, next) {
@@ -480,16 +467,26 @@ mod tests {
     }
 
     #[test]
-    fn what_the_whole_tier_plainly_says_counts_more() {
-        // GDSF is right for the smaller tier, and LRU for the whole: once that is plain, it is followed.
+    fn what_the_whole_tier_says_outlives_the_smaller() {
+        // GDSF is right for the smaller tier, and LRU for the whole.
+        for predicted_s in [1.1, 1.3] {
+            let race = &mut Race::default();
+            let whole = [1.0, 1.2, predicted_s];
+            assert_ne!(beside(race, whole, paid(3.0, 2.0), 2), Leader::Lru);
+            beside(race, whole, paid(3.0, 2.0), 4_000);
+            for _ in 0..1_000 {
+                assert_eq!(beside(race, whole, paid(3.0, 2.0), 1), Leader::Lru);
+            }
+        }
+    }
+
+    #[test]
+    fn what_both_tiers_won_in_another_world_is_no_excuse() {
         let race = &mut Race::default();
-        let whole = [1.0, 1.2, 1.1];
-        beside(race, whole, paid(3.0, 2.0), 1_000);
-        let followed: Vec<Leader> = (0..1_000)
-            .map(|_| beside(race, whole, paid(3.0, 2.0), 1))
-            .collect();
-        let lru = followed.iter().filter(|leader| **leader == Leader::Lru);
-        assert_eq!(lru.count(), 1_000);
+        let old = beside(race, [2.0, 1.0, 2.0], paid(2.0, 1.0), 1_000);
+        assert_eq!(old, Leader::Gdsf);
+        let new = beside(race, [1.0, 2.0, 2.0], paid(1.0, 2.0), 30);
+        assert_eq!(new, Leader::Lru);
     }
 
     #[test]
