@@ -44,7 +44,7 @@ const AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
 const SMALLER: f64 = 0.5;
 /// Once so many requests have cost the whole tier's LRU and GDSF unlike, what the smaller one's pay counts half: where it misleads, it is
 /// outlived. Measured with 30, 100 and for ever: within half a percent.
-const TOLD: f64 = 100.0;
+const TOLD: f64 = 30.0;
 /// Makes the number of a request a score below all that come from rates.
 const UNKNOWN: f64 = 1e-30;
 
