@@ -433,8 +433,8 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn learned(&self) -> Option<Vec<u8>> {
-        // A line with who leads, then the predictor: LRU would have to be beaten anew at each start else.
-        let mut learned = serde_json::to_vec(&self.race.elected()).ok()?;
+        // A line with how the race stands, then the predictor: LRU would have to be beaten anew at each start else.
+        let mut learned = serde_json::to_vec(&self.race.standing()).ok()?;
         learned.push(b'\n');
         learned.extend(self.predictor.learned()?);
         Some(learned)
@@ -446,16 +446,15 @@ impl EvictionPolicy for HotsetRetention {
         away: Duration,
         learned: &[u8],
     ) -> Result<(), UnsoundStateError> {
-        let (elected, predictor) = match learned.iter().position(|byte| *byte == b'\n') {
+        let what = "it does not say how the race stands";
+        let end = learned.iter().position(|byte| *byte == b'\n');
+        let (standing, predictor) = match end {
             Some(end) => (&learned[..end], &learned[end + 1..]),
-            // From before the leader was kept.
-            None => (&b"null"[..], learned),
+            None => return Err(UnsoundStateError { what }),
         };
-        let elected = serde_json::from_slice(elected).map_err(|_| UnsoundStateError {
-            what: "it does not say who leads",
-        })?;
+        let standing = serde_json::from_slice(standing).map_err(|_| UnsoundStateError { what })?;
         self.predictor = Predictor::restored(self.predictor.config(), now, away, predictor)?;
-        self.race.resume(elected);
+        self.race.resume(standing);
         self.rates = Rates::default();
         Ok(())
     }

@@ -154,34 +154,38 @@ pub(super) struct Race {
     lags: [[Lag; 3]; 3],
     /// Requests that cost the whole tier's LRU and GDSF unlike.
     told: f64,
-    /// Whether the predictor had the lead and lost it.
-    predictor_lost: bool,
+    standing: Standing,
+}
+
+/// How the race stands. It outlives the process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Standing {
     /// Who was elected last. Nobody yet: LRU is followed.
     elected: Option<Leader>,
+    /// Whether the predictor lost the lead, or was plainly behind when another took it.
+    predictor_lost: bool,
 }
 
 impl Race {
     /// Whose choices pay least; LRU's while nothing tells.
     pub(super) fn leader(&self) -> Leader {
-        self.elected.unwrap_or(Leader::Lru)
+        self.standing.elected.unwrap_or(Leader::Lru)
     }
 
-    /// Who was elected last, if anybody.
-    pub(super) const fn elected(&self) -> Option<Leader> {
-        self.elected
+    pub(super) const fn standing(&self) -> Standing {
+        self.standing
     }
 
-    /// Goes on with who was elected in another process.
-    pub(super) fn resume(&mut self, elected: Option<Leader>) {
-        self.elected = elected;
-        self.predictor_lost = elected.is_some_and(|leader| leader != Leader::Predictor);
+    /// Goes on from where the race stood in another process.
+    pub(super) fn resume(&mut self, standing: Standing) {
+        self.standing = standing;
     }
 
-    /// Whether the predictor's word counts: where it leads, and where it has neither had the lead and lost it nor is plainly behind whoever
-    /// has it. In a tier from which little was evicted it has not had to prove anything.
+    /// Whether the predictor's word counts: where it leads, and where it has neither lost nor is plainly behind whoever leads. In a
+    /// tier from which little was evicted it has not had to prove anything.
     pub(super) fn believes_predictor(&self) -> bool {
         let behind = &self.lags[Leader::Predictor as usize][self.leader() as usize];
-        !self.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
+        !self.standing.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
     }
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
@@ -284,6 +288,11 @@ impl Race {
         let Some(next) = ahead else {
             return;
         };
+        self.standing = Standing {
+            elected: Some(next),
+            predictor_lost: next != Leader::Predictor
+                && (leader == Leader::Predictor || !self.believes_predictor()),
+        };
         if with_lru(leader, next) {
             // All stand level again: else what a third won before would undo it at once.
             for other in Leader::ALL {
@@ -291,9 +300,6 @@ impl Race {
                 self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
             }
         }
-        self.predictor_lost =
-            next != Leader::Predictor && (self.predictor_lost || leader == Leader::Predictor);
-        self.elected = Some(next);
     }
 }
 
@@ -366,183 +372,4 @@ impl Scoring for ByRate<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::catalog::Kind;
-    use crate::config::PredictConfig;
-    use crate::ids::SessionId;
-    use crate::predict::{Observed, Seen};
-
-    /// Who is followed once each has paid so much so many times.
-    fn after(race: &mut Race, [lru_s, gdsf_s, predicted_s]: [f64; 3], times: usize) -> Leader {
-        for _ in 0..times {
-            race.note(Paid { lru_s, gdsf_s }, predicted_s, Paid::default());
-            race.elect();
-        }
-        race.leader()
-    }
-
-    #[test]
-    fn it_follows_what_pays_least() {
-        let race = &mut Race::default();
-        assert_eq!(race.leader(), Leader::Lru, "nothing tells yet");
-        assert_eq!(after(race, [0.0, 5.0, 5.0], 1), Leader::Lru);
-        assert!(race.believes_predictor(), "one load tells nothing");
-        assert_eq!(after(race, [0.0, 5.0, 5.0], 9), Leader::Lru);
-        assert!(!race.believes_predictor());
-        assert_eq!(after(race, [5.0, 5.0, 0.0], 2), Leader::Predictor);
-        assert!(race.believes_predictor());
-        // Against the predictor one load decides nothing, nor do a few that go either way.
-        assert_eq!(after(race, [0.0, 5.0, 5.0], 1), Leader::Predictor);
-        assert_eq!(after(race, [5.0, 5.0, 0.0], 1), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 60), Leader::Lru);
-        assert!(!race.believes_predictor());
-        assert_eq!(after(race, [2.0, 1.0, 2.0], 200), Leader::Gdsf);
-        assert_eq!(after(race, [2.0, 2.0, 2.0], 4_000), Leader::Gdsf);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 400), Leader::Predictor);
-    }
-
-    #[test]
-    fn in_a_large_tier_the_predictor_has_to_prove_more() {
-        let (small, large) = (&mut Race::default(), &mut Race::default());
-        large.whole.lru_age = 1_000.0;
-        assert_eq!(after(small, [5.0, 5.0, 0.0], 1), Leader::Predictor);
-        assert_eq!(after(large, [5.0, 5.0, 0.0], 2), Leader::Lru);
-        assert_eq!(after(large, [5.0, 5.0, 0.0], 1), Leader::Predictor);
-        // And loses the lead sooner.
-        assert_eq!(after(small, [0.0, 5.0, 5.0], 3), Leader::Predictor);
-        assert_eq!(after(large, [0.0, 5.0, 5.0], 3), Leader::Lru);
-        // GDSF has not: it looks at no horizon.
-        let large = &mut Race::default();
-        large.whole.lru_age = 1_000.0;
-        assert_eq!(after(large, [5.0, 0.0, 5.0], 1), Leader::Gdsf);
-    }
-
-    #[test]
-    fn what_was_won_in_another_world_is_no_excuse() {
-        let race = &mut Race::default();
-        // The predictor wins for long, then loses against LRU: some dozens of loads tell.
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 3), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 77), Leader::Lru);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
-        // What a third won then is none either.
-        assert_eq!(after(race, [2.0, 1.5, 1.0], 1_000), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 2.0, 2.0], 90), Leader::Lru);
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
-        // Against GDSF the whole counts.
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 1_000), Leader::Predictor);
-        assert_eq!(after(race, [2.0, 1.0, 2.0], 100), Leader::Predictor);
-        assert_eq!(after(race, [2.0, 1.0, 2.0], 4_000), Leader::Gdsf);
-    }
-
-    /// What both paid, where LRU paid so much and GDSF so much.
-    const fn paid(lru_s: f64, gdsf_s: f64) -> Paid {
-        Paid { lru_s, gdsf_s }
-    }
-
-    /// Who is followed once LRU, GDSF and the predictor have paid so much, and LRU and GDSF so much in the smaller tier, so many times.
-    fn beside(race: &mut Race, whole: [f64; 3], smaller: Paid, times: usize) -> Leader {
-        for _ in 0..times {
-            race.note(paid(whole[0], whole[1]), whole[2], smaller);
-            race.elect();
-        }
-        race.leader()
-    }
-
-    #[test]
-    fn a_smaller_tier_tells_sooner_which_of_lru_and_gdsf_suits() {
-        let race = &mut Race::default();
-        let level = [0.0; 3];
-        assert_eq!(beside(race, level, paid(2.0, 1.0), 40), Leader::Gdsf);
-        assert_eq!(beside(race, level, paid(1.0, 2.0), 60), Leader::Lru);
-        // Of the predictor it says nothing.
-        assert_eq!(after(race, [2.0, 2.0, 1.0], 30), Leader::Predictor);
-        assert_eq!(
-            beside(race, level, paid(1.0, 9.0), 400),
-            Leader::Predictor,
-            "neither for LRU"
-        );
-        assert_eq!(beside(race, level, paid(9.0, 1.0), 400), Leader::Predictor);
-    }
-
-    #[test]
-    fn what_the_whole_tier_says_outlives_the_smaller() {
-        // GDSF is right for the smaller tier, and LRU for the whole.
-        for predicted_s in [1.1, 1.3] {
-            let race = &mut Race::default();
-            let whole = [1.0, 1.2, predicted_s];
-            assert_ne!(beside(race, whole, paid(3.0, 2.0), 2), Leader::Lru);
-            beside(race, whole, paid(3.0, 2.0), 4_000);
-            for _ in 0..1_000 {
-                assert_eq!(beside(race, whole, paid(3.0, 2.0), 1), Leader::Lru);
-            }
-        }
-    }
-
-    #[test]
-    fn what_both_tiers_won_in_another_world_is_no_excuse() {
-        let race = &mut Race::default();
-        let old = beside(race, [2.0, 1.0, 2.0], paid(2.0, 1.0), 1_000);
-        assert_eq!(old, Leader::Gdsf);
-        let new = beside(race, [1.0, 2.0, 2.0], paid(1.0, 2.0), 30);
-        assert_eq!(new, Leader::Lru);
-    }
-
-    #[test]
-    fn a_predictor_that_lost_nothing_is_believed_beside_gdsf() {
-        let race = &mut Race::default();
-        assert_eq!(beside(race, [0.0; 3], paid(2.0, 1.0), 40), Leader::Gdsf);
-        assert!(race.believes_predictor());
-        assert_eq!(after(race, [3.0, 3.0, 1.0], 400), Leader::Predictor);
-        assert_eq!(after(race, [1.0, 3.0, 3.0], 100), Leader::Lru);
-        assert!(!race.believes_predictor(), "it had the lead, and lost it");
-        let resumed = &mut Race::default();
-        resumed.resume(race.elected());
-        assert!(!resumed.believes_predictor());
-        resumed.resume(None);
-        assert!(resumed.believes_predictor());
-    }
-
-    #[test]
-    fn nobody_is_elected_before_the_tier_is_short() {
-        // Three components that take long to load are asked for in turn, each fifth time, between twenty others: GDSF keeps the three.
-        let asked = |number: u8, restore_s| Asked {
-            content: ContentId::File([number; 32]),
-            bytes: Bytes::gib(1),
-            restore_s,
-        };
-        let mut race = Race::default();
-        let mut predictor = Predictor::new(&PredictConfig::default());
-        let mut rates = Rates::default();
-        let mut run = |race: &mut Race, capacity| {
-            for number in 0..200 {
-                let one = match number % 5 {
-                    0 => asked(number / 5 % 3, 10.0),
-                    _ => asked(number % 20 + 100, 0.1),
-                };
-                let seen = Seen {
-                    content: one.content,
-                    kind: Kind::Checkpoint,
-                    bytes: one.bytes,
-                };
-                let request = Observed {
-                    session: SessionId(1),
-                    components: &[seen],
-                };
-                predictor.observe(Duration::ZERO, &request);
-                race.run(Duration::ZERO, capacity, &[one], &mut predictor, &mut rates);
-            }
-        };
-        run(&mut race, Bytes::gib(23));
-        let lag = &race.lags[Leader::Lru as usize][Leader::Gdsf as usize];
-        assert!(lag.is_plain(GDSF_AHEAD_OF_LRU), "the smaller tier tells");
-        assert_eq!(race.elected(), None);
-        assert!(race.believes_predictor());
-        run(&mut race, Bytes::gib(5));
-        assert!(matches!(
-            race.elected(),
-            Some(Leader::Gdsf | Leader::Predictor)
-        ));
-    }
-}
+mod tests;

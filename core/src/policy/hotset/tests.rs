@@ -78,11 +78,6 @@ fn what_it_has_learned_outlives_it() {
     after.on_capacity(Bytes(3_000));
     ask(&mut after, 3_000);
     assert_eq!(after.stats().observed, 3_001);
-    // From before the leader was kept: LRU's until another does better.
-    let plain = learned.split(|byte| *byte == b'\n').next_back().unwrap();
-    let mut old = HotsetRetention::new(1);
-    old.resume(Duration::ZERO, Duration::ZERO, plain).unwrap();
-    assert!(old.stats().trained && old.leader() == Leader::Lru);
     // What is not whole, or another thing, changes nothing.
     for spoilt in [&learned[..learned.len() / 2], &[], &[0xff; 40]] {
         let mut fresh = HotsetRetention::new(1);
