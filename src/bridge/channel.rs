@@ -4,6 +4,7 @@
 //! watched for both, as tokio's own is, wakes its owner each time that the other end reads: a wake-up for nothing with each message, as
 //! dear as the one that brings the answer.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -29,8 +30,15 @@ const DESCRIPTORS_AT_ONCE: usize = 128;
 const DESCRIPTORS_AHEAD: usize = 1024;
 /// What one read takes at most.
 const READ_BYTES: usize = 64 << 10;
+
 /// How long to wait for room where there is nothing left to watch for it with.
 const BLIND: Duration = Duration::from_millis(5);
+
+thread_local! {
+    /// Where a read puts what came in. A thread reads one socket at a time, so connections need none of their own: a thousand that say
+    /// nothing would keep 64 MiB.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
+}
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +82,6 @@ pub(crate) fn halves(
     let inbox = Inbox {
         socket: watch(socket.clone(), Interest::READABLE)?,
         frames: FrameBuffer::new(longest),
-        scratch: vec![0; READ_BYTES].into_boxed_slice(),
         descriptors: VecDeque::new(),
     };
     let outbox = Outbox {
@@ -98,7 +105,6 @@ fn watch(socket: Arc<UnixStream>, interest: Interest) -> io::Result<AsyncFd<Arc<
 pub(crate) struct Inbox {
     socket: AsyncFd<Arc<UnixStream>>,
     frames: FrameBuffer,
-    scratch: Box<[u8]>,
     descriptors: VecDeque<OwnedFd>,
 }
 
@@ -107,13 +113,12 @@ impl Inbox {
     pub(crate) async fn receive(&mut self) -> Result<(), ChannelError> {
         let Self {
             socket,
-            scratch,
+            frames,
             descriptors,
-            ..
         } = self;
         let read = socket
             .async_io(Interest::READABLE, |socket| {
-                receive_some(socket, scratch, descriptors)
+                receive_some(socket, frames, descriptors)
             })
             .await?;
         self.received(read)
@@ -123,11 +128,10 @@ impl Inbox {
     pub(crate) fn try_receive(&mut self) -> Result<bool, ChannelError> {
         let Self {
             socket,
-            scratch,
+            frames,
             descriptors,
-            ..
         } = self;
-        match receive_some(socket.get_ref(), scratch, descriptors) {
+        match receive_some(socket.get_ref(), frames, descriptors) {
             Ok(read) => self.received(read).map(|()| true),
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(false),
@@ -136,11 +140,10 @@ impl Inbox {
         }
     }
 
-    fn received(&mut self, read: usize) -> Result<(), ChannelError> {
+    fn received(&self, read: usize) -> Result<(), ChannelError> {
         if read == 0 {
             return Err(ChannelError::Closed);
         }
-        self.frames.extend(&self.scratch[..read]);
         if self.descriptors.len() > DESCRIPTORS_AHEAD {
             return Err(ChannelError::Descriptors {
                 limit: DESCRIPTORS_AHEAD,
@@ -310,8 +313,20 @@ impl Outbox {
     }
 }
 
-/// One `recvmsg`: bytes, and the descriptors that came with them.
+/// One `recvmsg`: bytes, and the descriptors that came with them. Gives how many bytes; none where the other end is gone.
 fn receive_some(
+    socket: &UnixStream,
+    frames: &mut FrameBuffer,
+    descriptors: &mut VecDeque<OwnedFd>,
+) -> io::Result<usize> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let read = receive_into(socket, scratch, descriptors)?;
+        frames.extend(&scratch[..read]);
+        Ok(read)
+    })
+}
+
+fn receive_into(
     socket: &UnixStream,
     scratch: &mut [u8],
     descriptors: &mut VecDeque<OwnedFd>,

@@ -14,8 +14,10 @@ use crate::cli::CliError;
 /// How long a tier may hold more than a budget that has just shrunk.
 const OVER: Duration = Duration::from_secs(5);
 /// Memory of its own that a quiet server may have more than at its start: what the allocator has not given back of pages that are
-/// in use in part, and tables of the past that have a bound of their own.
-const SPARE_MEMORY: u64 = 24 << 20;
+/// in use in part, up to 10 MiB on sixteen cores, and tables of the past that have a bound of their own.
+const SPARE_MEMORY: u64 = 16 << 20;
+/// The same for each tier: the labels from which its policy learns.
+const SPARE_FOR_TIER: u64 = 8 << 20;
 
 impl Run {
     /// The server must be there unless this run ended it.
@@ -130,11 +132,12 @@ impl Run {
         let mut end = self.quiet(pid).await?;
         let began = Instant::now();
         // Threads that have nothing to do end after some seconds, and so does what the allocator keeps.
-        let mut grown = end.growth(&start, SPARE_MEMORY);
+        let spare = |end: &Holdings| SPARE_MEMORY + end.tiers * SPARE_FOR_TIER;
+        let mut grown = end.growth(&start, spare(&end));
         while !grown.is_empty() && began.elapsed() < PATIENCE {
             tokio::time::sleep(Duration::from_millis(200)).await;
             end = self.quiet(pid).await?;
-            grown = end.growth(&start, SPARE_MEMORY);
+            grown = end.growth(&start, spare(&end));
         }
         if !grown.is_empty() {
             self.violation("holdings-return", grown.join("; "));

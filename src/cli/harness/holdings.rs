@@ -29,6 +29,8 @@ pub(super) struct Holdings {
     pub(super) threads: BTreeMap<String, u64>,
     /// Memory of its own, without slabs, in bytes.
     pub(super) anonymous_bytes: u64,
+    /// Tiers that it says it has.
+    pub(super) tiers: u64,
     /// VRAM that its books say is in use, over all GPUs, in bytes.
     pub(super) vram_bytes: u64,
     /// Components on GPUs by its books, each in one piece of memory at most.
@@ -80,8 +82,13 @@ impl Holdings {
             .find_map(|line| line.strip_prefix("RssAnon:"))
             .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
         holdings.anonymous_bytes = anonymous.unwrap_or(0) << 10;
-        let tiers = status["tiers"].as_array().into_iter().flatten();
-        for tier in tiers.filter(|tier| tier["tier"] != "ram") {
+        let tiers = status["tiers"].as_array();
+        holdings.tiers = tiers.map_or(0, Vec::len) as u64;
+        for tier in tiers
+            .into_iter()
+            .flatten()
+            .filter(|tier| tier["tier"] != "ram")
+        {
             holdings.vram_bytes += tier["committed"].as_u64().unwrap_or(0);
             let components = tier["components"].as_array().map_or(0, Vec::len);
             holdings.vram_components += components as u64;
