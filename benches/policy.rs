@@ -58,6 +58,7 @@ fn warm(name: EvictionPolicyName) -> (Box<dyn EvictionPolicy>, Vec<Candidate>) {
         last_used: Duration::from_secs(last * 4),
         uses: 1,
         restore_s: 0.5,
+        whole_s: 0.5,
         prefetched: false,
         above: false,
     });

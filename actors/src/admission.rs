@@ -470,6 +470,7 @@ impl Admission {
                 Tier::Ram => candidate.above = there,
                 Tier::Vram(gpu) => {
                     candidate.restore_s = restore_s(&rates, gpu, &view.component, there);
+                    candidate.whole_s = restore_s(&rates, gpu, &view.component, false);
                 }
             }
             candidate

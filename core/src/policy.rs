@@ -49,10 +49,25 @@ pub struct Candidate {
     pub uses: u64,
     /// What loading it again from the next tier would take, in seconds.
     pub restore_s: f64,
+    /// What it would take if no other tier had it, in seconds; the same where none has.
+    pub whole_s: f64,
     /// Loaded on a guess and never asked for since.
     pub prefetched: bool,
     /// It is in a tier above as well: nobody asks for it here until it has gone from there.
     pub above: bool,
+}
+
+impl Candidate {
+    /// The share of [`whole_s`](Self::whole_s) that restoring it takes: 1 where no other tier has it, else less.
+    #[must_use]
+    pub fn discount(&self) -> f64 {
+        let share = self.restore_s / self.whole_s;
+        if share.is_finite() {
+            share.clamp(1e-3, 1.0)
+        } else {
+            1.0
+        }
+    }
 }
 
 /// A component that is to go, and why.

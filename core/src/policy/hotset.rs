@@ -11,11 +11,14 @@
 //! whichever plainly pays less. Until the predictor has learned enough it is out of the race, and LRU is what is
 //! followed at the start; who led before a restart leads after it.
 
+mod following;
+mod prefetch;
 mod race;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use self::following::Following;
 pub use self::race::Leader;
 use self::race::Race;
 use super::cheapest::{self, Item};
@@ -27,7 +30,7 @@ use super::{Candidate, EvictionPolicy, Guess, Prefetch, Score, Victim, by_score}
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
 use crate::predict::{
-    Observed, Position, Predictor, PredictorStats, PrefetchScore, Scoreboard, Studied, Study,
+    Observed, Predictor, PredictorStats, PrefetchScore, Scoreboard, Studied, Study,
     UnsoundStateError,
 };
 use crate::units::Bytes;
@@ -35,14 +38,10 @@ use crate::units::Bytes;
 /// Candidates beyond those that would do which are weighed against them.
 const BEYOND: usize = 3;
 /// What a component is worth that a tier above has as well, as a share of what it is worth else. Measured: from 0.2 to 0.5 within a
-/// percent.
-const ABOVE: f64 = 0.5;
+/// percent or two.
+const ABOVE: f64 = 0.2;
 /// What went last and could be loaded again on a guess: mostly what a load that had to be made drove out.
 const MAX_GHOSTS: usize = 64;
-/// Expected seconds saved must be so many times the expected seconds lost by what goes.
-const MARGIN: f64 = 3.0;
-/// Expected uses within the horizon below which nothing is loaded on a guess.
-const MIN_USES: f64 = 0.7;
 /// Requests in a second that are learned from: a twentieth of a core. Services whose loads take seconds see far fewer.
 const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
@@ -53,12 +52,16 @@ pub struct HotsetRetention {
     predictor: Predictor,
     rates: Rates,
     capacity: Bytes,
-    /// Restore seconds as last heard.
+    /// Whole restore seconds as last heard.
     restore_s: Memory<f64>,
     /// Seconds and GB of all restores heard of, for those not heard of yet.
     restored: (f64, f64),
 
     race: Race,
+    /// Whether another tier was seen to change what a restore costs.
+    discounted: bool,
+    /// While GDSF leads in such a tier.
+    following: Option<Following>,
 
     // Prefetch, where it is wanted.
     prefetch: Option<Scoreboard>,
@@ -81,6 +84,8 @@ impl HotsetRetention {
             restore_s: Memory::default(),
             restored: (0.0, 0.0),
             race: Race::default(),
+            discounted: false,
+            following: None,
             prefetch: None,
             ghosts: VecDeque::new(),
         }
@@ -130,12 +135,18 @@ impl HotsetRetention {
         }
         let (predictor, rates) = (&mut self.predictor, &mut self.rates);
         self.race.run(now, self.capacity, &set, predictor, rates);
+        if self.leader() != Leader::Gdsf {
+            self.following = None;
+        } else if self.discounted && self.following.is_none() {
+            self.following = Some(self.race.following());
+        }
     }
 
-    /// Hears what restoring costs.
+    /// Hears what restoring costs. Not what it costs just now: the race is run as if no other tier had anything, since what others will have when
+    /// a shadow would load is not known.
     fn note_costs(&mut self, candidates: &[Candidate]) {
         for candidate in candidates {
-            let restore_s = candidate.restore_s;
+            let restore_s = candidate.whole_s;
             if restore_s.is_finite() && self.restore_s.get(&candidate.content) != Some(&restore_s) {
                 self.restore_s.put(candidate.content, restore_s);
                 self.restored.0 += restore_s;
@@ -144,44 +155,41 @@ impl HotsetRetention {
         }
     }
 
-    /// The cheapest residents with so many bytes, where all of them together are worth far less than `saved_s` in each request.
-    fn worth_less(
-        &mut self,
-        now: Duration,
-        saved_s: f64,
-        residents: &[Candidate],
-        needed: Bytes,
-    ) -> Option<Vec<Victim>> {
-        if needed.is_zero() {
-            return Some(Vec::new());
-        }
-        let evictable: Bytes = residents.iter().map(|c| c.bytes).sum();
-        if needed > evictable {
-            return None;
-        }
-        let horizon = self.race.horizon();
-        let victims = self.choose_as(Leader::Predictor, now, residents, needed);
-        let mut lost_s = 0.0;
-        for victim in &victims {
-            let predictor = &mut self.predictor;
-            let (rate, _) = self.rates.now(predictor, now, &victim.content, horizon);
-            let held = residents.iter().find(|c| c.content == victim.content);
-            lost_s += rate * held.map_or(0.0, |c| c.restore_s);
-        }
-        (saved_s > MARGIN * lost_s).then_some(victims)
-    }
-
     fn gdsf_reason(score: f64) -> String {
         format!("least worth its bytes by GDSF: priority {score:.3}")
     }
 
+    /// What other tiers leave of its worth.
+    fn left(candidate: &Candidate) -> f64 {
+        candidate.discount() * if candidate.above { ABOVE } else { 1.0 }
+    }
+
+    /// LRU's score: idle seconds, of which those of what another tier has count for more.
+    fn lru_score(now: Duration, candidate: &Candidate) -> f64 {
+        -now.saturating_sub(candidate.last_used).as_secs_f64() / Self::left(candidate)
+    }
+
+    fn gdsf_score(&self, candidate: &Candidate) -> f64 {
+        match &self.following {
+            Some(following) => following.priority(candidate),
+            None => self.race.gdsf_score(&candidate.content) * Self::left(candidate),
+        }
+    }
+
+    fn lru_reason(now: Duration, candidate: &Candidate) -> String {
+        let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
+        let times = 1.0 / Self::left(candidate);
+        if times > 1.0 {
+            return format!(
+                "least recently used: idle for {idle:.1} s, {times:.0} times as long since another tier has it"
+            );
+        }
+        format!("least recently used: idle for {idle:.1} s")
+    }
+
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
-        let worth = rate * candidate.restore_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
-        let score = if candidate.above {
-            ABOVE * worth
-        } else {
-            worth
-        };
+        let whole = rate * candidate.whole_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
+        let score = whole * Self::left(candidate);
         if score.is_finite() { score } else { 0.0 }
     }
 
@@ -209,9 +217,8 @@ impl HotsetRetention {
             .map(|(place, candidate)| {
                 let content = &candidate.content;
                 let score = match leader {
-                    // By the time of the last use, which stands next in the key.
-                    Leader::Lru => 0.0,
-                    Leader::Gdsf => self.race.gdsf_score(&candidate.content),
+                    Leader::Lru => Self::lru_score(now, candidate),
+                    Leader::Gdsf => self.gdsf_score(candidate),
                     Leader::Predictor => {
                         let predictor = &mut self.predictor;
                         let rate = self.rates.lately(predictor, now, content, horizon);
@@ -274,10 +281,7 @@ impl HotsetRetention {
         }
         let victim = |(candidate, score, rate): (&Candidate, f64, f64)| {
             let (score, reason) = match leader {
-                Leader::Lru => {
-                    let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
-                    (-idle, format!("least recently used: idle for {idle:.1} s"))
-                }
+                Leader::Lru => (score, Self::lru_reason(now, candidate)),
                 Leader::Gdsf => (score, Self::gdsf_reason(score)),
                 Leader::Predictor => (score, Self::predicted_reason(rate, horizon, candidate)),
             };
@@ -319,7 +323,16 @@ impl EvictionPolicy for HotsetRetention {
         }
     }
 
+    fn on_request(&mut self, _now: Duration, content: &ContentId, _bytes: Bytes, _hit: bool) {
+        if let Some(following) = &mut self.following {
+            following.on_request(content);
+        }
+    }
+
     fn on_evict(&mut self, _now: Duration, content: &ContentId) {
+        if let Some(following) = &mut self.following {
+            following.on_evict(content);
+        }
         let Some(board) = &mut self.prefetch else {
             return;
         };
@@ -340,55 +353,7 @@ impl EvictionPolicy for HotsetRetention {
         residents: &[Candidate],
         free: Bytes,
     ) -> Option<Prefetch> {
-        let board = self.prefetch.as_ref()?;
-        if !self.predictor.is_trained() {
-            return None;
-        }
-        let horizon = self.race.horizon();
-        self.rates.grant();
-        // The most seconds saved first; the first that pays for its victims is it.
-        let mut wanted: Vec<(Score, Asked)> = self
-            .ghosts
-            .iter()
-            .filter(|ghost| !board.holds(&ghost.content))
-            .map(|ghost| {
-                let content = &ghost.content;
-                let rate = self
-                    .rates
-                    .lately(&mut self.predictor, now, content, horizon);
-                (Score(-rate * ghost.restore_s), *ghost)
-            })
-            .filter(|(Score(saved), ghost)| -saved * horizon >= MIN_USES * ghost.restore_s)
-            .collect();
-        wanted.sort_by(|(a, x), (b, y)| a.cmp(b).then(x.content.cmp(&y.content)));
-        for (Score(saved), ghost) in wanted {
-            let needed = ghost.bytes.saturating_sub(free);
-            let Some(victims) = self.worth_less(now, -saved, residents, needed) else {
-                continue;
-            };
-            let restore_s = |victim: &Victim| {
-                let held = residents.iter().find(|c| c.content == victim.content);
-                held.map_or(0.0, |c| c.restore_s)
-            };
-            let position = Position {
-                content: ghost.content,
-                bytes: ghost.bytes,
-                load_s: ghost.restore_s,
-                victims: victims.iter().map(|v| (v.content, restore_s(v))).collect(),
-                until: self.predictor.observed() + (2.0 * horizon) as u64,
-            };
-            let real = self.prefetch.as_mut()?.open(position)?;
-            if !real {
-                continue;
-            }
-            self.ghosts.retain(|other| other.content != ghost.content);
-            return Some(Prefetch {
-                content: ghost.content,
-                bytes: ghost.bytes,
-                victims,
-            });
-        }
-        None
+        self.worth_loading(now, residents, free)
     }
 
     fn room_for_guess(
@@ -466,9 +431,11 @@ impl EvictionPolicy for HotsetRetention {
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
         self.note_costs(candidates);
         match self.leader() {
-            Leader::Lru => super::lru::Lru.rank(now, candidates),
+            Leader::Lru => by_score(candidates, |c| {
+                (Self::lru_score(now, c), Self::lru_reason(now, c))
+            }),
             Leader::Gdsf => by_score(candidates, |c| {
-                let score = self.race.gdsf_score(&c.content);
+                let score = self.gdsf_score(c);
                 (score, Self::gdsf_reason(score))
             }),
             Leader::Predictor => {
@@ -504,7 +471,15 @@ impl EvictionPolicy for HotsetRetention {
         let start = self.predictor.observed() as usize * NOTED % candidates.len().max(1);
         let end = (start + NOTED).min(candidates.len());
         self.note_costs(&candidates[start..end]);
-        self.choose_as(self.leader(), now, candidates, needed)
+        self.discounted |= candidates.iter().any(|c| c.discount() < 1.0);
+        let leader = self.leader();
+        let victims = self.choose_as(leader, now, candidates, needed);
+        if let (Leader::Gdsf, Some(following)) = (leader, &mut self.following) {
+            victims
+                .iter()
+                .for_each(|victim| following.rise(victim.score));
+        }
+        victims
     }
 }
 

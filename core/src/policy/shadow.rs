@@ -69,6 +69,12 @@ impl Shadow {
         self.held.get(content)
     }
 
+    pub(super) fn held(&self) -> impl Iterator<Item = &Held> {
+        self.order
+            .iter()
+            .filter_map(|(.., content)| self.get(content))
+    }
+
     /// Serves a request, evicting what scores least where there is too little room. Returns the seconds of loading.
     pub(super) fn request(
         &mut self,

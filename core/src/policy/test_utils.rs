@@ -19,6 +19,7 @@ pub(crate) fn candidate(number: u8, bytes: u64, last_used_s: u64) -> Candidate {
         last_used: Duration::from_secs(last_used_s),
         uses: 1,
         restore_s: 1.0,
+        whole_s: 1.0,
         prefetched: false,
         above: false,
     }

@@ -16,17 +16,11 @@ pub(super) struct Wanted {
     pub(super) restore_s: f64,
 }
 
-/// A resident, with what its restore costs when no tier between has it.
-struct Resident {
-    candidate: Candidate,
-    whole_s: f64,
-}
-
 /// A tier with its policy.
 pub(super) struct SimulatedTier {
     capacity: Bytes,
     used: Bytes,
-    residents: BTreeMap<ContentId, Resident>,
+    residents: BTreeMap<ContentId, Candidate>,
     policy: Box<dyn EvictionPolicy>,
 }
 
@@ -51,16 +45,15 @@ impl SimulatedTier {
 
     /// Sets anew what restoring each resident would cost.
     pub(super) fn price(&mut self, cost: impl Fn(&ContentId, Bytes, f64) -> f64) {
-        for (content, resident) in &mut self.residents {
-            let candidate = &mut resident.candidate;
-            candidate.restore_s = cost(content, candidate.bytes, resident.whole_s);
+        for (content, candidate) in &mut self.residents {
+            candidate.restore_s = cost(content, candidate.bytes, candidate.whole_s);
         }
     }
 
     /// Says of each resident whether it is in the tier above as well.
     pub(super) fn mark_above(&mut self, has: impl Fn(&ContentId) -> bool) {
         for (content, resident) in &mut self.residents {
-            resident.candidate.above = has(content);
+            resident.above = has(content);
         }
     }
 
@@ -92,9 +85,9 @@ impl SimulatedTier {
         for at in hits {
             let wanted = &set[at];
             if let Some(resident) = self.residents.get_mut(&wanted.content) {
-                resident.candidate.last_used = now;
-                resident.candidate.uses += 1;
-                resident.candidate.prefetched = false;
+                resident.last_used = now;
+                resident.uses += 1;
+                resident.prefetched = false;
             }
             self.policy
                 .on_request(now, &wanted.content, wanted.bytes, true);
@@ -113,11 +106,7 @@ impl SimulatedTier {
     /// What the policy would load now that the link is idle; room has been made for it.
     pub(super) fn prefetch(&mut self, now: Duration) -> Option<(ContentId, Bytes)> {
         let free = self.capacity.saturating_sub(self.used);
-        let residents: Vec<Candidate> = self
-            .residents
-            .values()
-            .map(|r| r.candidate.clone())
-            .collect();
+        let residents: Vec<Candidate> = self.residents.values().cloned().collect();
         let prefetch = self.policy.prefetch(now, &residents, free)?;
         for victim in &prefetch.victims {
             self.evict(now, &victim.content);
@@ -130,8 +119,8 @@ impl SimulatedTier {
     pub(super) fn land(&mut self, now: Duration, wanted: &Wanted) {
         self.admit(now, wanted);
         if let Some(resident) = self.residents.get_mut(&wanted.content) {
-            resident.candidate.prefetched = true;
-            resident.candidate.uses = 0;
+            resident.prefetched = true;
+            resident.uses = 0;
         }
     }
 
@@ -146,7 +135,7 @@ impl SimulatedTier {
 
     fn evict(&mut self, now: Duration, content: &ContentId) {
         if let Some(gone) = self.residents.remove(content) {
-            self.used = self.used.saturating_sub(gone.candidate.bytes);
+            self.used = self.used.saturating_sub(gone.bytes);
             self.policy.on_evict(now, content);
         }
     }
@@ -160,14 +149,11 @@ impl SimulatedTier {
             last_used: now,
             uses: 1,
             restore_s: wanted.restore_s,
+            whole_s: wanted.restore_s,
             prefetched: false,
             above: false,
         };
-        let resident = Resident {
-            candidate,
-            whole_s: wanted.restore_s,
-        };
-        self.residents.insert(wanted.content, resident);
+        self.residents.insert(wanted.content, candidate);
     }
 
     /// Evicts what the policy names until there is room; nothing where that would not do.
@@ -183,8 +169,8 @@ impl SimulatedTier {
         let candidates: Vec<Candidate> = self
             .residents
             .values()
-            .filter(|r| pinned.iter().all(|p| p.content != r.candidate.content))
-            .map(|r| r.candidate.clone())
+            .filter(|r| pinned.iter().all(|p| p.content != r.content))
+            .cloned()
             .collect();
         let evictable: Bytes = candidates.iter().map(|c| c.bytes).sum();
         if !fits(

@@ -49,13 +49,15 @@ impl ResidencyView {
     /// The residency as a candidate for eviction, as if no other tier had it. Restoring it is taken to last as long as its load did.
     #[must_use]
     pub fn candidate(&self) -> Candidate {
+        let restore_s = self.load_time.unwrap_or_default().as_secs_f64();
         Candidate {
             content: self.component.content_id,
             bytes: self.bytes,
             admitted: self.admitted,
             last_used: self.last_used,
             uses: self.uses,
-            restore_s: self.load_time.unwrap_or_default().as_secs_f64(),
+            restore_s,
+            whole_s: restore_s,
             prefetched: self.prefetched,
             above: false,
         }

@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use super::following::Following;
 use crate::ids::ContentId;
 use crate::policy::rates::Rates;
 use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
@@ -191,6 +192,11 @@ impl Race {
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
     pub(super) fn gdsf_score(&self, content: &ContentId) -> f64 {
         self.whole.gdsf.get(content).map_or(0.0, |held| held.score)
+    }
+
+    /// GDSF as its shadow stands, to go on with.
+    pub(super) fn following(&self) -> Following {
+        Following::from_shadow(self.whole.gdsf_clock, self.whole.gdsf.held())
     }
 
     /// How many requests the predictor looks ahead.

@@ -217,3 +217,29 @@ fn for_a_guess_only_what_is_worth_far_less_goes() {
     assert_eq!(room(policy, &guess(2, true), &[hot]), None);
     assert_eq!(room(policy, &guess(2, true), &[]), None);
 }
+
+#[test]
+fn what_another_tier_has_goes_before_what_is_idle_for_longer() {
+    let now = Duration::from_secs(100);
+    let gb = 1_000_000_000;
+    let idle = candidate(1, gb, 60);
+    // Idle for 10 seconds, and restored in a tenth of the time.
+    let below = Candidate {
+        restore_s: 0.1,
+        ..candidate(2, gb, 90)
+    };
+    let above = Candidate {
+        above: true,
+        ..candidate(3, gb, 91)
+    };
+    let mut policy = HotsetRetention::new(0);
+    let all = [idle, below, above];
+    assert_eq!(order_of(&policy.rank(now, &all)), [2, 3, 1]);
+    let victims = policy.choose(now, &all, Bytes(gb));
+    assert_eq!(order_of(&victims), [2]);
+    let reason = &victims[0].reason;
+    assert!(
+        reason.contains("10 times as long since another tier has it"),
+        "{reason}"
+    );
+}
