@@ -58,7 +58,7 @@ pub struct HotsetRetention {
     restored: (f64, f64),
 
     race: Race,
-    /// Whether another tier was seen to change what a restore costs.
+    /// Whether a tier below was seen to change what a restore costs: on a GPU, over RAM.
     discounted: bool,
     /// While GDSF leads in such a tier.
     following: Option<Following>,
@@ -137,8 +137,6 @@ impl HotsetRetention {
         self.race.run(now, self.capacity, &set, predictor, rates);
         if self.leader() != Leader::Gdsf {
             self.following = None;
-        } else if self.discounted && self.following.is_none() {
-            self.following = Some(self.race.following());
         }
     }
 
@@ -169,6 +167,7 @@ impl HotsetRetention {
         -now.saturating_sub(candidate.last_used).as_secs_f64() / Self::left(candidate)
     }
 
+    /// GDSF's priority. In RAM the clock is discounted with the rest, so that once it has risen what a GPU has goes first.
     fn gdsf_score(&self, candidate: &Candidate) -> f64 {
         match &self.following {
             Some(following) => following.priority(candidate),
@@ -180,8 +179,9 @@ impl HotsetRetention {
         let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
         let times = 1.0 / Self::left(candidate);
         if times > 1.0 {
+            // One digit, since another tier may be little faster.
             return format!(
-                "least recently used: idle for {idle:.1} s, {times:.0} times as long since another tier has it"
+                "least recently used: idle for {idle:.1} s, {times:.1} times as long since another tier has it"
             );
         }
         format!("least recently used: idle for {idle:.1} s")
@@ -473,6 +473,10 @@ impl EvictionPolicy for HotsetRetention {
         self.note_costs(&candidates[start..end]);
         self.discounted |= candidates.iter().any(|c| c.discount() < 1.0);
         let leader = self.leader();
+        // Not before something has to go: what was asked for until now is in the shadow's books already.
+        if leader == Leader::Gdsf && self.discounted && self.following.is_none() {
+            self.following = Some(self.race.following());
+        }
         let victims = self.choose_as(leader, now, candidates, needed);
         if let (Leader::Gdsf, Some(following)) = (leader, &mut self.following) {
             victims

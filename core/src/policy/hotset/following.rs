@@ -38,7 +38,7 @@ impl Following {
         Self { clock, entries }
     }
 
-    /// It was asked for, and is resident from now on.
+    /// It was asked for. What the shadow held and the tier did not goes on with the shadow's count: measured better than from one.
     pub(super) fn on_request(&mut self, content: &ContentId) {
         let uses = self.entries.get(content).map_or(0.0, |entry| entry.uses);
         let entry = Entry {

@@ -239,7 +239,63 @@ fn what_another_tier_has_goes_before_what_is_idle_for_longer() {
     assert_eq!(order_of(&victims), [2]);
     let reason = &victims[0].reason;
     assert!(
-        reason.contains("10 times as long since another tier has it"),
+        reason.contains("10.0 times as long since another tier has it"),
         "{reason}"
     );
+}
+
+#[test]
+fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
+    let now = Duration::from_secs(100);
+    let gb = 1_000_000_000;
+    let follows_gdsf = || {
+        let learned = HotsetRetention::new(0).learned().unwrap();
+        let end = learned.iter().position(|byte| *byte == b'\n').unwrap();
+        let standing = br#"{"elected":"gdsf","predictor_lost":true}"#;
+        let state = [standing, &learned[end..]].concat();
+        let mut policy = HotsetRetention::new(0);
+        policy.resume(now, Duration::ZERO, &state).unwrap();
+        policy.on_capacity(Bytes(10 * gb));
+        let ask = |policy: &mut HotsetRetention, number: u8| {
+            let components = [Seen {
+                content: content(number),
+                kind: Kind::Unet,
+                bytes: Bytes(gb),
+            }];
+            let request = Observed {
+                session: SessionId(1),
+                components: &components,
+            };
+            policy.observe(now, &request);
+            policy.on_request(now, &content(number), Bytes(gb), false);
+        };
+        for number in [1, 1, 1, 2] {
+            ask(&mut policy, number);
+        }
+        assert_eq!(policy.leader(), Leader::Gdsf);
+        (policy, ask)
+    };
+    let all = [candidate(1, gb, 0), candidate(2, gb, 0)];
+    let (mut policy, _) = follows_gdsf();
+    assert_eq!(order_of(&policy.choose(now, &all, Bytes(1))), [2]);
+    assert!(policy.following.is_none(), "its shadow will do");
+    // Restored in a tenth of the time, three uses are worth less than one.
+    let below = Candidate {
+        restore_s: 0.1,
+        ..all[0].clone()
+    };
+    let (mut policy, ask) = follows_gdsf();
+    let victims = policy.choose(now, &[below, all[1].clone()], Bytes(1));
+    assert_eq!(order_of(&victims), [1]);
+    assert!(
+        (victims[0].score - 0.3).abs() < 1e-9,
+        "{}",
+        victims[0].score
+    );
+    // The clock rose to that.
+    policy.on_evict(now, &content(1));
+    ask(&mut policy, 3);
+    let following = policy.following.as_ref().unwrap();
+    assert!((following.priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
+    assert!((following.priority(&all[1]) - 1.0).abs() < 1e-9);
 }
