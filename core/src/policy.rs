@@ -61,6 +61,9 @@ impl Candidate {
     /// The share of [`whole_s`](Self::whole_s) that restoring it takes: 1 where no other tier has it, else less.
     #[must_use]
     pub fn discount(&self) -> f64 {
+        if self.restore_s >= self.whole_s {
+            return 1.0;
+        }
         let share = self.restore_s / self.whole_s;
         if share.is_finite() {
             share.clamp(1e-3, 1.0)

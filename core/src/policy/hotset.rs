@@ -164,7 +164,9 @@ impl HotsetRetention {
 
     /// LRU's score: idle seconds, of which those of what another tier has count for more.
     fn lru_score(now: Duration, candidate: &Candidate) -> f64 {
-        -now.saturating_sub(candidate.last_used).as_secs_f64() / Self::left(candidate)
+        let idle_s = now.saturating_sub(candidate.last_used).as_secs_f64();
+        let left = Self::left(candidate);
+        if left < 1.0 { -idle_s / left } else { -idle_s }
     }
 
     /// GDSF's priority. In RAM the clock is discounted with the rest, so that once it has risen what a GPU has goes first.
@@ -471,8 +473,10 @@ impl EvictionPolicy for HotsetRetention {
         let start = self.predictor.observed() as usize * NOTED % candidates.len().max(1);
         let end = (start + NOTED).min(candidates.len());
         self.note_costs(&candidates[start..end]);
-        self.discounted |= candidates.iter().any(|c| c.discount() < 1.0);
         let leader = self.leader();
+        if leader == Leader::Gdsf && !self.discounted {
+            self.discounted = candidates.iter().any(|c| c.restore_s < c.whole_s);
+        }
         // Not before something has to go: what was asked for until now is in the shadow's books already.
         if leader == Leader::Gdsf && self.discounted && self.following.is_none() {
             self.following = Some(self.race.following());
