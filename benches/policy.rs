@@ -79,26 +79,43 @@ fn request(policy: &mut dyn EvictionPolicy, number: u64) {
     policy.on_request(now, &components[0].content, components[0].bytes, true);
 }
 
+/// Of every other one another tier has a copy: a tier above, or one below from which it is soon restored.
+fn elsewhere(candidates: &[Candidate], above: bool) -> Vec<Candidate> {
+    let mut candidates = candidates.to_vec();
+    for candidate in candidates.iter_mut().step_by(2) {
+        candidate.above = above;
+        candidate.restore_s = if above { 0.5 } else { 0.05 };
+    }
+    candidates
+}
+
 fn decisions(criterion: &mut Criterion) {
     for name in EvictionPolicyName::ALL {
         let (mut policy, candidates) = warm(name);
         let label = policy.name();
         let mut number = WARM_UP;
-        criterion.bench_function(&format!("evict one of 1000/{label}"), |bench| {
-            bench.iter_custom(|times| {
-                let mut took = Duration::ZERO;
-                for _ in 0..times {
-                    // As in service, requests come between evictions; they are not part of the decision.
-                    number += 1;
-                    request(policy.as_mut(), number);
-                    let now = Duration::from_secs(number * 4);
-                    let start = std::time::Instant::now();
-                    black_box(select(policy.as_mut(), now, &candidates, Bytes(1)));
-                    took += start.elapsed();
-                }
-                took
+        let mut evict = |what: &str, candidates: &[Candidate]| {
+            criterion.bench_function(&format!("evict one of 1000{what}/{label}"), |bench| {
+                bench.iter_custom(|times| {
+                    let mut took = Duration::ZERO;
+                    for _ in 0..times {
+                        // As in service, requests come between evictions; they are not part of the decision.
+                        number += 1;
+                        request(policy.as_mut(), number);
+                        let now = Duration::from_secs(number * 4);
+                        let start = std::time::Instant::now();
+                        black_box(select(policy.as_mut(), now, candidates, Bytes(1)));
+                        took += start.elapsed();
+                    }
+                    took
+                });
             });
-        });
+        };
+        evict("", &candidates);
+        if label == "hotset" {
+            evict(", half in RAM too", &elsewhere(&candidates, false));
+            evict(", half on a GPU too", &elsewhere(&candidates, true));
+        }
         criterion.bench_function(&format!("learn one request/{label}"), |bench| {
             bench.iter(|| {
                 number += 1;

@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use super::memory::Memory;
+use super::shadow::Held;
 use super::{Candidate, EvictionPolicy, Victim, by_score};
 use crate::ids::ContentId;
 use crate::units::Bytes;
@@ -26,6 +27,46 @@ pub struct Gdsf {
     entries: Memory<Entry>,
     /// Priorities of the latest ranking, from which the clock is set when one of them goes.
     ranked: Vec<(ContentId, f64)>,
+}
+
+impl Gdsf {
+    /// One that goes on from the books of a shadow under GDSF.
+    pub(super) fn after<'a>(clock: f64, held: impl Iterator<Item = &'a Held>) -> Self {
+        let mut entries = Memory::default();
+        for held in held {
+            let uses = held.uses as f64;
+            let entry = Entry {
+                clock: held.score - uses * held.asked.seconds_per_gb(),
+                uses,
+            };
+            entries.put(held.asked.content, entry);
+        }
+        Self {
+            clock,
+            entries,
+            ranked: Vec::new(),
+        }
+    }
+
+    fn entry(&self, candidate: &Candidate) -> Entry {
+        let known = self.entries.get(&candidate.content).copied();
+        known.unwrap_or(Entry {
+            clock: self.clock,
+            uses: candidate.uses as f64,
+        })
+    }
+
+    /// What keeping it is worth, by what restoring it costs now.
+    pub(super) fn priority(&self, candidate: &Candidate) -> f64 {
+        let entry = self.entry(candidate);
+        let gb = candidate.bytes.as_f64().max(1.0) / 1e9;
+        entry.clock + entry.uses * candidate.restore_s / gb
+    }
+
+    /// These were chosen: the clock rises as they go.
+    pub(super) fn chose(&mut self, victims: &[Victim]) {
+        self.ranked = victims.iter().map(|v| (v.content, v.score)).collect();
+    }
 }
 
 impl EvictionPolicy for Gdsf {
@@ -51,19 +92,14 @@ impl EvictionPolicy for Gdsf {
 
     fn rank(&mut self, _now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
         let ranked = by_score(candidates, |c| {
-            let entry = self.entries.get(&c.content).copied().unwrap_or(Entry {
-                clock: self.clock,
-                uses: c.uses as f64,
-            });
-            let worth = entry.uses * c.restore_s / (c.bytes.as_f64().max(1.0) / 1e9);
-            let priority = entry.clock + worth;
-            let uses = entry.uses;
+            let priority = self.priority(c);
+            let uses = self.entry(c).uses;
             (
                 priority,
                 format!("least worth its bytes: {uses} uses, priority {priority:.3}"),
             )
         });
-        self.ranked = ranked.iter().map(|v| (v.content, v.score)).collect();
+        self.chose(&ranked);
         ranked
     }
 }

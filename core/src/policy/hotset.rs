@@ -11,17 +11,16 @@
 //! whichever plainly pays less. Until the predictor has learned enough it is out of the race, and LRU is what is
 //! followed at the start; who led before a restart leads after it.
 
-mod following;
 mod prefetch;
 mod race;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use self::following::Following;
 pub use self::race::Leader;
 use self::race::Race;
 use super::cheapest::{self, Item};
+use super::gdsf::Gdsf;
 use super::lowest::Lowest;
 use super::memory::Memory;
 use super::rates::Rates;
@@ -58,10 +57,9 @@ pub struct HotsetRetention {
     restored: (f64, f64),
 
     race: Race,
-    /// Whether a tier below was seen to change what a restore costs: on a GPU, over RAM.
-    discounted: bool,
-    /// While GDSF leads in such a tier.
-    following: Option<Following>,
+    /// GDSF's books of the real tier, while it leads where a tier below changes what a restore costs: on a GPU, over RAM. By present costs it
+    /// keeps other things than its shadow, which knows whole costs alone; in the order of the shadow's scores a GPU paid up to a fifth more.
+    gdsf: Option<Gdsf>,
 
     // Prefetch, where it is wanted.
     prefetch: Option<Scoreboard>,
@@ -84,8 +82,7 @@ impl HotsetRetention {
             restore_s: Memory::default(),
             restored: (0.0, 0.0),
             race: Race::default(),
-            discounted: false,
-            following: None,
+            gdsf: None,
             prefetch: None,
             ghosts: VecDeque::new(),
         }
@@ -136,7 +133,7 @@ impl HotsetRetention {
         let (predictor, rates) = (&mut self.predictor, &mut self.rates);
         self.race.run(now, self.capacity, &set, predictor, rates);
         if self.leader() != Leader::Gdsf {
-            self.following = None;
+            self.gdsf = None;
         }
     }
 
@@ -171,27 +168,31 @@ impl HotsetRetention {
 
     /// GDSF's priority. In RAM the clock is discounted with the rest, so that once it has risen what a GPU has goes first.
     fn gdsf_score(&self, candidate: &Candidate) -> f64 {
-        match &self.following {
-            Some(following) => following.priority(candidate),
+        match &self.gdsf {
+            Some(gdsf) => gdsf.priority(candidate),
             None => self.race.gdsf_score(&candidate.content) * Self::left(candidate),
         }
     }
 
     fn lru_reason(now: Duration, candidate: &Candidate) -> String {
         let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
-        let times = 1.0 / Self::left(candidate);
-        if times > 1.0 {
-            // One digit, since another tier may be little faster.
+        let left = Self::left(candidate);
+        if left < 1.0 {
+            let times = 1.0 / left;
             return format!(
-                "least recently used: idle for {idle:.1} s, {times:.1} times as long since another tier has it"
+                "least recently used: idle for {idle:.1} s, counted {times:.1} times since another tier has it"
             );
         }
         format!("least recently used: idle for {idle:.1} s")
     }
 
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
-        let whole = rate * candidate.whole_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
-        let score = whole * Self::left(candidate);
+        let worth = rate * candidate.restore_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
+        let score = if candidate.above {
+            ABOVE * worth
+        } else {
+            worth
+        };
         if score.is_finite() { score } else { 0.0 }
     }
 
@@ -325,15 +326,15 @@ impl EvictionPolicy for HotsetRetention {
         }
     }
 
-    fn on_request(&mut self, _now: Duration, content: &ContentId, _bytes: Bytes, _hit: bool) {
-        if let Some(following) = &mut self.following {
-            following.on_request(content);
+    fn on_request(&mut self, now: Duration, content: &ContentId, bytes: Bytes, hit: bool) {
+        if let Some(gdsf) = &mut self.gdsf {
+            gdsf.on_request(now, content, bytes, hit);
         }
     }
 
-    fn on_evict(&mut self, _now: Duration, content: &ContentId) {
-        if let Some(following) = &mut self.following {
-            following.on_evict(content);
+    fn on_evict(&mut self, now: Duration, content: &ContentId) {
+        if let Some(gdsf) = &mut self.gdsf {
+            gdsf.on_evict(now, content);
         }
         let Some(board) = &mut self.prefetch else {
             return;
@@ -474,18 +475,16 @@ impl EvictionPolicy for HotsetRetention {
         let end = (start + NOTED).min(candidates.len());
         self.note_costs(&candidates[start..end]);
         let leader = self.leader();
-        if leader == Leader::Gdsf && !self.discounted {
-            self.discounted = candidates.iter().any(|c| c.restore_s < c.whole_s);
-        }
-        // Not before something has to go: what was asked for until now is in the shadow's books already.
-        if leader == Leader::Gdsf && self.discounted && self.following.is_none() {
-            self.following = Some(self.race.following());
+        // Not before something has to go: what was asked for until now is in the shadow's books.
+        if leader == Leader::Gdsf
+            && self.gdsf.is_none()
+            && candidates.iter().any(|c| c.restore_s < c.whole_s)
+        {
+            self.gdsf = Some(self.race.gdsf());
         }
         let victims = self.choose_as(leader, now, candidates, needed);
-        if let (Leader::Gdsf, Some(following)) = (leader, &mut self.following) {
-            victims
-                .iter()
-                .for_each(|victim| following.rise(victim.score));
+        if let Some(gdsf) = &mut self.gdsf {
+            gdsf.chose(&victims);
         }
         victims
     }

@@ -8,8 +8,8 @@
 
 use std::time::Duration;
 
-use super::following::Following;
 use crate::ids::ContentId;
+use crate::policy::gdsf::Gdsf;
 use crate::policy::rates::Rates;
 use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
 use crate::predict::Predictor;
@@ -195,8 +195,8 @@ impl Race {
     }
 
     /// GDSF as its shadow stands, to go on with.
-    pub(super) fn following(&self) -> Following {
-        Following::from_shadow(self.whole.gdsf_clock, self.whole.gdsf.held())
+    pub(super) fn gdsf(&self) -> Gdsf {
+        Gdsf::after(self.whole.gdsf_clock, self.whole.gdsf.held())
     }
 
     /// How many requests the predictor looks ahead.

@@ -239,7 +239,7 @@ fn what_another_tier_has_goes_before_what_is_idle_for_longer() {
     assert_eq!(order_of(&victims), [2]);
     let reason = &victims[0].reason;
     assert!(
-        reason.contains("10.0 times as long since another tier has it"),
+        reason.contains("counted 10.0 times since another tier has it"),
         "{reason}"
     );
 }
@@ -278,7 +278,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     let all = [candidate(1, gb, 0), candidate(2, gb, 0)];
     let (mut policy, _) = follows_gdsf();
     assert_eq!(order_of(&policy.choose(now, &all, Bytes(1))), [2]);
-    assert!(policy.following.is_none(), "its shadow will do");
+    assert!(policy.gdsf.is_none(), "its shadow will do");
     // Restored in a tenth of the time, three uses are worth less than one.
     let below = Candidate {
         restore_s: 0.1,
@@ -295,7 +295,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     // The clock rose to that.
     policy.on_evict(now, &content(1));
     ask(&mut policy, 3);
-    let following = policy.following.as_ref().unwrap();
-    assert!((following.priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
-    assert!((following.priority(&all[1]) - 1.0).abs() < 1e-9);
+    let gdsf = policy.gdsf.as_ref().unwrap();
+    assert!((gdsf.priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
+    assert!((gdsf.priority(&all[1]) - 1.0).abs() < 1e-9);
 }
