@@ -1,6 +1,7 @@
 //! What a decision of each policy takes, with a thousand components resident: one eviction, and one request learned from.
 #![allow(missing_docs)]
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -8,12 +9,13 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use hotset::Bytes;
 use hotset::core::catalog::Kind;
 use hotset::core::config::EvictionPolicyName;
+use hotset::core::policy::hotset::{HotsetRetention, Leader};
 use hotset::core::policy::{Candidate, EvictionPolicy, by_name, select};
 use hotset::core::predict::{Observed, Seen};
 use hotset::core::{ContentId, SessionId};
 
 const RESIDENT: u64 = 1_000;
-const WARM_UP: u64 = 20_000;
+const WARM_UP: u64 = 40_000;
 
 fn content(n: u64) -> ContentId {
     let mut digest = [0; 32];
@@ -21,62 +23,81 @@ fn content(n: u64) -> ContentId {
     ContentId::File(digest)
 }
 
-/// Few often, many seldom.
-fn asked(number: u64) -> u64 {
-    let drawn = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    let share = (drawn % 10_000) as f64 / 10_000.0;
-    (RESIDENT as f64 * 1.2).powf(share) as u64
+/// A number that looks random, below one.
+fn drawn(number: u64) -> f64 {
+    let mixed = (number ^ number >> 7).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    ((mixed ^ mixed >> 32) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-fn seen(n: u64) -> Seen {
-    Seen {
-        content: content(n),
-        kind: if n.is_multiple_of(3) {
-            Kind::Checkpoint
-        } else {
-            Kind::Lora
-        },
-        bytes: Bytes::mib(100 + n),
-    }
+/// What is asked for, few often and many seldom.
+#[derive(Clone, Copy)]
+struct Stream {
+    /// How many there are.
+    components: u64,
+    capacity: Bytes,
 }
 
-/// A policy that has seen a day's requests, and what is resident then.
-fn warm(name: EvictionPolicyName) -> (Box<dyn EvictionPolicy>, Vec<Candidate>) {
-    let mut policy = by_name(name);
-    policy.on_capacity(Bytes::gib(600));
-    let mut last_used = vec![0; RESIDENT as usize];
-    for number in 0..WARM_UP {
-        request(policy.as_mut(), number);
-        if let Some(last) = last_used.get_mut(asked(number) as usize) {
-            *last = number;
+impl Stream {
+    const PLAIN: Self = Self {
+        components: RESIDENT * 12 / 10,
+        capacity: Bytes::gib(600),
+    };
+
+    fn seen(n: u64) -> Seen {
+        Seen {
+            content: content(n),
+            kind: if n.is_multiple_of(3) {
+                Kind::Checkpoint
+            } else {
+                Kind::Lora
+            },
+            bytes: Bytes::mib(100 + n % 1_000),
         }
     }
-    let candidates = (0..).zip(last_used).map(|(n, last)| Candidate {
-        content: content(n),
-        bytes: Bytes::mib(100 + n),
-        admitted: Duration::ZERO,
-        last_used: Duration::from_secs(last * 4),
-        uses: 1,
-        restore_s: 0.5,
-        whole_s: 0.5,
-        prefetched: false,
-        above: false,
-    });
-    (policy, candidates.collect())
-}
 
-fn request(policy: &mut dyn EvictionPolicy, number: u64) {
-    let now = Duration::from_secs(number * 4);
-    let components = [seen(asked(number))];
-    let session = SessionId(number % 50);
-    policy.observe(
-        now,
-        &Observed {
-            session,
-            components: &components,
-        },
-    );
-    policy.on_request(now, &components[0].content, components[0].bytes, true);
+    fn request(self, policy: &mut dyn EvictionPolicy, number: u64) -> u64 {
+        let n = (self.components as f64).powf(drawn(number)) as u64;
+        let now = Duration::from_secs(number * 4);
+        let components = [Self::seen(n)];
+        let session = SessionId(number % 50);
+        policy.observe(
+            now,
+            &Observed {
+                session,
+                components: &components,
+            },
+        );
+        policy.on_request(now, &components[0].content, components[0].bytes, true);
+        n
+    }
+
+    /// Has a policy see a day's requests, and gives what is resident then.
+    fn warm(self, policy: &mut dyn EvictionPolicy) -> Vec<Candidate> {
+        policy.on_capacity(self.capacity);
+        let mut last_used = BTreeMap::new();
+        for number in 0..WARM_UP {
+            last_used.insert(self.request(policy, number), number);
+        }
+        let mut latest: Vec<_> = last_used.into_iter().map(|(n, last)| (last, n)).collect();
+        latest.sort_unstable();
+        let first = latest.len().saturating_sub(RESIDENT as usize);
+        let candidate = |(last, n): (u64, u64)| Candidate {
+            content: content(n),
+            bytes: Self::seen(n).bytes,
+            admitted: Duration::ZERO,
+            last_used: Duration::from_secs(last * 4),
+            uses: 1,
+            restore_s: 0.5,
+            whole_s: 0.5,
+            prefetched: false,
+            above: false,
+        };
+        let mut candidates: Vec<_> = latest.drain(first..).map(candidate).collect();
+        // As tiers list them.
+        candidates.sort_by_key(|candidate| candidate.content);
+        candidates
+    }
 }
 
 /// Of every other one another tier has a copy: a tier above, or one below from which it is soon restored.
@@ -89,41 +110,83 @@ fn elsewhere(candidates: &[Candidate], above: bool) -> Vec<Candidate> {
     candidates
 }
 
+fn evict(
+    criterion: &mut Criterion,
+    what: &str,
+    stream: Stream,
+    policy: &mut dyn EvictionPolicy,
+    candidates: &[Candidate],
+) {
+    let mut number = WARM_UP;
+    let label = format!("evict one of {}{what}/{}", candidates.len(), policy.name());
+    criterion.bench_function(&label, |bench| {
+        bench.iter_custom(|times| {
+            let mut took = Duration::ZERO;
+            for _ in 0..times {
+                // As in service, requests come between evictions; they are not part of the decision.
+                number += 1;
+                stream.request(policy, number);
+                let now = Duration::from_secs(number * 4);
+                // The tier lists them for each eviction.
+                let candidates = candidates.to_vec();
+                let start = std::time::Instant::now();
+                black_box(select(policy, now, &candidates, Bytes(1)));
+                took += start.elapsed();
+            }
+            took
+        });
+    });
+}
+
 fn decisions(criterion: &mut Criterion) {
     for name in EvictionPolicyName::ALL {
-        let (mut policy, candidates) = warm(name);
-        let label = policy.name();
-        let mut number = WARM_UP;
-        let mut evict = |what: &str, candidates: &[Candidate]| {
-            criterion.bench_function(&format!("evict one of 1000{what}/{label}"), |bench| {
-                bench.iter_custom(|times| {
-                    let mut took = Duration::ZERO;
-                    for _ in 0..times {
-                        // As in service, requests come between evictions; they are not part of the decision.
-                        number += 1;
-                        request(policy.as_mut(), number);
-                        let now = Duration::from_secs(number * 4);
-                        let start = std::time::Instant::now();
-                        black_box(select(policy.as_mut(), now, candidates, Bytes(1)));
-                        took += start.elapsed();
-                    }
-                    took
-                });
-            });
-        };
-        evict("", &candidates);
-        if label == "hotset" {
-            evict(", half in RAM too", &elsewhere(&candidates, false));
-            evict(", half on a GPU too", &elsewhere(&candidates, true));
-        }
-        criterion.bench_function(&format!("learn one request/{label}"), |bench| {
+        let mut policy = by_name(name);
+        let candidates = Stream::PLAIN.warm(policy.as_mut());
+        evict(criterion, "", Stream::PLAIN, policy.as_mut(), &candidates);
+        let mut number = 2 * WARM_UP;
+        criterion.bench_function(&format!("learn one request/{}", policy.name()), |bench| {
             bench.iter(|| {
                 number += 1;
-                request(policy.as_mut(), number);
+                Stream::PLAIN.request(policy.as_mut(), number);
             });
         });
     }
 }
 
-criterion_group!(benches, decisions);
+/// What hotset's own takes depends on whom it follows, and that on the stream.
+fn leaders(criterion: &mut Criterion) {
+    // As long as all of it has room there is nothing to elect anybody by.
+    let roomy = Stream {
+        capacity: Bytes::gib(10_000),
+        ..Stream::PLAIN
+    };
+    let many = Stream {
+        components: 4 * RESIDENT,
+        capacity: Bytes::gib(300),
+    };
+    for (leader, stream) in [
+        (Leader::Lru, roomy),
+        (Leader::Gdsf, Stream::PLAIN),
+        (Leader::Predictor, many),
+    ] {
+        let mut policy = HotsetRetention::new(1);
+        let candidates = stream.warm(&mut policy);
+        let (below, above) = (elsewhere(&candidates, false), elsewhere(&candidates, true));
+        assert_eq!(
+            policy.leader(),
+            leader,
+            "the stream does not suit it any more"
+        );
+        for (which, candidates) in [
+            ("", &candidates),
+            (", half in RAM too", &below),
+            (", half on a GPU too", &above),
+        ] {
+            let what = format!(", {leader:?} leads{which}");
+            evict(criterion, &what, stream, &mut policy.clone(), candidates);
+        }
+    }
+}
+
+criterion_group!(benches, decisions, leaders);
 criterion_main!(benches);

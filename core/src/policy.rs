@@ -22,6 +22,7 @@ mod rates;
 pub mod s3_fifo;
 mod shadow;
 pub mod sieve;
+mod slots;
 #[cfg(test)]
 pub(crate) mod test_utils;
 pub mod worth;
@@ -203,7 +204,7 @@ pub trait EvictionPolicy: Send + 'static {
 /// Orders candidates by a key, then the larger first, then by content id, so that the order is always the same.
 fn by_key<K: Ord>(
     candidates: &[Candidate],
-    key: impl Fn(&Candidate) -> (K, f64, String),
+    mut key: impl FnMut(&Candidate) -> (K, f64, String),
 ) -> Vec<Victim> {
     let mut keyed: Vec<_> = candidates.iter().map(|c| (key(c), c)).collect();
     keyed.sort_by(|((a, ..), x), ((b, ..), y)| {
@@ -220,7 +221,10 @@ fn by_key<K: Ord>(
 }
 
 /// Orders candidates by a score, then least recently used, then as [`by_key`].
-fn by_score(candidates: &[Candidate], score: impl Fn(&Candidate) -> (f64, String)) -> Vec<Victim> {
+fn by_score(
+    candidates: &[Candidate],
+    mut score: impl FnMut(&Candidate) -> (f64, String),
+) -> Vec<Victim> {
     by_key(candidates, |c| {
         let (score, reason) = score(c);
         let score = if score.is_finite() { score } else { 0.0 };

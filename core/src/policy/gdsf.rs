@@ -48,19 +48,25 @@ impl Gdsf {
         }
     }
 
-    fn entry(&self, candidate: &Candidate) -> Entry {
-        let known = self.entries.get(&candidate.content).copied();
-        known.unwrap_or(Entry {
-            clock: self.clock,
-            uses: candidate.uses as f64,
-        })
+    /// A decision begins.
+    pub(super) fn rewind(&mut self) {
+        self.entries.rewind();
     }
 
     /// What keeping it is worth, by what restoring it costs now.
-    pub(super) fn priority(&self, candidate: &Candidate) -> f64 {
-        let entry = self.entry(candidate);
+    pub(super) fn priority(&mut self, candidate: &Candidate) -> f64 {
+        self.uses_and_priority(candidate).1
+    }
+
+    fn uses_and_priority(&mut self, candidate: &Candidate) -> (f64, f64) {
+        let known = self.entries.walk(&candidate.content).copied();
+        let entry = known.unwrap_or(Entry {
+            clock: self.clock,
+            uses: candidate.uses as f64,
+        });
         let gb = candidate.bytes.as_f64().max(1.0) / 1e9;
-        entry.clock + entry.uses * candidate.restore_s / gb
+        let worth = entry.uses * candidate.restore_s / gb;
+        (entry.uses, entry.clock + worth)
     }
 
     /// These were chosen: the clock rises as they go.
@@ -91,9 +97,9 @@ impl EvictionPolicy for Gdsf {
     }
 
     fn rank(&mut self, _now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
+        self.rewind();
         let ranked = by_score(candidates, |c| {
-            let priority = self.priority(c);
-            let uses = self.entry(c).uses;
+            let (uses, priority) = self.uses_and_priority(c);
             (
                 priority,
                 format!("least worth its bytes: {uses} uses, priority {priority:.3}"),

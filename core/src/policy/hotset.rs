@@ -161,16 +161,27 @@ impl HotsetRetention {
 
     /// LRU's score: idle seconds, of which those of what another tier has count for more.
     fn lru_score(now: Duration, candidate: &Candidate) -> f64 {
-        let idle_s = now.saturating_sub(candidate.last_used).as_secs_f64();
+        let idle = now.saturating_sub(candidate.last_used);
+        // Half as long as `as_secs_f64` takes, which divides.
+        let idle_s = idle.as_secs() as f64 + f64::from(idle.subsec_nanos()) * 1e-9;
         let left = Self::left(candidate);
         if left < 1.0 { -idle_s / left } else { -idle_s }
     }
 
     /// GDSF's priority. In RAM the clock is discounted with the rest, so that once it has risen what a GPU has goes first.
-    fn gdsf_score(&self, candidate: &Candidate) -> f64 {
-        match &self.gdsf {
+    fn gdsf_score(&mut self, candidate: &Candidate) -> f64 {
+        match &mut self.gdsf {
             Some(gdsf) => gdsf.priority(candidate),
             None => self.race.gdsf_score(&candidate.content) * Self::left(candidate),
+        }
+    }
+
+    /// A decision begins.
+    fn rewind(&mut self) {
+        self.rates.grant();
+        self.race.rewind();
+        if let Some(gdsf) = &mut self.gdsf {
+            gdsf.rewind();
         }
     }
 
@@ -187,12 +198,8 @@ impl HotsetRetention {
     }
 
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
-        let worth = rate * candidate.restore_s / (candidate.bytes.as_f64().max(1.0) / 1e9);
-        let score = if candidate.above {
-            ABOVE * worth
-        } else {
-            worth
-        };
+        let share = if candidate.above { ABOVE } else { 1.0 };
+        let score = share * rate * candidate.restore_s * 1e9 / candidate.bytes.as_f64().max(1.0);
         if score.is_finite() { score } else { 0.0 }
     }
 
@@ -214,29 +221,26 @@ impl HotsetRetention {
         needed: Bytes,
     ) -> Vec<Victim> {
         let horizon = self.race.horizon();
-        self.rates.grant();
-        let keys: Vec<_> = (0_u32..)
-            .zip(candidates)
-            .map(|(place, candidate)| {
-                let content = &candidate.content;
-                let score = match leader {
-                    Leader::Lru => Self::lru_score(now, candidate),
-                    Leader::Gdsf => self.gdsf_score(candidate),
-                    Leader::Predictor => {
-                        let predictor = &mut self.predictor;
-                        let rate = self.rates.lately(predictor, now, content, horizon);
-                        Self::worth(rate, candidate)
-                    }
+        self.rewind();
+        let scores: Vec<f64> = match leader {
+            Leader::Lru => candidates.iter().map(|c| Self::lru_score(now, c)).collect(),
+            Leader::Gdsf => candidates.iter().map(|c| self.gdsf_score(c)).collect(),
+            Leader::Predictor => {
+                // One after the other: a processor overlaps the divisions then.
+                let lately = |candidate: &Candidate| {
+                    let (predictor, content) = (&mut self.predictor, &candidate.content);
+                    self.rates.lately(predictor, now, content, horizon)
                 };
-                let kept = !candidate.prefetched;
-                (kept, Score(score), candidate.last_used, place)
-            })
-            .collect();
-        let mut all = Lowest::new(keys);
+                let rates: Vec<f64> = candidates.iter().map(lately).collect();
+                let rated = rates.into_iter().zip(candidates);
+                rated.map(|(rate, c)| Self::worth(rate, c)).collect()
+            }
+        };
+        let mut all = Lowest::new(candidates, scores);
         let mut freed = Bytes::ZERO;
         let mut enough = None;
         let mut lowest: Vec<(&Candidate, f64, f64)> = Vec::new();
-        while let Some((kept, Score(score), last_used, place)) = all.pop() {
+        while let Some((place, score)) = all.pop() {
             let candidate = &candidates[place as usize];
             let mut rate = 0.0;
             if leader == Leader::Predictor {
@@ -244,8 +248,7 @@ impl HotsetRetention {
                 let changed;
                 (rate, changed) = self.rates.now(predictor, now, &candidate.content, horizon);
                 if changed {
-                    let score = Score(Self::worth(rate, candidate));
-                    all.push((kept, score, last_used, place));
+                    all.push(place, Self::worth(rate, candidate));
                     continue;
                 }
             }
@@ -433,6 +436,7 @@ impl EvictionPolicy for HotsetRetention {
 
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
         self.note_costs(candidates);
+        self.rewind();
         match self.leader() {
             Leader::Lru => by_score(candidates, |c| {
                 (Self::lru_score(now, c), Self::lru_reason(now, c))

@@ -1,59 +1,102 @@
-//! The lowest of many, one after the other, without sorting them all: mostly a handful are asked for.
+//! Candidates from the lowest score up, without sorting them all: mostly a handful are asked for.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::time::Duration;
 
-/// So many are sorted at a time.
-const CHUNK: usize = 32;
+use super::{Candidate, Score};
 
-/// Keys that are taken from the lowest up.
-#[derive(Debug)]
-pub(super) struct Lowest<K> {
-    /// None of these is below `bar`.
-    rest: Vec<K>,
-    near: BinaryHeap<Reverse<K>>,
-    bar: Option<K>,
+/// So many of the scores, evenly spread, are looked at to tell which are low.
+const SAMPLE: usize = 64;
+/// What is not above the lowest so many of them is put in order: about a twentieth of all.
+const LOW: usize = 3;
+
+/// What was prefetched and never used goes first, then by score, and of equals what was used least recently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    kept: bool,
+    score: Score,
+    last_used: Duration,
+    place: u32,
 }
 
-impl<K: Ord + Copy> Lowest<K> {
-    pub(super) fn new(all: Vec<K>) -> Self {
+impl Key {
+    fn of(candidate: &Candidate, score: f64, place: u32) -> Self {
         Self {
-            rest: all,
-            near: BinaryHeap::with_capacity(CHUNK + 1),
-            bar: None,
+            kept: !candidate.prefetched,
+            score: Score(score),
+            last_used: candidate.last_used,
+            place,
+        }
+    }
+}
+
+/// Candidates that are taken from the lowest up.
+#[derive(Debug)]
+pub(super) struct Lowest<'a> {
+    candidates: &'a [Candidate],
+    /// By place; no number where it was near from the start.
+    scores: Vec<f64>,
+    /// Those with a score up to the bar, those prefetched, and what was put back.
+    near: BinaryHeap<Reverse<Key>>,
+    bar: f64,
+    /// How many are not yet near.
+    far: usize,
+}
+
+impl<'a> Lowest<'a> {
+    pub(super) fn new(candidates: &'a [Candidate], mut scores: Vec<f64>) -> Self {
+        let mut near = BinaryHeap::new();
+        for ((place, candidate), score) in (0..).zip(candidates).zip(&mut scores) {
+            if candidate.prefetched || !score.is_finite() {
+                near.push(Reverse(Key::of(candidate, *score, place)));
+                *score = f64::NAN;
+            }
+        }
+        Self {
+            candidates,
+            far: scores.len() - near.len(),
+            scores,
+            near,
+            bar: f64::NEG_INFINITY,
         }
     }
 
-    /// Puts one back, with another key perhaps.
-    pub(super) fn push(&mut self, key: K) {
-        self.near.push(Reverse(key));
+    /// Puts one back with another score.
+    pub(super) fn push(&mut self, place: u32, score: f64) {
+        if let Some(candidate) = self.candidates.get(place as usize) {
+            self.near.push(Reverse(Key::of(candidate, score, place)));
+        }
     }
 
-    /// Takes the lowest.
-    pub(super) fn pop(&mut self) -> Option<K> {
-        while !self.rest.is_empty() {
-            let bar = self.bar;
-            if self
-                .near
-                .peek()
-                .is_some_and(|Reverse(key)| bar.is_some_and(|bar| *key <= bar))
-            {
+    /// Takes the lowest: its place and score.
+    pub(super) fn pop(&mut self) -> Option<(u32, f64)> {
+        while self.far > 0 {
+            let lowest = self.near.peek();
+            if lowest.is_some_and(|Reverse(key)| !key.kept || key.score.0 <= self.bar) {
                 break;
             }
-            self.come_near();
+            self.raise_bar();
         }
-        self.near.pop().map(|Reverse(key)| key)
+        let Reverse(key) = self.near.pop()?;
+        Some((key.place, key.score.0))
     }
 
-    fn come_near(&mut self) {
-        let from = self.rest.len().saturating_sub(CHUNK);
-        if from > 0 {
-            // The lowest at the end, where they are cheap to take off.
-            self.rest.select_nth_unstable_by(from, |a, b| b.cmp(a));
-        }
-        for key in self.rest.drain(from..) {
-            self.bar = self.bar.max(Some(key));
-            self.near.push(Reverse(key));
+    fn raise_bar(&mut self) {
+        let before = self.bar;
+        let every = self.scores.len().div_ceil(SAMPLE).max(1);
+        let sample = self.scores.iter().step_by(every).copied();
+        let mut sample: Vec<f64> = sample.filter(|score| *score > before).collect();
+        self.bar = if sample.len() < LOW {
+            f64::INFINITY
+        } else {
+            *sample.select_nth_unstable_by(LOW - 1, f64::total_cmp).1
+        };
+        for ((place, candidate), score) in (0..).zip(self.candidates).zip(&self.scores) {
+            if *score > before && *score <= self.bar {
+                self.near.push(Reverse(Key::of(candidate, *score, place)));
+                self.far -= 1;
+            }
         }
     }
 }
@@ -63,21 +106,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::policy::test_utils::candidate;
 
     proptest! {
         #[test]
         fn they_come_in_order_also_where_some_are_put_back(
-            keys in prop::collection::vec(0_u32..500, 0..300),
-            raised in prop::collection::vec(0_u32..200, 0..300),
+            scores in prop::collection::vec((0_u32..500, 0_u64..3, 0_u8..20), 0..200),
+            raised in prop::collection::vec(0_u32..200, 0..200),
         ) {
-            let mut lowest = Lowest::new(keys.clone());
-            let mut model: BinaryHeap<_> = keys.into_iter().map(Reverse).collect();
+            let candidates: Vec<Candidate> = scores
+                .iter()
+                .map(|(_, last_used, guessed)| Candidate {
+                    prefetched: *guessed == 0,
+                    ..candidate(0, 1, *last_used)
+                })
+                .collect();
+            let key = |place: u32, score: f64| Key::of(&candidates[place as usize], score, place);
+            let mut model: BinaryHeap<_> = (0..).zip(&scores).map(|(place, (score, ..))| Reverse(key(place, f64::from(*score)))).collect();
+            let given: Vec<f64> = scores.iter().map(|(score, ..)| f64::from(*score)).collect();
+            let mut lowest = Lowest::new(&candidates, given);
             let mut raised = raised.into_iter();
             while let Some(Reverse(expected)) = model.pop() {
-                prop_assert_eq!(lowest.pop(), Some(expected));
+                let (place, score) = lowest.pop().unwrap();
+                prop_assert_eq!(key(place, score), expected);
                 if let Some(by) = raised.next() {
-                    model.push(Reverse(expected + by));
-                    lowest.push(expected + by);
+                    let higher = score + f64::from(by);
+                    model.push(Reverse(key(place, higher)));
+                    lowest.push(place, higher);
                 }
             }
             prop_assert_eq!(lowest.pop(), None);

@@ -1,7 +1,8 @@
 //! What policies remember of components beyond their residency, with a bound.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use super::slots::Slots;
 use crate::ids::ContentId;
 
 /// Components remembered; past it, what was put longest ago is forgotten.
@@ -10,7 +11,7 @@ const MAX_REMEMBERED: usize = 16_384;
 /// A map that forgets what was put longest ago.
 #[derive(Debug, Clone)]
 pub(super) struct Memory<T> {
-    values: HashMap<ContentId, (u64, T), foldhash::fast::RandomState>,
+    values: Slots<(u64, T)>,
     by_age: BTreeMap<u64, ContentId>,
     puts: u64,
 }
@@ -18,7 +19,7 @@ pub(super) struct Memory<T> {
 impl<T> Default for Memory<T> {
     fn default() -> Self {
         Self {
-            values: HashMap::default(),
+            values: Slots::default(),
             by_age: BTreeMap::new(),
             puts: 0,
         }
@@ -28,6 +29,16 @@ impl<T> Default for Memory<T> {
 impl<T> Memory<T> {
     pub(super) fn get(&self, content: &ContentId) -> Option<&T> {
         self.values.get(content).map(|(_, value)| value)
+    }
+
+    /// A walk begins.
+    pub(super) fn rewind(&mut self) {
+        self.values.rewind();
+    }
+
+    /// As [`Self::get`], sooner in the order of the walk before.
+    pub(super) fn walk(&mut self, content: &ContentId) -> Option<&T> {
+        self.values.walk(content).map(|(_, value)| &*value)
     }
 
     pub(super) fn put(&mut self, content: ContentId, value: T) {

@@ -190,8 +190,13 @@ impl Race {
     }
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
-    pub(super) fn gdsf_score(&self, content: &ContentId) -> f64 {
-        self.whole.gdsf.get(content).map_or(0.0, |held| held.score)
+    pub(super) fn gdsf_score(&mut self, content: &ContentId) -> f64 {
+        self.whole.gdsf.walk(content).map_or(0.0, |held| held.score)
+    }
+
+    /// A decision begins.
+    pub(super) fn rewind(&mut self) {
+        self.whole.gdsf.rewind();
     }
 
     /// GDSF as its shadow stands, to go on with.

@@ -295,7 +295,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     // The clock rose to that.
     policy.on_evict(now, &content(1));
     ask(&mut policy, 3);
-    let gdsf = policy.gdsf.as_ref().unwrap();
+    let gdsf = policy.gdsf.as_mut().unwrap();
     assert!((gdsf.priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
     assert!((gdsf.priority(&all[1]) - 1.0).abs() < 1e-9);
 }

@@ -1,0 +1,171 @@
+//! A map by content for decisions, which ask for many components in much the same order each time. The values lie in that order, so that
+//! most are found where the one before was, without hashing and without waiting for memory: of a thousand, that was half of a decision.
+
+use std::collections::HashMap;
+
+use crate::ids::ContentId;
+
+/// How many are skipped at most to find the next: what was evicted or is pinned meanwhile.
+const SKIPPED: usize = 8;
+/// One in so many may have been found elsewhere before the values are put in order again.
+const ASTRAY: usize = 8;
+
+/// Values by content, without gaps.
+#[derive(Debug, Clone)]
+pub(super) struct Slots<T> {
+    contents: Vec<ContentId>,
+    values: Vec<T>,
+    places: HashMap<ContentId, u32, foldhash::fast::RandomState>,
+    /// Where the next one is looked for first: after the last, and after the last that was astray.
+    next: [usize; 2],
+    /// What was walked, where the values are to be put in that order.
+    walked: Option<Vec<ContentId>>,
+    /// Values found in this walk, and how many of them by hashing.
+    found: usize,
+    astray: usize,
+}
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Self {
+            contents: Vec::new(),
+            values: Vec::new(),
+            places: HashMap::default(),
+            next: [0; 2],
+            walked: None,
+            found: 0,
+            astray: 0,
+        }
+    }
+}
+
+impl<T> Slots<T> {
+    pub(super) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    pub(super) fn contains(&self, content: &ContentId) -> bool {
+        self.places.contains_key(content)
+    }
+
+    pub(super) fn get(&self, content: &ContentId) -> Option<&T> {
+        let place = self.places.get(content)?;
+        self.values.get(*place as usize)
+    }
+
+    pub(super) fn get_mut(&mut self, content: &ContentId) -> Option<&mut T> {
+        let place = self.places.get(content)?;
+        self.values.get_mut(*place as usize)
+    }
+
+    /// Gives what was there before.
+    pub(super) fn insert(&mut self, content: ContentId, value: T) -> Option<T> {
+        if let Some(known) = self.get_mut(&content) {
+            return Some(std::mem::replace(known, value));
+        }
+        self.places.insert(content, self.values.len() as u32);
+        self.contents.push(content);
+        self.values.push(value);
+        None
+    }
+
+    /// The last takes its place.
+    pub(super) fn remove(&mut self, content: &ContentId) -> Option<T> {
+        let place = self.places.remove(content)?;
+        self.contents.swap_remove(place as usize);
+        if let Some(moved) = self.contents.get(place as usize) {
+            self.places.insert(*moved, place);
+        }
+        Some(self.values.swap_remove(place as usize))
+    }
+
+    /// A walk begins.
+    pub(super) fn rewind(&mut self) {
+        if let Some(walked) = self.walked.take() {
+            self.put_in_order(&walked);
+        } else if self.astray > self.found / ASTRAY {
+            self.walked = Some(Vec::with_capacity(self.found));
+        }
+        (self.found, self.astray) = (0, 0);
+        self.next = [0; 2];
+    }
+
+    /// As [`Self::get_mut`], the sooner the more the order is that of walks before.
+    #[inline]
+    pub(super) fn walk(&mut self, content: &ContentId) -> Option<&mut T> {
+        let is_there = |place: &usize| self.contents.get(*place) == Some(content);
+        let place = match self.next.iter().position(is_there) {
+            Some(which) => {
+                self.next[which] += 1;
+                self.next[which] - 1
+            }
+            None => self.stray(content)?,
+        };
+        self.found += 1;
+        if let Some(walked) = &mut self.walked {
+            walked.push(*content);
+        }
+        self.values.get_mut(place)
+    }
+
+    fn stray(&mut self, content: &ContentId) -> Option<usize> {
+        let place = *self.places.get(content)? as usize;
+        self.astray += 1;
+        // What lies between may have been evicted or be pinned.
+        let skips = (self.next[0]..self.next[0] + SKIPPED).contains(&place);
+        self.next[usize::from(!skips)] = place + 1;
+        Some(place)
+    }
+
+    /// Those walked first, in that order.
+    fn put_in_order(&mut self, walked: &[ContentId]) {
+        let places = walked.iter().filter_map(|content| self.places.get(content));
+        let order: Vec<u32> = places.copied().chain(0..self.len() as u32).collect();
+        let contents = std::mem::take(&mut self.contents);
+        let values = std::mem::take(&mut self.values);
+        let mut all: Vec<_> = contents.into_iter().zip(values).map(Some).collect();
+        for place in order {
+            if let Some((content, value)) = all.get_mut(place as usize).and_then(Option::take) {
+                self.places.insert(content, self.values.len() as u32);
+                self.contents.push(content);
+                self.values.push(value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::test_utils::content;
+
+    proptest! {
+        #[test]
+        fn it_is_a_map_however_it_is_walked(
+            steps in prop::collection::vec((0_u8..4, 0_u8..40, 0_u8..9), 1..300),
+        ) {
+            let mut slots = Slots::default();
+            let mut model = BTreeMap::new();
+            for (number, (what, n, skip)) in steps.into_iter().enumerate() {
+                match what {
+                    0 | 1 => prop_assert_eq!(slots.insert(content(n), number), model.insert(n, number)),
+                    2 => prop_assert_eq!(slots.remove(&content(n)), model.remove(&n)),
+                    _ => {
+                        slots.rewind();
+                        for n in (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0) {
+                            prop_assert_eq!(slots.walk(&content(n)).copied(), model.get(&n).copied());
+                        }
+                    }
+                }
+                prop_assert_eq!(slots.get(&content(n)), model.get(&n));
+                prop_assert_eq!(slots.get_mut(&content(n)).copied(), model.get(&n).copied());
+                prop_assert_eq!(slots.contains(&content(n)), model.contains_key(&n));
+                prop_assert_eq!(slots.len(), model.len());
+            }
+        }
+    }
+}
