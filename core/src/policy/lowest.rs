@@ -46,7 +46,7 @@ pub(super) struct Lowest<'a> {
 
 impl<'a> Lowest<'a> {
     pub(super) fn new(candidates: &'a [Candidate], mut scores: Vec<f64>) -> Self {
-        let mut near = BinaryHeap::new();
+        let mut near = BinaryHeap::with_capacity(candidates.len() / SAMPLE * 2 * LOW);
         for ((place, candidate), score) in (0..).zip(candidates).zip(&mut scores) {
             if candidate.prefetched || !score.is_finite() {
                 near.push(Reverse(Key::of(candidate, *score, place)));

@@ -2,10 +2,9 @@
 //!
 //! Some of them run on the requests that a tier sees, so that [`super::hotset`] knows which policy would have paid least.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use super::Score;
-use super::slots::Slots;
 use crate::ids::ContentId;
 use crate::units::Bytes;
 
@@ -58,7 +57,7 @@ const REFRESHED: usize = 16;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Shadow {
     used: Bytes,
-    held: Slots<Held>,
+    held: HashMap<ContentId, Held, foldhash::fast::RandomState>,
     order: BTreeSet<(Score, u64, ContentId)>,
     /// By the request until which the score stands.
     overdue: BTreeSet<(u64, u64, ContentId)>,
@@ -66,16 +65,6 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
-    /// A decision begins, which looks at many.
-    pub(super) fn rewind(&mut self) {
-        self.held.rewind();
-    }
-
-    /// What is held of it, sooner in the order of the decision before.
-    pub(super) fn walk(&mut self, content: &ContentId) -> Option<&Held> {
-        self.held.walk(content).map(|held| &*held)
-    }
-
     pub(super) fn held(&self) -> impl Iterator<Item = &Held> {
         self.order
             .iter()
@@ -93,14 +82,14 @@ impl Shadow {
         let mut paid_s = 0.0;
         // All hits first: what is asked for together stays together.
         for asked in set {
-            if let Some(mut held) = self.find(&asked.content) {
+            if let Some(mut held) = self.take(&asked.content) {
                 held.uses += 1;
                 held.asked = *asked;
                 self.put(held, scoring);
             }
         }
         for asked in set {
-            if self.held.contains(&asked.content) {
+            if self.held.contains_key(&asked.content) {
                 continue;
             }
             paid_s += asked.restore_s;
@@ -122,24 +111,14 @@ impl Shadow {
         paid_s
     }
 
-    fn find(&self, content: &ContentId) -> Option<Held> {
-        self.held.get(content).copied()
-    }
-
     fn take(&mut self, content: &ContentId) -> Option<Held> {
         let held = self.held.remove(content)?;
-        self.cross_out(&held);
-        Some(held)
-    }
-
-    /// All that is noted of it beside itself.
-    fn cross_out(&mut self, held: &Held) {
-        let content = held.asked.content;
         self.order
-            .remove(&(Score(held.score), held.number, content));
+            .remove(&(Score(held.score), held.number, *content));
         self.overdue
-            .remove(&(held.fresh_until, held.number, content));
+            .remove(&(held.fresh_until, held.number, *content));
         self.used = self.used.saturating_sub(held.asked.bytes);
+        Some(held)
     }
 
     fn put(&mut self, mut held: Held, scoring: &mut impl Scoring) {
@@ -152,17 +131,15 @@ impl Shadow {
             held.score = 0.0;
         }
         let content = held.asked.content;
-        if let Some(before) = self.held.insert(content, held) {
-            self.cross_out(&before);
-        }
         self.order.insert((Score(held.score), held.number, content));
         self.overdue
             .insert((held.fresh_until, held.number, content));
         self.used = self.used.saturating_add(held.asked.bytes);
+        self.held.insert(content, held);
     }
 
     fn refresh(&mut self, content: &ContentId, scoring: &mut impl Scoring) {
-        if let Some(mut held) = self.find(content) {
+        if let Some(mut held) = self.take(content) {
             (held.score, held.fresh_until) = scoring.again(&held);
             self.insert(held);
         }

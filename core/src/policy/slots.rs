@@ -44,10 +44,6 @@ impl<T> Slots<T> {
         self.values.len()
     }
 
-    pub(super) fn contains(&self, content: &ContentId) -> bool {
-        self.places.contains_key(content)
-    }
-
     pub(super) fn get(&self, content: &ContentId) -> Option<&T> {
         let place = self.places.get(content)?;
         self.values.get(*place as usize)
@@ -163,7 +159,6 @@ mod tests {
                 }
                 prop_assert_eq!(slots.get(&content(n)), model.get(&n));
                 prop_assert_eq!(slots.get_mut(&content(n)).copied(), model.get(&n).copied());
-                prop_assert_eq!(slots.contains(&content(n)), model.contains_key(&n));
                 prop_assert_eq!(slots.len(), model.len());
             }
         }

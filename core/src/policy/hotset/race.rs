@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::ids::ContentId;
 use crate::policy::gdsf::Gdsf;
+use crate::policy::memory::Memory;
 use crate::policy::rates::Rates;
 use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
 use crate::predict::Predictor;
@@ -106,6 +107,8 @@ struct Simple {
     was_short: bool,
     gdsf: Shadow,
     gdsf_clock: f64,
+    /// What GDSF gives each, zero where it went: apart from the rest, since a decision asks for all of them.
+    gdsf_scores: Memory<f64>,
 }
 
 impl Default for Simple {
@@ -116,6 +119,7 @@ impl Default for Simple {
             was_short: false,
             gdsf: Shadow::default(),
             gdsf_clock: 0.0,
+            gdsf_scores: Memory::default(),
         }
     }
 }
@@ -130,6 +134,7 @@ impl Simple {
         };
         let mut by_worth = ByWorth {
             clock: &mut self.gdsf_clock,
+            scores: &mut self.gdsf_scores,
         };
         Paid {
             lru_s: self.lru.request(number, capacity, set, &mut by_age),
@@ -191,12 +196,12 @@ impl Race {
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
     pub(super) fn gdsf_score(&mut self, content: &ContentId) -> f64 {
-        self.whole.gdsf.walk(content).map_or(0.0, |held| held.score)
+        self.whole.gdsf_scores.walk(content).copied().unwrap_or(0.0)
     }
 
     /// A decision begins.
     pub(super) fn rewind(&mut self) {
-        self.whole.gdsf.rewind();
+        self.whole.gdsf_scores.rewind();
     }
 
     /// GDSF as its shadow stands, to go on with.
@@ -335,16 +340,20 @@ impl Scoring for ByAge<'_> {
 /// GDSF: see [`crate::policy::gdsf`].
 struct ByWorth<'a> {
     clock: &'a mut f64,
+    scores: &'a mut Memory<f64>,
 }
 
 impl Scoring for ByWorth<'_> {
     fn on_use(&mut self, held: &Held) -> (f64, u64) {
         let worth = held.uses as f64 * held.asked.seconds_per_gb();
-        (*self.clock + worth, u64::MAX)
+        let score = *self.clock + worth;
+        self.scores.put(held.asked.content, score);
+        (score, u64::MAX)
     }
 
     fn on_evict(&mut self, held: &Held) {
         *self.clock = self.clock.max(held.score);
+        self.scores.put(held.asked.content, 0.0);
     }
 }
 
