@@ -72,7 +72,7 @@ impl Stream {
         n
     }
 
-    /// Has a policy see a day's requests, and gives what is resident then.
+    /// Has a policy see many requests, and gives what is resident then.
     fn warm(self, policy: &mut dyn EvictionPolicy) -> Vec<Candidate> {
         policy.on_capacity(self.capacity);
         let mut last_used = BTreeMap::new();
@@ -110,13 +110,14 @@ fn elsewhere(candidates: &[Candidate], above: bool) -> Vec<Candidate> {
     candidates
 }
 
+/// Gives the number of the last request.
 fn evict(
     criterion: &mut Criterion,
     what: &str,
     stream: Stream,
     policy: &mut dyn EvictionPolicy,
     candidates: &[Candidate],
-) {
+) -> u64 {
     let mut number = WARM_UP;
     let label = format!("evict one of {}{what}/{}", candidates.len(), policy.name());
     criterion.bench_function(&label, |bench| {
@@ -136,14 +137,14 @@ fn evict(
             took
         });
     });
+    number
 }
 
 fn decisions(criterion: &mut Criterion) {
     for name in EvictionPolicyName::ALL {
         let mut policy = by_name(name);
         let candidates = Stream::PLAIN.warm(policy.as_mut());
-        evict(criterion, "", Stream::PLAIN, policy.as_mut(), &candidates);
-        let mut number = 2 * WARM_UP;
+        let mut number = evict(criterion, "", Stream::PLAIN, policy.as_mut(), &candidates);
         criterion.bench_function(&format!("learn one request/{}", policy.name()), |bench| {
             bench.iter(|| {
                 number += 1;

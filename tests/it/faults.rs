@@ -303,8 +303,10 @@ async fn a_loss_that_the_manager_did_not_see_revokes_the_leases() {
     let held = outcome(session.load(set.clone())).await.unwrap();
     assert!(hotset.kill(ActorName::VramManager(GpuIndex(0))));
     device.break_context(Some("error 700".into()));
+    // Its manager hears of the new context a moment after there is one.
     until("its context to be made anew", async || {
-        device.lost().is_none()
+        let tiers = hotset.status().await.tiers;
+        device.lost().is_none() && tiers.iter().all(|tier| tier.out_of_service.is_none())
     })
     .await;
     assert!(held[0].revoked().is_some(), "its memory is gone");

@@ -373,7 +373,6 @@ impl EvictionPolicy for HotsetRetention {
             return None;
         }
         self.note_costs(residents);
-        self.rates.grant();
         let horizon = self.race.horizon();
         let uses = if guess.certain {
             1.0 / horizon

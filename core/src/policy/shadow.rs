@@ -65,10 +65,14 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
+    pub(super) fn get(&self, content: &ContentId) -> Option<&Held> {
+        self.held.get(content)
+    }
+
     pub(super) fn held(&self) -> impl Iterator<Item = &Held> {
         self.order
             .iter()
-            .filter_map(|(.., content)| self.held.get(content))
+            .filter_map(|(.., content)| self.get(content))
     }
 
     /// Serves a request, evicting what scores least where there is too little room. Returns the seconds of loading.

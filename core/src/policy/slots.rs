@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use crate::ids::ContentId;
 
-/// How many are skipped at most to find the next: what was evicted or is pinned meanwhile.
+/// Of so many that follow the last, one found by hashing is taken for the next: those between were evicted or are pinned.
 const SKIPPED: usize = 8;
 /// One in so many may have been found elsewhere before the values are put in order again.
 const ASTRAY: usize = 8;
@@ -75,12 +75,16 @@ impl<T> Slots<T> {
         Some(self.values.swap_remove(place as usize))
     }
 
-    /// A walk begins.
+    /// A walk begins. Nothing is learned from one in which nothing was found.
     pub(super) fn rewind(&mut self) {
-        if let Some(walked) = self.walked.take() {
-            self.put_in_order(&walked);
-        } else if self.astray > self.found / ASTRAY {
-            self.walked = Some(Vec::with_capacity(self.found));
+        if self.found == 0 {
+            return;
+        }
+        let strayed = self.astray > self.found / ASTRAY;
+        match self.walked.take() {
+            Some(walked) if strayed => self.put_in_order(&walked),
+            None if strayed => self.walked = Some(Vec::with_capacity(self.found)),
+            _ => {}
         }
         (self.found, self.astray) = (0, 0);
         self.next = [0; 2];
@@ -115,16 +119,18 @@ impl<T> Slots<T> {
 
     /// Those walked first, in that order.
     fn put_in_order(&mut self, walked: &[ContentId]) {
-        let places = walked.iter().filter_map(|content| self.places.get(content));
-        let order: Vec<u32> = places.copied().chain(0..self.len() as u32).collect();
-        let contents = std::mem::take(&mut self.contents);
-        let values = std::mem::take(&mut self.values);
-        let mut all: Vec<_> = contents.into_iter().zip(values).map(Some).collect();
-        for place in order {
-            if let Some((content, value)) = all.get_mut(place as usize).and_then(Option::take) {
-                self.places.insert(content, self.values.len() as u32);
-                self.contents.push(content);
-                self.values.push(value);
+        let mut to = 0;
+        for content in walked {
+            let Some(place) = self.places.get(content).map(|place| *place as usize) else {
+                continue;
+            };
+            // Else it was walked twice.
+            if place >= to {
+                self.contents.swap(to, place);
+                self.values.swap(to, place);
+                self.places.insert(self.contents[place], place as u32);
+                self.places.insert(*content, to as u32);
+                to += 1;
             }
         }
     }
@@ -138,6 +144,29 @@ mod tests {
 
     use super::*;
     use crate::policy::test_utils::content;
+
+    #[test]
+    fn the_order_of_walks_is_learned() {
+        let mut slots = Slots::default();
+        (0..100).for_each(|n| assert_eq!(slots.insert(content(n), n), None));
+        let walk = |slots: &mut Slots<u8>| {
+            // Nothing is walked between two of these.
+            slots.rewind();
+            slots.rewind();
+            for n in (0..100).rev() {
+                assert_eq!(slots.walk(&content(n)).copied(), Some(n));
+            }
+            slots.astray
+        };
+        assert!(walk(&mut slots) > 90);
+        // The next one is written down, and the one after it finds that order.
+        walk(&mut slots);
+        assert_eq!(walk(&mut slots), 0);
+        // A newcomer is one step aside, and so is what it took the place of.
+        slots.remove(&content(50));
+        slots.insert(content(50), 50);
+        assert!(walk(&mut slots) <= 3);
+    }
 
     proptest! {
         #[test]

@@ -196,7 +196,12 @@ impl Race {
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
     pub(super) fn gdsf_score(&mut self, content: &ContentId) -> f64 {
-        self.whole.gdsf_scores.walk(content).copied().unwrap_or(0.0)
+        let simple = &mut self.whole;
+        // Among very many components the score of one that is held may have been forgotten.
+        match simple.gdsf_scores.walk(content) {
+            Some(score) => *score,
+            None => simple.gdsf.get(content).map_or(0.0, |held| held.score),
+        }
     }
 
     /// A decision begins.
