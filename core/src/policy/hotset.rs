@@ -156,7 +156,11 @@ impl HotsetRetention {
 
     /// What other tiers leave of its worth.
     fn left(candidate: &Candidate) -> f64 {
-        candidate.discount() * if candidate.above { ABOVE } else { 1.0 }
+        candidate.discount() * Self::share(candidate)
+    }
+
+    fn share(candidate: &Candidate) -> f64 {
+        if candidate.above { ABOVE } else { 1.0 }
     }
 
     /// LRU's score: idle seconds, of which those of what another tier has count for more.
@@ -198,8 +202,8 @@ impl HotsetRetention {
     }
 
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
-        let share = if candidate.above { ABOVE } else { 1.0 };
-        let score = share * rate * candidate.restore_s * 1e9 / candidate.bytes.as_f64().max(1.0);
+        let seconds = Self::share(candidate) * rate * candidate.restore_s;
+        let score = seconds * 1e9 / candidate.bytes.as_f64().max(1.0);
         if score.is_finite() { score } else { 0.0 }
     }
 

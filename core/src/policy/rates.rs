@@ -72,13 +72,11 @@ impl Rates {
         content: &ContentId,
         horizon: f64,
     ) -> (f64, bool) {
-        if let Some(kept) = self.kept.get_mut(content) {
-            if kept.known && kept.fresh_until > predictor.observed() {
-                return (kept.rate, false);
-            }
-            return (kept.renew(predictor, now, content, horizon), true);
+        let kept = self.kept(content);
+        if kept.known && kept.fresh_until > predictor.observed() {
+            return (kept.rate, false);
         }
-        (self.first(predictor, now, content, horizon), true)
+        (kept.renew(predictor, now, content, horizon), true)
     }
 
     /// The rate as it was not long ago.
@@ -91,7 +89,8 @@ impl Rates {
         horizon: f64,
     ) -> f64 {
         let Some(kept) = self.kept.walk(content) else {
-            return self.first(predictor, now, content, horizon);
+            let kept = self.kept(content);
+            return kept.renew(predictor, now, content, horizon);
         };
         if kept.known {
             if kept.fresh_until > predictor.observed() || self.left == 0 {
@@ -107,20 +106,11 @@ impl Rates {
         self.kept.get(content).map_or(0, |kept| kept.fresh_until)
     }
 
-    fn first(
-        &mut self,
-        predictor: &mut Predictor,
-        now: Duration,
-        content: &ContentId,
-        horizon: f64,
-    ) -> f64 {
-        if self.kept.len() >= MAX_KEPT {
+    fn kept(&mut self, content: &ContentId) -> &mut Kept {
+        if self.kept.len() >= MAX_KEPT && self.kept.get(content).is_none() {
             self.kept = Slots::default();
         }
-        let mut kept = Kept::default();
-        let rate = kept.renew(predictor, now, content, horizon);
-        self.kept.insert(*content, kept);
-        rate
+        self.kept.get_or_default(content)
     }
 }
 

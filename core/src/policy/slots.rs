@@ -54,14 +54,31 @@ impl<T> Slots<T> {
         self.values.get_mut(*place as usize)
     }
 
+    pub(super) fn get_or_default(&mut self, content: &ContentId) -> &mut T
+    where
+        T: Default,
+    {
+        let place = match self.places.get(content) {
+            Some(place) => *place as usize,
+            None => self.push(*content, T::default()),
+        };
+        &mut self.values[place]
+    }
+
+    fn push(&mut self, content: ContentId, value: T) -> usize {
+        let place = self.values.len();
+        self.places.insert(content, place as u32);
+        self.contents.push(content);
+        self.values.push(value);
+        place
+    }
+
     /// Gives what was there before.
     pub(super) fn insert(&mut self, content: ContentId, value: T) -> Option<T> {
         if let Some(known) = self.get_mut(&content) {
             return Some(std::mem::replace(known, value));
         }
-        self.places.insert(content, self.values.len() as u32);
-        self.contents.push(content);
-        self.values.push(value);
+        self.push(content, value);
         None
     }
 

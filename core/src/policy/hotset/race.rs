@@ -107,8 +107,6 @@ struct Simple {
     was_short: bool,
     gdsf: Shadow,
     gdsf_clock: f64,
-    /// What GDSF gives each, zero where it went: apart from the rest, since a decision asks for all of them.
-    gdsf_scores: Memory<f64>,
 }
 
 impl Default for Simple {
@@ -119,14 +117,19 @@ impl Default for Simple {
             was_short: false,
             gdsf: Shadow::default(),
             gdsf_clock: 0.0,
-            gdsf_scores: Memory::default(),
         }
     }
 }
 
 impl Simple {
-    /// Seconds that each pays for a request.
-    fn request(&mut self, number: u64, capacity: Bytes, set: &[Asked]) -> Paid {
+    /// Seconds that each pays for a request; GDSF's scores are written down where somebody asks for them.
+    fn request(
+        &mut self,
+        number: u64,
+        capacity: Bytes,
+        set: &[Asked],
+        scores: Option<&mut Memory<f64>>,
+    ) -> Paid {
         let mut by_age = ByAge {
             number,
             age: &mut self.lru_age,
@@ -134,7 +137,7 @@ impl Simple {
         };
         let mut by_worth = ByWorth {
             clock: &mut self.gdsf_clock,
-            scores: &mut self.gdsf_scores,
+            scores,
         };
         Paid {
             lru_s: self.lru.request(number, capacity, set, &mut by_age),
@@ -154,6 +157,8 @@ struct Paid {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Race {
     whole: Simple,
+    /// What GDSF gives each there, zero where it went: apart from the rest, since a decision asks for all of them.
+    gdsf_scores: Memory<f64>,
     smaller: Simple,
     predicted: Shadow,
     /// By how much each paid more than each; between LRU and GDSF in both tiers.
@@ -196,17 +201,16 @@ impl Race {
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
     pub(super) fn gdsf_score(&mut self, content: &ContentId) -> f64 {
-        let simple = &mut self.whole;
         // Among very many components the score of one that is held may have been forgotten.
-        match simple.gdsf_scores.walk(content) {
+        match self.gdsf_scores.walk(content) {
             Some(score) => *score,
-            None => simple.gdsf.get(content).map_or(0.0, |held| held.score),
+            None => self.whole.gdsf.get(content).map_or(0.0, |held| held.score),
         }
     }
 
     /// A decision begins.
     pub(super) fn rewind(&mut self) {
-        self.whole.gdsf_scores.rewind();
+        self.gdsf_scores.rewind();
     }
 
     /// GDSF as its shadow stands, to go on with.
@@ -229,8 +233,10 @@ impl Race {
         rates: &mut Rates,
     ) {
         let number = predictor.observed();
-        let whole = self.whole.request(number, capacity, set);
-        let smaller = self.smaller.request(number, capacity.share(SMALLER), set);
+        let scores = Some(&mut self.gdsf_scores);
+        let whole = self.whole.request(number, capacity, set, scores);
+        let share = capacity.share(SMALLER);
+        let smaller = self.smaller.request(number, share, set, None);
         let mut predicted = ByRate {
             now,
             horizon: self.horizon(),
@@ -345,20 +351,28 @@ impl Scoring for ByAge<'_> {
 /// GDSF: see [`crate::policy::gdsf`].
 struct ByWorth<'a> {
     clock: &'a mut f64,
-    scores: &'a mut Memory<f64>,
+    scores: Option<&'a mut Memory<f64>>,
+}
+
+impl ByWorth<'_> {
+    fn note(&mut self, held: &Held, score: f64) {
+        if let Some(scores) = &mut self.scores {
+            scores.put(held.asked.content, score);
+        }
+    }
 }
 
 impl Scoring for ByWorth<'_> {
     fn on_use(&mut self, held: &Held) -> (f64, u64) {
         let worth = held.uses as f64 * held.asked.seconds_per_gb();
         let score = *self.clock + worth;
-        self.scores.put(held.asked.content, score);
+        self.note(held, score);
         (score, u64::MAX)
     }
 
     fn on_evict(&mut self, held: &Held) {
         *self.clock = self.clock.max(held.score);
-        self.scores.put(held.asked.content, 0.0);
+        self.note(held, 0.0);
     }
 }
 
