@@ -1,7 +1,7 @@
 //! What a decision of each policy takes, with a thousand components resident: one eviction, and one request learned from.
 #![allow(missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ use hotset::core::{ContentId, SessionId};
 
 const RESIDENT: u64 = 1_000;
 const WARM_UP: u64 = 40_000;
+/// Components that are not resident at a time, of those listed at first.
+const ABSENT: usize = 20;
 
 fn content(n: u64) -> ContentId {
     let mut digest = [0; 32];
@@ -94,7 +96,7 @@ impl Stream {
             above: false,
         };
         let mut candidates: Vec<_> = latest.drain(first..).map(candidate).collect();
-        // As tiers list them.
+        // In a lasting order, as tiers list them.
         candidates.sort_by_key(|candidate| candidate.content);
         candidates
     }
@@ -119,6 +121,9 @@ fn evict(
     candidates: &[Candidate],
 ) -> u64 {
     let mut number = WARM_UP;
+    let mut candidates = candidates.to_vec();
+    // What went comes again once so many others have gone.
+    let mut gone = VecDeque::new();
     let label = format!("evict one of {}{what}/{}", candidates.len(), policy.name());
     criterion.bench_function(&label, |bench| {
         bench.iter_custom(|times| {
@@ -129,10 +134,24 @@ fn evict(
                 stream.request(policy, number);
                 let now = Duration::from_secs(number * 4);
                 // The tier lists them for each eviction.
-                let candidates = candidates.to_vec();
+                let listed = candidates.clone();
                 let start = std::time::Instant::now();
-                black_box(select(policy, now, &candidates, Bytes(1)));
+                let victims = black_box(select(policy, now, &listed, Bytes(1)));
                 took += start.elapsed();
+                for victim in victims {
+                    policy.on_evict(now, &victim.content);
+                    let there = |candidate: &Candidate| candidate.content.cmp(&victim.content);
+                    if let Ok(place) = candidates.binary_search_by(there) {
+                        gone.push_back(candidates.remove(place));
+                    }
+                }
+                if gone.len() > ABSENT
+                    && let Some(mut back) = gone.pop_front()
+                {
+                    (back.last_used, back.uses) = (now, 1);
+                    let place = candidates.partition_point(|c| c.content < back.content);
+                    candidates.insert(place, back);
+                }
             }
             took
         });

@@ -60,9 +60,14 @@ impl Gdsf {
 
     fn uses_and_priority(&mut self, candidate: &Candidate) -> (f64, f64) {
         let known = self.entries.walk(&candidate.content).copied();
-        let entry = known.unwrap_or(Entry {
-            clock: self.clock,
-            uses: candidate.uses as f64,
+        let entry = known.unwrap_or_else(|| {
+            // Of what was used before these books began nothing is known but its uses; it ages from here on.
+            let entry = Entry {
+                clock: self.clock,
+                uses: candidate.uses as f64,
+            };
+            self.entries.put(candidate.content, entry);
+            entry
         });
         let gb = candidate.bytes.as_f64().max(1.0) / 1e9;
         let worth = entry.uses * candidate.restore_s / gb;
@@ -140,6 +145,27 @@ mod tests {
         let ranked = gdsf.rank(now, &candidates);
         assert_eq!(order_of(&ranked), [2, 3, 1]);
         assert!((ranked[1].score - 0.6).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_was_there_before_its_books_ages_from_the_first_decision_on() {
+        let gb = 1_000_000_000;
+        let [old, large, new] = [
+            candidate(1, gb, 0),
+            candidate(2, 2 * gb, 0),
+            candidate(3, gb, 0),
+        ];
+        let (mut gdsf, now) = (Gdsf::default(), Duration::ZERO);
+        gdsf.on_request(now, &large.content, large.bytes, false);
+        assert_eq!(
+            order_of(&gdsf.rank(now, &[old.clone(), large.clone()])),
+            [2, 1]
+        );
+        gdsf.on_evict(now, &large.content);
+        gdsf.on_request(now, &new.content, new.bytes, false);
+        let ranked = gdsf.rank(now, &[old, new]);
+        assert_eq!(order_of(&ranked), [1, 3]);
+        assert!((ranked[0].score - 1.0).abs() < 1e-9, "{ranked:?}");
     }
 
     #[test]
