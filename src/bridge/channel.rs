@@ -30,6 +30,7 @@ const DESCRIPTORS_AT_ONCE: usize = 128;
 const DESCRIPTORS_AHEAD: usize = 1024;
 /// What one read takes at most.
 const READ_BYTES: usize = 64 << 10;
+
 /// How long to wait for room where there is nothing left to watch for it with.
 const BLIND: Duration = Duration::from_millis(5);
 
