@@ -4,7 +4,7 @@
 //! The value of keeping a component is the rate of its next uses, times the seconds that a load would take; it costs its
 //! bytes. The rate comes from [`Predictor`], which looks as far ahead as LRU would keep things in this tier: what
 //! comes later than that could be loaded again meanwhile. Victims are those of the least density, with a bounded search over
-//! the lowest few ([`cheapest`]); taking what is worth least in sum over all candidates measured worse.
+//! the lowest few (`cheapest.rs`); taking what is worth least in sum over all candidates measured worse.
 //!
 //! A predictor can be wrong: the world changes, or there is nothing to learn. So tiers run beside the real one as
 //! metadata alone, under LRU, under GDSF and under the predictor, on the same requests; the real tier follows
