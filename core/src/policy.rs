@@ -272,6 +272,16 @@ fn unknown<'a>(candidates: &'a [Candidate], known: &HashSet<ContentId>) -> Vec<&
     new
 }
 
+/// Whether all candidates together have so many bytes. Mostly the first few do.
+fn together(candidates: &[Candidate], needed: Bytes) -> bool {
+    let mut total = Bytes::ZERO;
+    total >= needed
+        || candidates.iter().any(|candidate| {
+            total = total.saturating_add(candidate.bytes);
+            total >= needed
+        })
+}
+
 /// The first of the ranked, those that were prefetched and never used before all others.
 fn first_of_ranked(
     policy: &mut (impl EvictionPolicy + ?Sized),
@@ -332,8 +342,7 @@ pub fn select(
     candidates: &[Candidate],
     needed: Bytes,
 ) -> Vec<Victim> {
-    let total: Bytes = candidates.iter().map(|c| c.bytes).sum();
-    if total < needed || needed.is_zero() {
+    if needed.is_zero() || !together(candidates, needed) {
         return Vec::new();
     }
     policy.choose(now, candidates, needed)

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::memory::Memory;
 use super::shadow::Held;
+use super::slots::Cursor;
 use super::{Candidate, EvictionPolicy, Victim, by_score};
 use crate::ids::ContentId;
 use crate::units::Bytes;
@@ -48,18 +49,20 @@ impl Gdsf {
         }
     }
 
-    /// A decision begins.
-    pub(super) fn rewind(&mut self) {
-        self.entries.rewind();
+    /// A decision among these begins.
+    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
+        self.entries.rewind(candidates.iter().map(|c| &c.content))
     }
 
     /// What keeping it is worth, by what restoring it costs now.
-    pub(super) fn priority(&mut self, candidate: &Candidate) -> f64 {
-        self.uses_and_priority(candidate).1
+    #[inline]
+    pub(super) fn priority(&mut self, at: &mut Cursor, candidate: &Candidate) -> f64 {
+        self.uses_and_priority(at, candidate).1
     }
 
-    fn uses_and_priority(&mut self, candidate: &Candidate) -> (f64, f64) {
-        let known = self.entries.walk(&candidate.content).copied();
+    #[inline]
+    fn uses_and_priority(&mut self, at: &mut Cursor, candidate: &Candidate) -> (f64, f64) {
+        let known = self.entries.walk(at, &candidate.content).copied();
         let entry = known.unwrap_or_else(|| {
             // Of what was used before these books began nothing is known but its uses; it ages from here on.
             let entry = Entry {
@@ -102,9 +105,9 @@ impl EvictionPolicy for Gdsf {
     }
 
     fn rank(&mut self, _now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        self.rewind();
+        let mut at = self.rewind(candidates);
         let ranked = by_score(candidates, |c| {
-            let (uses, priority) = self.uses_and_priority(c);
+            let (uses, priority) = self.uses_and_priority(&mut at, c);
             (
                 priority,
                 format!("least worth its bytes: {uses} uses, priority {priority:.3}"),

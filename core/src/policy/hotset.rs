@@ -23,9 +23,9 @@ use super::cheapest::{self, Item};
 use super::gdsf::Gdsf;
 use super::lowest::Lowest;
 use super::memory::Memory;
-use super::rates::Rates;
+use super::rates::{Outlook, Rate, Rates};
 use super::shadow::Asked;
-use super::{Candidate, EvictionPolicy, Guess, Prefetch, Score, Victim, by_score};
+use super::{Candidate, EvictionPolicy, Guess, Prefetch, Victim};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
 use crate::predict::{
@@ -45,6 +45,12 @@ const MAX_GHOSTS: usize = 64;
 const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
 const NOTED: usize = 16;
+
+/// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate.
+fn seconds(time: Duration) -> f64 {
+    time.as_secs() as i64 as f64 + f64::from(time.subsec_nanos()) * 1e-9
+}
+
 /// Retention by predicted use, or by what does better.
 #[derive(Debug, Clone)]
 pub struct HotsetRetention {
@@ -150,10 +156,6 @@ impl HotsetRetention {
         }
     }
 
-    fn gdsf_reason(score: f64) -> String {
-        format!("least worth its bytes by GDSF: priority {score:.3}")
-    }
-
     /// What other tiers leave of its worth.
     fn left(candidate: &Candidate) -> f64 {
         candidate.discount() * Self::share(candidate)
@@ -164,29 +166,9 @@ impl HotsetRetention {
     }
 
     /// LRU's score: idle seconds, of which those of what another tier has count for more.
-    fn lru_score(now: Duration, candidate: &Candidate) -> f64 {
-        let idle = now.saturating_sub(candidate.last_used);
-        // Half as long as `as_secs_f64` takes, which divides.
-        let idle_s = idle.as_secs() as f64 + f64::from(idle.subsec_nanos()) * 1e-9;
-        let left = Self::left(candidate);
-        if left < 1.0 { -idle_s / left } else { -idle_s }
-    }
-
-    /// GDSF's priority. In RAM the clock is discounted with the rest, so that once it has risen what a GPU has goes first.
-    fn gdsf_score(&mut self, candidate: &Candidate) -> f64 {
-        match &mut self.gdsf {
-            Some(gdsf) => gdsf.priority(candidate),
-            None => self.race.gdsf_score(&candidate.content) * Self::left(candidate),
-        }
-    }
-
-    /// A decision begins.
-    fn rewind(&mut self) {
-        self.rates.grant();
-        self.race.rewind();
-        if let Some(gdsf) = &mut self.gdsf {
-            gdsf.rewind();
-        }
+    fn lru_score(now_s: f64, candidate: &Candidate) -> f64 {
+        let idle_s = (now_s - seconds(candidate.last_used)).max(0.0);
+        -idle_s / Self::left(candidate)
     }
 
     fn lru_reason(now: Duration, candidate: &Candidate) -> String {
@@ -201,18 +183,72 @@ impl HotsetRetention {
         format!("least recently used: idle for {idle:.1} s")
     }
 
-    fn worth(rate: f64, candidate: &Candidate) -> f64 {
-        let seconds = Self::share(candidate) * rate * candidate.restore_s;
-        let score = seconds * 1e9 / candidate.bytes.as_f64().max(1.0);
-        if score.is_finite() { score } else { 0.0 }
+    fn worth(rate: Rate, candidate: &Candidate) -> f64 {
+        Self::share(candidate) * rate.for_gb * candidate.restore_s
     }
 
-    fn predicted_reason(rate: f64, horizon: f64, candidate: &Candidate) -> String {
+    /// The rates, and what they are found by.
+    fn outlook(&mut self, now: Duration) -> (&mut Rates, Outlook<'_>) {
+        let outlook = Outlook {
+            predictor: &mut self.predictor,
+            now,
+            horizon: self.race.horizon(),
+        };
+        (&mut self.rates, outlook)
+    }
+
+    fn predicted_reason(&mut self, now: Duration, candidate: &Candidate) -> String {
+        let (rates, mut outlook) = self.outlook(now);
+        let (rate, _) = rates.now(&mut outlook, &candidate.content, candidate.bytes);
+        let horizon = outlook.horizon;
         format!(
-            "wanted within {horizon:.0} requests with {:.1} %, {:.2} s to restore",
-            -(-rate * horizon).exp_m1() * 100.0,
+            "wanted within {} requests with {:.1} %, {:.2} s to restore",
+            // Whole: a float that is short in decimals takes long to write.
+            horizon.round() as u64,
+            -(-rate.uses * horizon).exp_m1() * 100.0,
             candidate.restore_s
         )
+    }
+
+    /// All candidates by what the leader gives each.
+    fn lowest<'a>(
+        &mut self,
+        leader: Leader,
+        now: Duration,
+        candidates: &'a [Candidate],
+    ) -> Lowest<'a> {
+        match leader {
+            Leader::Lru => {
+                let now_s = seconds(now);
+                Lowest::new(candidates, |c| Self::lru_score(now_s, c))
+            }
+            Leader::Gdsf => {
+                if self.gdsf.is_none() {
+                    let mut at = self.race.rewind(candidates);
+                    let mut discounted = false;
+                    // In RAM the clock counts for less with the rest, so that once it has risen what a GPU has goes first.
+                    let lowest = Lowest::new(candidates, |c| {
+                        discounted |= c.restore_s < c.whole_s;
+                        self.race.gdsf_score(&mut at, &c.content) * Self::share(c)
+                    });
+                    if !discounted {
+                        return lowest;
+                    }
+                }
+                // Not before something has to go: what was asked for until now is in the shadow's books.
+                let gdsf = self.gdsf.get_or_insert_with(|| self.race.gdsf());
+                let mut at = gdsf.rewind(candidates);
+                Lowest::new(candidates, |c| gdsf.priority(&mut at, c))
+            }
+            Leader::Predictor => {
+                let (rates, mut outlook) = self.outlook(now);
+                let mut at = rates.grant(candidates.iter().map(|c| &c.content));
+                Lowest::new(candidates, |c| {
+                    let rate = rates.lately(&mut at, &mut outlook, &c.content, c.bytes);
+                    Self::worth(rate, c)
+                })
+            }
+        }
     }
 
     /// As the default, but with a bound on how many rates are found anew: what has changed little is looked at again only
@@ -224,39 +260,22 @@ impl HotsetRetention {
         candidates: &[Candidate],
         needed: Bytes,
     ) -> Vec<Victim> {
-        let horizon = self.race.horizon();
-        self.rewind();
-        let scores: Vec<f64> = match leader {
-            Leader::Lru => candidates.iter().map(|c| Self::lru_score(now, c)).collect(),
-            Leader::Gdsf => candidates.iter().map(|c| self.gdsf_score(c)).collect(),
-            Leader::Predictor => {
-                // One after the other: a processor overlaps the divisions then.
-                let lately = |candidate: &Candidate| {
-                    let (predictor, content) = (&mut self.predictor, &candidate.content);
-                    self.rates.lately(predictor, now, content, horizon)
-                };
-                let rates: Vec<f64> = candidates.iter().map(lately).collect();
-                let rated = rates.into_iter().zip(candidates);
-                rated.map(|(rate, c)| Self::worth(rate, c)).collect()
-            }
-        };
-        let mut all = Lowest::new(candidates, scores);
+        let mut all = self.lowest(leader, now, candidates);
+        let (rates, mut outlook) = self.outlook(now);
         let mut freed = Bytes::ZERO;
         let mut enough = None;
-        let mut lowest: Vec<(&Candidate, f64, f64)> = Vec::new();
+        let mut lowest: Vec<(&Candidate, f64)> = Vec::new();
         while let Some((place, score)) = all.pop() {
             let candidate = &candidates[place as usize];
-            let mut rate = 0.0;
             if leader == Leader::Predictor {
-                let predictor = &mut self.predictor;
-                let changed;
-                (rate, changed) = self.rates.now(predictor, now, &candidate.content, horizon);
+                let (content, bytes) = (&candidate.content, candidate.bytes);
+                let (rate, changed) = rates.now(&mut outlook, content, bytes);
                 if changed {
                     all.push(place, Self::worth(rate, candidate));
                     continue;
                 }
             }
-            lowest.push((candidate, score, rate));
+            lowest.push((candidate, score));
             freed = freed.saturating_add(candidate.bytes);
             if freed >= needed {
                 let greedy = *enough.get_or_insert(lowest.len());
@@ -274,7 +293,7 @@ impl HotsetRetention {
             // Guesses that nobody used stand first and go whatever they seem to be worth.
             let items: Vec<Item> = lowest
                 .iter()
-                .map(|(candidate, score, _)| {
+                .map(|(candidate, score)| {
                     let gb = candidate.bytes.as_f64() / 1e9;
                     Item {
                         worth: if candidate.prefetched {
@@ -289,19 +308,27 @@ impl HotsetRetention {
             let chosen = cheapest::choose(&items, greedy, needed.as_f64());
             lowest = chosen.into_iter().map(|at| lowest[at]).collect();
         }
-        let victim = |(candidate, score, rate): (&Candidate, f64, f64)| {
-            let (score, reason) = match leader {
-                Leader::Lru => (score, Self::lru_reason(now, candidate)),
-                Leader::Gdsf => (score, Self::gdsf_reason(score)),
-                Leader::Predictor => (score, Self::predicted_reason(rate, horizon, candidate)),
-            };
-            Victim {
-                content: candidate.content,
-                score,
-                reason,
-            }
-        };
+        let victim = |(candidate, score)| self.victim(leader, now, candidate, score);
         lowest.into_iter().map(victim).collect()
+    }
+
+    fn victim(
+        &mut self,
+        leader: Leader,
+        now: Duration,
+        candidate: &Candidate,
+        score: f64,
+    ) -> Victim {
+        let reason = match leader {
+            Leader::Lru => Self::lru_reason(now, candidate),
+            Leader::Gdsf => format!("least worth its bytes by GDSF: priority {score:.3}"),
+            Leader::Predictor => self.predicted_reason(now, candidate),
+        };
+        Victim {
+            content: candidate.content,
+            score,
+            reason,
+        }
     }
 }
 
@@ -377,12 +404,11 @@ impl EvictionPolicy for HotsetRetention {
             return None;
         }
         self.note_costs(residents);
-        let horizon = self.race.horizon();
+        let (_, mut outlook) = self.outlook(now);
         let uses = if guess.certain {
-            1.0 / horizon
+            1.0 / outlook.horizon
         } else {
-            let predictor = &mut self.predictor;
-            self.rates.now(predictor, now, &guess.content, horizon).0
+            outlook.uses(&guess.content)
         };
         self.worth_less(now, uses * guess.restore_s, residents, needed)
     }
@@ -439,41 +465,23 @@ impl EvictionPolicy for HotsetRetention {
 
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
         self.note_costs(candidates);
-        self.rewind();
-        match self.leader() {
-            Leader::Lru => by_score(candidates, |c| {
-                (Self::lru_score(now, c), Self::lru_reason(now, c))
-            }),
-            Leader::Gdsf => by_score(candidates, |c| {
-                let score = self.gdsf_score(c);
-                (score, Self::gdsf_reason(score))
-            }),
+        let leader = self.leader();
+        let mut all = match leader {
+            Leader::Lru | Leader::Gdsf => self.lowest(leader, now, candidates),
             Leader::Predictor => {
-                let horizon = self.race.horizon();
-                let mut all: Vec<(Score, f64, &Candidate)> = candidates
-                    .iter()
-                    .map(|c| {
-                        let (rate, _) =
-                            self.rates
-                                .now(&mut self.predictor, now, &c.content, horizon);
-                        (Score(Self::worth(rate, c)), rate, c)
-                    })
-                    .collect();
-                all.sort_by(|(a, _, x), (b, _, y)| {
-                    a.cmp(b)
-                        .then(x.last_used.cmp(&y.last_used))
-                        .then(y.bytes.cmp(&x.bytes))
-                        .then(x.content.cmp(&y.content))
-                });
-                all.into_iter()
-                    .map(|(Score(score), rate, c)| Victim {
-                        content: c.content,
-                        score,
-                        reason: Self::predicted_reason(rate, horizon, c),
-                    })
-                    .collect()
+                let (rates, mut outlook) = self.outlook(now);
+                Lowest::new(candidates, |c| {
+                    let (rate, _) = rates.now(&mut outlook, &c.content, c.bytes);
+                    Self::worth(rate, c)
+                })
             }
-        }
+        };
+        std::iter::from_fn(|| all.pop())
+            .map(|(place, score)| {
+                let candidate = &candidates[place as usize];
+                self.victim(leader, now, candidate, score)
+            })
+            .collect()
     }
 
     fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
@@ -482,13 +490,6 @@ impl EvictionPolicy for HotsetRetention {
         let end = (start + NOTED).min(candidates.len());
         self.note_costs(&candidates[start..end]);
         let leader = self.leader();
-        // Not before something has to go: what was asked for until now is in the shadow's books.
-        if leader == Leader::Gdsf
-            && self.gdsf.is_none()
-            && candidates.iter().any(|c| c.restore_s < c.whole_s)
-        {
-            self.gdsf = Some(self.race.gdsf());
-        }
         let victims = self.choose_as(leader, now, candidates, needed);
         if let Some(gdsf) = &mut self.gdsf {
             gdsf.chose(&victims);

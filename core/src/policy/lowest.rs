@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use super::{Candidate, Score};
 
-/// So many of the scores, evenly spread, are looked at to tell which are low.
+/// So many of the scores, evenly spread, are looked at to tell which are low. What is not above the second lowest of them is put in order:
+/// about a thirtieth of all.
 const SAMPLE: usize = 64;
-/// What is not above the lowest so many of them is put in order: about a twentieth of all.
-const LOW: usize = 3;
 
 /// What was prefetched and never used goes first, then by score, and of equals what was used least recently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,6 +30,11 @@ impl Key {
     }
 }
 
+/// Zero where it is no number.
+fn sound(score: f64) -> f64 {
+    if score.is_finite() { score } else { 0.0 }
+}
+
 /// Candidates that are taken from the lowest up.
 #[derive(Debug)]
 pub(super) struct Lowest<'a> {
@@ -45,12 +49,20 @@ pub(super) struct Lowest<'a> {
 }
 
 impl<'a> Lowest<'a> {
-    pub(super) fn new(candidates: &'a [Candidate], mut scores: Vec<f64>) -> Self {
-        let mut near = BinaryHeap::with_capacity(candidates.len() / SAMPLE * 2 * LOW);
-        for ((place, candidate), score) in (0..).zip(candidates).zip(&mut scores) {
-            if candidate.prefetched || !score.is_finite() {
-                near.push(Reverse(Key::of(candidate, *score, place)));
-                *score = f64::NAN;
+    /// Scores each once, in their order; zero where a score is no number. All in one pass: a thousand candidates are more than a processor
+    /// has at hand, and reading them is most of a decision.
+    #[inline(always)]
+    pub(super) fn new(
+        candidates: &'a [Candidate],
+        mut score: impl FnMut(&Candidate) -> f64,
+    ) -> Self {
+        let mut near = BinaryHeap::with_capacity(candidates.len() / SAMPLE * 4);
+        let mut scores = vec![0.0; candidates.len()];
+        for ((place, candidate), kept) in (0..).zip(candidates).zip(&mut scores) {
+            *kept = sound(score(candidate));
+            if candidate.prefetched {
+                near.push(Reverse(Key::of(candidate, *kept, place)));
+                *kept = f64::NAN;
             }
         }
         Self {
@@ -65,7 +77,8 @@ impl<'a> Lowest<'a> {
     /// Puts one back with another score.
     pub(super) fn push(&mut self, place: u32, score: f64) {
         if let Some(candidate) = self.candidates.get(place as usize) {
-            self.near.push(Reverse(Key::of(candidate, score, place)));
+            self.near
+                .push(Reverse(Key::of(candidate, sound(score), place)));
         }
     }
 
@@ -85,19 +98,28 @@ impl<'a> Lowest<'a> {
     fn raise_bar(&mut self) {
         let before = self.bar;
         let every = self.scores.len().div_ceil(SAMPLE).max(1);
-        let sample = self.scores.iter().step_by(every).copied();
-        let mut sample: Vec<f64> = sample.filter(|score| *score > before).collect();
-        self.bar = if sample.len() < LOW {
-            f64::INFINITY
-        } else {
-            *sample.select_nth_unstable_by(LOW - 1, f64::total_cmp).1
-        };
-        for ((place, candidate), score) in (0..).zip(self.candidates).zip(&self.scores) {
-            if *score > before && *score <= self.bar {
-                self.near.push(Reverse(Key::of(candidate, *score, place)));
-                self.far -= 1;
+        let sample = self.scores.iter().step_by(every);
+        // No number compares with none.
+        let above = sample.filter(|score| **score > before);
+        let [_, second] = above.fold([f64::INFINITY; 2], |[lowest, next], score| {
+            if *score < lowest {
+                [*score, lowest]
+            } else {
+                [lowest, next.min(*score)]
             }
-        }
+        });
+        self.bar = second;
+        // First which ones: in a loop that does nothing else.
+        let scored = (0..).zip(&self.scores);
+        let raised =
+            |(place, score): (u32, &f64)| (*score > before && *score <= self.bar).then_some(place);
+        let places: Vec<u32> = scored.filter_map(raised).collect();
+        self.far -= places.len();
+        let key = |place: u32| {
+            let at = place as usize;
+            Reverse(Key::of(&self.candidates[at], self.scores[at], place))
+        };
+        self.near.extend(places.into_iter().map(key));
     }
 }
 
@@ -126,10 +148,12 @@ mod tests {
                     ..candidate(0, 1, *last_used)
                 })
                 .collect();
+            let mut next = given.iter();
+            let mut lowest = Lowest::new(&candidates, |_| *next.next().unwrap());
+            let given = given.iter().copied().map(sound);
             let key = |place: u32, score: f64| Key::of(&candidates[place as usize], score, place);
             let mut model: BinaryHeap<_> =
-                (0..).zip(&given).map(|(place, score)| Reverse(key(place, *score))).collect();
-            let mut lowest = Lowest::new(&candidates, given);
+                (0..).zip(given).map(|(place, score)| Reverse(key(place, score))).collect();
             let mut raised = raised.into_iter();
             while let Some(Reverse(expected)) = model.pop() {
                 let (place, score) = lowest.pop().unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::slots::Slots;
+use super::slots::{Cursor, Slots};
 use crate::ids::ContentId;
 
 /// Components remembered; past it, what was put longest ago is forgotten.
@@ -31,14 +31,18 @@ impl<T> Memory<T> {
         self.values.get(content).map(|(_, value)| value)
     }
 
-    /// A walk begins.
-    pub(super) fn rewind(&mut self) {
-        self.values.rewind();
+    /// A walk over these begins.
+    pub(super) fn rewind<'a>(
+        &mut self,
+        order: impl ExactSizeIterator<Item = &'a ContentId>,
+    ) -> Cursor {
+        self.values.rewind(order)
     }
 
     /// As [`Self::get`], sooner in the order of the walk before.
-    pub(super) fn walk(&mut self, content: &ContentId) -> Option<&T> {
-        self.values.walk(content).map(|(_, value)| &*value)
+    #[inline]
+    pub(super) fn walk(&mut self, at: &mut Cursor, content: &ContentId) -> Option<&T> {
+        self.values.walk(at, content).map(|(_, value)| &*value)
     }
 
     pub(super) fn put(&mut self, content: ContentId, value: T) {

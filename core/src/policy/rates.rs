@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
-use super::slots::Slots;
+use super::slots::{Cursor, Slots};
 use crate::ids::ContentId;
 use crate::predict::Predictor;
+use crate::units::Bytes;
 
 /// A rate stands for one in so many of the requests since the component was used: it falls with the logarithm of that.
 const STANDS: u64 = 8;
@@ -15,28 +16,51 @@ const RENEWED: usize = 2;
 /// Rates kept; past it they are all found anew.
 const MAX_KEPT: usize = 16_384;
 
+/// How often a component is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Rate {
+    /// Expected uses in each request.
+    pub(super) uses: f64,
+    /// The same for each GB of it: a decision asks for a thousand of them, and dividing is a tenth of that.
+    pub(super) for_gb: f64,
+}
+
+/// By whom, when and how far ahead a rate is found.
+#[derive(Debug)]
+pub(super) struct Outlook<'a> {
+    pub(super) predictor: &'a mut Predictor,
+    pub(super) now: Duration,
+    /// How many requests are looked ahead.
+    pub(super) horizon: f64,
+}
+
+impl Outlook<'_> {
+    /// Expected uses in each request.
+    pub(super) fn uses(&mut self, content: &ContentId) -> f64 {
+        let uses = self.predictor.rate(self.now, content, self.horizon);
+        uses.filter(|uses| uses.is_finite()).unwrap_or(0.0)
+    }
+}
+
+/// What is kept of a component.
 #[derive(Debug, Clone, Copy, Default)]
 struct Kept {
-    rate: f64,
-    /// The request before which it stands.
+    rate: Rate,
+    /// The request before which it stands; zero where it was not found since the component was used last.
     fresh_until: u64,
-    /// Whether it was ever found since the component was used last.
-    known: bool,
 }
 
 impl Kept {
-    fn renew(
-        &mut self,
-        predictor: &mut Predictor,
-        now: Duration,
-        content: &ContentId,
-        horizon: f64,
-    ) -> f64 {
-        let rate = predictor.rate(now, content, horizon);
+    #[cold]
+    fn renew(&mut self, outlook: &mut Outlook<'_>, content: &ContentId, bytes: Bytes) -> Rate {
+        let uses = outlook.uses(content);
+        let since = outlook.predictor.requests_since(content);
         *self = Self {
-            rate: rate.filter(|rate| rate.is_finite()).unwrap_or(0.0),
-            fresh_until: predictor.observed() + predictor.requests_since(content) / STANDS + 1,
-            known: true,
+            rate: Rate {
+                uses,
+                for_gb: uses * 1e9 / bytes.as_f64().max(1.0),
+            },
+            fresh_until: outlook.predictor.observed() + since / STANDS + 1,
         };
         self.rate
     }
@@ -51,54 +75,59 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// A decision begins.
-    pub(super) fn grant(&mut self) {
+    /// A decision among these begins.
+    pub(super) fn grant<'a>(
+        &mut self,
+        order: impl ExactSizeIterator<Item = &'a ContentId>,
+    ) -> Cursor {
         self.left = RENEWED;
-        self.kept.rewind();
+        self.kept.rewind(order)
     }
 
     /// The component was used.
     pub(super) fn forget(&mut self, content: &ContentId) {
         if let Some(kept) = self.kept.get_mut(content) {
-            (kept.known, kept.fresh_until) = (false, 0);
+            kept.fresh_until = 0;
         }
     }
 
     /// The rate as it is now, and whether it is another than what was kept.
     pub(super) fn now(
         &mut self,
-        predictor: &mut Predictor,
-        now: Duration,
+        outlook: &mut Outlook<'_>,
         content: &ContentId,
-        horizon: f64,
-    ) -> (f64, bool) {
+        bytes: Bytes,
+    ) -> (Rate, bool) {
         let kept = self.kept(content);
-        if kept.known && kept.fresh_until > predictor.observed() {
+        if kept.fresh_until > outlook.predictor.observed() {
             return (kept.rate, false);
         }
-        (kept.renew(predictor, now, content, horizon), true)
+        (kept.renew(outlook, content, bytes), true)
     }
 
     /// The rate as it was not long ago.
-    #[inline]
+    #[inline(always)]
     pub(super) fn lately(
         &mut self,
-        predictor: &mut Predictor,
-        now: Duration,
+        walk: &mut Cursor,
+        outlook: &mut Outlook<'_>,
         content: &ContentId,
-        horizon: f64,
-    ) -> f64 {
-        let Some(kept) = self.kept.walk(content) else {
-            let kept = self.kept(content);
-            return kept.renew(predictor, now, content, horizon);
+        bytes: Bytes,
+    ) -> Rate {
+        let Some(kept) = self.kept.walk(walk, content) else {
+            return self.now(outlook, content, bytes).0;
         };
-        if kept.known {
-            if kept.fresh_until > predictor.observed() || self.left == 0 {
-                return kept.rate;
-            }
-            self.left -= 1;
+        // One comparison, which comes out the same nearly always: which of them still stand no processor can foresee.
+        let enough = if self.left == 0 {
+            0
+        } else {
+            outlook.predictor.observed()
+        };
+        if kept.fresh_until > enough {
+            return kept.rate;
         }
-        kept.renew(predictor, now, content, horizon)
+        self.left -= usize::from(kept.fresh_until > 0);
+        kept.renew(outlook, content, bytes)
     }
 
     /// The request before which the kept rate stands.
@@ -121,7 +150,6 @@ mod tests {
     use crate::config::PredictConfig;
     use crate::ids::SessionId;
     use crate::predict::{Observed, Seen};
-    use crate::units::Bytes;
 
     fn content(n: u64) -> ContentId {
         let mut digest = [0; 32];
@@ -148,37 +176,34 @@ mod tests {
         (0..3_000).for_each(|number| ask(&mut predictor, number));
         assert!(predictor.is_trained());
         let mut rates = Rates::default();
+        let mut outlook = Outlook {
+            predictor: &mut predictor,
+            now: Duration::from_secs(3_000),
+            horizon: 64.0,
+        };
+        let half_gb = Bytes(500_000_000);
         let all: Vec<u64> = (0..13).collect();
         for round in 0..40_u64 {
-            rates.grant();
             // In order, with some gone, and turned around.
             let mut order: Vec<u64> = all.iter().copied().filter(|n| n % 5 != round % 5).collect();
             if round % 4 == 3 {
                 order.reverse();
             }
-            let now = Duration::from_secs(3_000);
-            for n in order {
-                let rate = rates.lately(&mut predictor, now, &content(n), 64.0);
-                assert_eq!(Some(rate), predictor.rate(now, &content(n), 64.0), "{n}");
-                assert_eq!(
-                    rates.now(&mut predictor, now, &content(n), 64.0),
-                    (rate, false)
-                );
+            let order: Vec<ContentId> = order.into_iter().map(content).collect();
+            let mut walk = rates.grant(order.iter());
+            for content in &order {
+                let rate = rates.lately(&mut walk, &mut outlook, content, half_gb);
+                let now = outlook.now;
+                let own = outlook.predictor.rate(now, content, outlook.horizon);
+                assert_eq!(Some(rate.uses), own, "{content:?}");
+                assert!((rate.for_gb - 2.0 * rate.uses).abs() <= 1e-9 * rate.for_gb);
+                assert_eq!(rates.now(&mut outlook, content, half_gb), (rate, false));
             }
         }
         rates.forget(&content(3));
-        assert!(
-            rates
-                .now(
-                    &mut predictor,
-                    Duration::from_secs(3_000),
-                    &content(3),
-                    64.0
-                )
-                .1
-        );
+        assert!(rates.now(&mut outlook, &content(3), half_gb).1);
         for n in 0..2 * MAX_KEPT as u64 {
-            rates.now(&mut predictor, Duration::ZERO, &content(n), 64.0);
+            rates.now(&mut outlook, &content(n), half_gb);
         }
         assert!(rates.kept.len() <= MAX_KEPT);
     }

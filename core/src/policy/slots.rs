@@ -10,30 +10,29 @@ const SKIPPED: usize = 8;
 /// One in so many may have been found elsewhere before the values are put in order again.
 const ASTRAY: usize = 8;
 
+/// How far a walk has come. Its owner has it at hand: kept with the values, each step would wait until the one before is written.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Cursor {
+    /// After the last that was in order.
+    next: usize,
+    /// After the last that was astray.
+    aside: usize,
+}
+
 /// Values by content, without gaps.
 #[derive(Debug, Clone)]
 pub(super) struct Slots<T> {
-    contents: Vec<ContentId>,
-    values: Vec<T>,
+    entries: Vec<(ContentId, T)>,
     places: HashMap<ContentId, u32, foldhash::fast::RandomState>,
-    /// Where the next one is looked for first: after the last, and after the last that was astray.
-    next: [usize; 2],
-    /// What was walked, where the values are to be put in that order.
-    walked: Option<Vec<ContentId>>,
-    /// Values found in this walk, and how many of them by hashing.
-    found: usize,
+    /// How many were found by hashing in this walk.
     astray: usize,
 }
 
 impl<T> Default for Slots<T> {
     fn default() -> Self {
         Self {
-            contents: Vec::new(),
-            values: Vec::new(),
+            entries: Vec::new(),
             places: HashMap::default(),
-            next: [0; 2],
-            walked: None,
-            found: 0,
             astray: 0,
         }
     }
@@ -41,17 +40,19 @@ impl<T> Default for Slots<T> {
 
 impl<T> Slots<T> {
     pub(super) fn len(&self) -> usize {
-        self.values.len()
+        self.entries.len()
     }
 
     pub(super) fn get(&self, content: &ContentId) -> Option<&T> {
         let place = self.places.get(content)?;
-        self.values.get(*place as usize)
+        self.entries.get(*place as usize).map(|(_, value)| value)
     }
 
     pub(super) fn get_mut(&mut self, content: &ContentId) -> Option<&mut T> {
         let place = self.places.get(content)?;
-        self.values.get_mut(*place as usize)
+        self.entries
+            .get_mut(*place as usize)
+            .map(|(_, value)| value)
     }
 
     pub(super) fn get_or_default(&mut self, content: &ContentId) -> &mut T
@@ -62,14 +63,13 @@ impl<T> Slots<T> {
             Some(place) => *place as usize,
             None => self.push(*content, T::default()),
         };
-        &mut self.values[place]
+        &mut self.entries[place].1
     }
 
     fn push(&mut self, content: ContentId, value: T) -> usize {
-        let place = self.values.len();
+        let place = self.entries.len();
         self.places.insert(content, place as u32);
-        self.contents.push(content);
-        self.values.push(value);
+        self.entries.push((content, value));
         place
     }
 
@@ -85,67 +85,73 @@ impl<T> Slots<T> {
     /// The last takes its place.
     pub(super) fn remove(&mut self, content: &ContentId) -> Option<T> {
         let place = self.places.remove(content)?;
-        self.contents.swap_remove(place as usize);
-        if let Some(moved) = self.contents.get(place as usize) {
+        let (_, value) = self.entries.swap_remove(place as usize);
+        if let Some((moved, _)) = self.entries.get(place as usize) {
             self.places.insert(*moved, place);
         }
-        Some(self.values.swap_remove(place as usize))
+        Some(value)
     }
 
-    /// A walk begins. Nothing is learned from one in which nothing was found.
-    pub(super) fn rewind(&mut self) {
-        if self.found == 0 {
-            return;
+    /// A walk over these begins. Where the one before found too many by hashing, the values are put in this order first.
+    pub(super) fn rewind<'a>(
+        &mut self,
+        order: impl ExactSizeIterator<Item = &'a ContentId>,
+    ) -> Cursor {
+        if self.astray > order.len() / ASTRAY {
+            self.put_in_order(order);
         }
-        let strayed = self.astray > self.found / ASTRAY;
-        match self.walked.take() {
-            Some(walked) if strayed => self.put_in_order(&walked),
-            None if strayed => self.walked = Some(Vec::with_capacity(self.found)),
-            _ => {}
-        }
-        (self.found, self.astray) = (0, 0);
-        self.next = [0; 2];
+        self.astray = 0;
+        Cursor::default()
     }
 
     /// As [`Self::get_mut`], the sooner the more the order is that of walks before.
     #[inline]
-    pub(super) fn walk(&mut self, content: &ContentId) -> Option<&mut T> {
-        let is_there = |place: &usize| self.contents.get(*place) == Some(content);
-        let place = match self.next.iter().position(is_there) {
-            Some(which) => {
-                self.next[which] += 1;
-                self.next[which] - 1
-            }
-            None => self.stray(content)?,
-        };
-        self.found += 1;
-        if let Some(walked) = &mut self.walked {
-            walked.push(*content);
+    pub(super) fn walk(&mut self, at: &mut Cursor, content: &ContentId) -> Option<&mut T> {
+        let mut place = at.next;
+        if self.is_at(place, content) {
+            at.next += 1;
+        } else {
+            (place, *at) = self.aside(*at, content)?;
         }
-        self.values.get_mut(place)
+        self.entries.get_mut(place).map(|(_, value)| value)
     }
 
-    fn stray(&mut self, content: &ContentId) -> Option<usize> {
-        let place = *self.places.get(content)? as usize;
-        self.astray += 1;
+    #[inline]
+    fn is_at(&self, place: usize, content: &ContentId) -> bool {
+        let entry = self.entries.get(place);
+        entry.is_some_and(|(there, _)| there == content)
+    }
+
+    /// Where one is that does not come next, and how far the walk has come then.
+    fn aside(&mut self, at: Cursor, content: &ContentId) -> Option<(usize, Cursor)> {
+        let place = if self.is_at(at.aside, content) {
+            at.aside
+        } else {
+            let place = *self.places.get(content)?;
+            self.astray += 1;
+            place as usize
+        };
         // What lies between may have been evicted or be pinned.
-        let skips = (self.next[0]..self.next[0] + SKIPPED).contains(&place);
-        self.next[usize::from(!skips)] = place + 1;
-        Some(place)
+        let skips = (at.next..at.next + SKIPPED).contains(&place);
+        let (next, aside) = if skips {
+            (place + 1, at.aside)
+        } else {
+            (at.next, place + 1)
+        };
+        Some((place, Cursor { next, aside }))
     }
 
-    /// Those walked first, in that order.
-    fn put_in_order(&mut self, walked: &[ContentId]) {
+    /// These first.
+    fn put_in_order<'a>(&mut self, order: impl Iterator<Item = &'a ContentId>) {
         let mut to = 0;
-        for content in walked {
+        for content in order {
             let Some(place) = self.places.get(content).map(|place| *place as usize) else {
                 continue;
             };
-            // Else it was walked twice.
+            // Else it was named twice.
             if place >= to {
-                self.contents.swap(to, place);
-                self.values.swap(to, place);
-                self.places.insert(self.contents[place], place as u32);
+                self.entries.swap(to, place);
+                self.places.insert(self.entries[place].0, place as u32);
                 self.places.insert(*content, to as u32);
                 to += 1;
             }
@@ -166,18 +172,15 @@ mod tests {
     fn the_order_of_walks_is_learned() {
         let mut slots = Slots::default();
         (0..100).for_each(|n| assert_eq!(slots.insert(content(n), n), None));
+        let order: Vec<ContentId> = (0..100).rev().map(content).collect();
         let walk = |slots: &mut Slots<u8>| {
-            // Nothing is walked between two of these.
-            slots.rewind();
-            slots.rewind();
-            for n in (0..100).rev() {
-                assert_eq!(slots.walk(&content(n)).copied(), Some(n));
+            let mut at = slots.rewind(order.iter());
+            for (content, n) in order.iter().zip((0..100).rev()) {
+                assert_eq!(slots.walk(&mut at, content).copied(), Some(n));
             }
             slots.astray
         };
         assert!(walk(&mut slots) > 90);
-        // The next one is written down, and the one after it finds that order.
-        walk(&mut slots);
         assert_eq!(walk(&mut slots), 0);
         // A newcomer is one step aside, and so is what it took the place of.
         slots.remove(&content(50));
@@ -197,9 +200,11 @@ mod tests {
                     0 | 1 => prop_assert_eq!(slots.insert(content(n), number), model.insert(n, number)),
                     2 => prop_assert_eq!(slots.remove(&content(n)), model.remove(&n)),
                     _ => {
-                        slots.rewind();
-                        for n in (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0) {
-                            prop_assert_eq!(slots.walk(&content(n)).copied(), model.get(&n).copied());
+                        let walked = || (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0);
+                        let order: Vec<ContentId> = walked().map(content).collect();
+                        let mut at = slots.rewind(order.iter());
+                        for (content, n) in order.iter().zip(walked()) {
+                            prop_assert_eq!(slots.walk(&mut at, content).copied(), model.get(&n).copied());
                         }
                     }
                 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{HotsetRetention, Leader};
+use crate::policy::rates::Outlook;
 use crate::policy::shadow::Asked;
 use crate::policy::{Candidate, Prefetch, Score, Victim};
 use crate::predict::Position;
@@ -29,14 +30,14 @@ impl HotsetRetention {
         if needed > evictable {
             return None;
         }
-        let horizon = self.race.horizon();
         let victims = self.choose_as(Leader::Predictor, now, residents, needed);
+        let (rates, mut outlook) = self.outlook(now);
         let mut lost_s = 0.0;
         for victim in &victims {
-            let predictor = &mut self.predictor;
-            let (rate, _) = self.rates.now(predictor, now, &victim.content, horizon);
-            let held = residents.iter().find(|c| c.content == victim.content);
-            lost_s += rate * held.map_or(0.0, |c| c.restore_s);
+            if let Some(held) = residents.iter().find(|c| c.content == victim.content) {
+                let (rate, _) = rates.now(&mut outlook, &held.content, held.bytes);
+                lost_s += rate.uses * held.restore_s;
+            }
         }
         (saved_s > MARGIN * lost_s).then_some(victims)
     }
@@ -53,18 +54,21 @@ impl HotsetRetention {
             return None;
         }
         let horizon = self.race.horizon();
-        self.rates.grant();
+        let mut outlook = Outlook {
+            predictor: &mut self.predictor,
+            now,
+            horizon,
+        };
+        let mut walk = self.rates.grant(residents.iter().map(|c| &c.content));
         // The most seconds saved first; the first that pays for its victims is it.
         let mut wanted: Vec<(Score, Asked)> = self
             .ghosts
             .iter()
             .filter(|ghost| !board.holds(&ghost.content))
             .map(|ghost| {
-                let content = &ghost.content;
-                let rate = self
-                    .rates
-                    .lately(&mut self.predictor, now, content, horizon);
-                (Score(-rate * ghost.restore_s), *ghost)
+                let (content, bytes) = (&ghost.content, ghost.bytes);
+                let rate = self.rates.lately(&mut walk, &mut outlook, content, bytes);
+                (Score(-rate.uses * ghost.restore_s), *ghost)
             })
             .filter(|(Score(saved), ghost)| -saved * horizon >= MIN_USES * ghost.restore_s)
             .collect();

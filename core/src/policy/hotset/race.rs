@@ -9,10 +9,12 @@
 use std::time::Duration;
 
 use crate::ids::ContentId;
+use crate::policy::Candidate;
 use crate::policy::gdsf::Gdsf;
 use crate::policy::memory::Memory;
-use crate::policy::rates::Rates;
+use crate::policy::rates::{Outlook, Rates};
 use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
+use crate::policy::slots::Cursor;
 use crate::predict::Predictor;
 use crate::units::Bytes;
 
@@ -200,17 +202,19 @@ impl Race {
     }
 
     /// What GDSF's shadow gives a component. What it would not have kept goes first.
-    pub(super) fn gdsf_score(&mut self, content: &ContentId) -> f64 {
+    #[inline]
+    pub(super) fn gdsf_score(&mut self, at: &mut Cursor, content: &ContentId) -> f64 {
         // Among very many components the score of one that is held may have been forgotten.
-        match self.gdsf_scores.walk(content) {
+        match self.gdsf_scores.walk(at, content) {
             Some(score) => *score,
             None => self.whole.gdsf.get(content).map_or(0.0, |held| held.score),
         }
     }
 
-    /// A decision begins.
-    pub(super) fn rewind(&mut self) {
-        self.gdsf_scores.rewind();
+    /// A decision among these begins.
+    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
+        self.gdsf_scores
+            .rewind(candidates.iter().map(|c| &c.content))
     }
 
     /// GDSF as its shadow stands, to go on with.
@@ -237,12 +241,12 @@ impl Race {
         let whole = self.whole.request(number, capacity, set, scores);
         let share = capacity.share(SMALLER);
         let smaller = self.smaller.request(number, share, set, None);
-        let mut predicted = ByRate {
+        let outlook = Outlook {
+            predictor,
             now,
             horizon: self.horizon(),
-            predictor,
-            rates,
         };
+        let mut predicted = ByRate { outlook, rates };
         let predicted_s = self
             .predicted
             .request(number, capacity, set, &mut predicted);
@@ -378,25 +382,23 @@ impl Scoring for ByWorth<'_> {
 
 /// The predictor: expected seconds saved by each GB in each request.
 struct ByRate<'a> {
-    now: Duration,
-    horizon: f64,
-    predictor: &'a mut Predictor,
+    outlook: Outlook<'a>,
     rates: &'a mut Rates,
 }
 
 impl ByRate<'_> {
     fn score(&mut self, asked: &Asked) -> (f64, u64) {
-        if !self.predictor.is_trained() {
+        let predictor = &mut self.outlook.predictor;
+        if !predictor.is_trained() {
             // Least recently used first, and before anything that is known.
-            let now = self.predictor.observed();
-            let last = now - self.predictor.requests_since(&asked.content).min(now);
+            let now = predictor.observed();
+            let last = now - predictor.requests_since(&asked.content).min(now);
             return (last as f64 * UNKNOWN, now + 1);
         }
-        let (rate, _) = self
-            .rates
-            .now(self.predictor, self.now, &asked.content, self.horizon);
-        let fresh_until = self.rates.fresh_until(&asked.content);
-        (rate * asked.seconds_per_gb(), fresh_until)
+        let (content, bytes) = (&asked.content, asked.bytes);
+        let (rate, _) = self.rates.now(&mut self.outlook, content, bytes);
+        let fresh_until = self.rates.fresh_until(content);
+        (rate.for_gb * asked.restore_s, fresh_until)
     }
 }
 

@@ -2,6 +2,7 @@ use super::*;
 use crate::catalog::Kind;
 use crate::ids::SessionId;
 use crate::policy::select;
+use crate::policy::slots::Cursor;
 use crate::policy::test_utils::{candidate, check_policy, content, order_of};
 use crate::predict::Seen;
 use crate::units::Bytes;
@@ -39,12 +40,12 @@ fn keeps_what_comes_again() {
     let rare = candidate(last, gb, at);
     let ranked = policy.rank(Duration::from_secs(at), &[regular.clone(), rare.clone()]);
     assert_eq!(order_of(&ranked), [last, 1]);
-    // A million times the bytes for the same seconds are not worth it.
-    let large = Candidate {
-        bytes: Bytes(1_000_000 * gb),
+    // For a millionth of the seconds it is not worth its bytes.
+    let cheap = Candidate {
+        restore_s: 1e-6,
         ..regular
     };
-    let ranked = policy.rank(Duration::from_secs(at), &[large, rare]);
+    let ranked = policy.rank(Duration::from_secs(at), &[cheap, rare]);
     assert_eq!(order_of(&ranked), [1, last]);
 }
 
@@ -296,6 +297,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     policy.on_evict(now, &content(1));
     ask(&mut policy, 3);
     let gdsf = policy.gdsf.as_mut().unwrap();
-    assert!((gdsf.priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
-    assert!((gdsf.priority(&all[1]) - 1.0).abs() < 1e-9);
+    let mut priority = |held: &Candidate| gdsf.priority(&mut Cursor::default(), held);
+    assert!((priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
+    assert!((priority(&all[1]) - 1.0).abs() < 1e-9);
 }
