@@ -124,7 +124,7 @@ pub struct PredictorStats {
 pub struct Predictor {
     state: State,
     /// Places in `state.tracked`.
-    index: HashMap<ContentId, usize>,
+    index: HashMap<ContentId, usize, foldhash::fast::RandomState>,
 }
 
 impl Predictor {
@@ -143,7 +143,7 @@ impl Predictor {
                 clock_s: 0.0,
                 offset_s: 0.0,
             },
-            index: HashMap::new(),
+            index: HashMap::default(),
         }
     }
 

@@ -9,6 +9,8 @@ use super::{Candidate, Score};
 /// So many of the scores, evenly spread, are looked at to tell which are low. What is not above the second lowest of them is put in order:
 /// about a thirtieth of all.
 const SAMPLE: usize = 64;
+/// So many scores are compared with the bar at once.
+const AT_ONCE: usize = 8;
 
 /// What was prefetched and never used goes first, then by score, and of equals what was used least recently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -109,11 +111,18 @@ impl<'a> Lowest<'a> {
             }
         });
         self.bar = second;
-        // First which ones: in a loop that does nothing else.
-        let scored = (0..).zip(&self.scores);
-        let raised =
-            |(place, score): (u32, &f64)| (*score > before && *score <= self.bar).then_some(place);
-        let places: Vec<u32> = scored.filter_map(raised).collect();
+        let is_raised = |score: f64| (score > before) & (score <= second);
+        let mut places = Vec::with_capacity(self.scores.len() / SAMPLE * 4);
+        for (from, some) in (0..).step_by(AT_ONCE).zip(self.scores.chunks(AT_ONCE)) {
+            // Without a branch for each.
+            if some
+                .iter()
+                .fold(false, |any, score| any | is_raised(*score))
+            {
+                let raised = (from..).zip(some).filter(|(_, score)| is_raised(**score));
+                places.extend(raised.map(|(place, _): (u32, &f64)| place));
+            }
+        }
         self.far -= places.len();
         let key = |place: u32| {
             let at = place as usize;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use crate::ids::ContentId;
 
-/// Of so many that follow the last, one found by hashing is taken for the next: those between were evicted or are pinned.
+/// One is looked for among so many that follow the last, before it is looked for by hashing: those between were evicted or are pinned.
 const SKIPPED: usize = 8;
 /// One in so many may have been found elsewhere before the values are put in order again.
 const ASTRAY: usize = 8;
@@ -122,8 +122,14 @@ impl<T> Slots<T> {
         entry.is_some_and(|(there, _)| there == content)
     }
 
+    #[cold]
     /// Where one is that does not come next, and how far the walk has come then.
     fn aside(&mut self, at: Cursor, content: &ContentId) -> Option<(usize, Cursor)> {
+        let mut ahead = at.next + 1..at.next + SKIPPED;
+        if let Some(place) = ahead.find(|place| self.is_at(*place, content)) {
+            let next = place + 1;
+            return Some((place, Cursor { next, ..at }));
+        }
         let place = if self.is_at(at.aside, content) {
             at.aside
         } else {
@@ -131,14 +137,8 @@ impl<T> Slots<T> {
             self.astray += 1;
             place as usize
         };
-        // What lies between may have been evicted or be pinned.
-        let skips = (at.next..at.next + SKIPPED).contains(&place);
-        let (next, aside) = if skips {
-            (place + 1, at.aside)
-        } else {
-            (at.next, place + 1)
-        };
-        Some((place, Cursor { next, aside }))
+        let aside = place + 1;
+        Some((place, Cursor { aside, ..at }))
     }
 
     /// These first.

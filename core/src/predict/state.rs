@@ -50,7 +50,7 @@ impl TryFrom<State> for Predictor {
         if !state.ladder.is_sound() {
             return unsound("a model or an example has another shape or is not finite");
         }
-        let index: HashMap<_, _> = state
+        let index: HashMap<_, _, _> = state
             .tracked
             .iter()
             .enumerate()
