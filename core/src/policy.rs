@@ -272,14 +272,13 @@ fn unknown<'a>(candidates: &'a [Candidate], known: &HashSet<ContentId>) -> Vec<&
     new
 }
 
-/// Whether all candidates together have so many bytes. Mostly the first few do.
+/// Whether all candidates together have so many bytes, which are not none. Mostly the first few do.
 fn together(candidates: &[Candidate], needed: Bytes) -> bool {
     let mut total = Bytes::ZERO;
-    total >= needed
-        || candidates.iter().any(|candidate| {
-            total = total.saturating_add(candidate.bytes);
-            total >= needed
-        })
+    candidates.iter().any(|candidate| {
+        total = total.saturating_add(candidate.bytes);
+        total >= needed
+    })
 }
 
 /// The first of the ranked, those that were prefetched and never used before all others.

@@ -23,7 +23,7 @@ use super::cheapest::{self, Item};
 use super::gdsf::Gdsf;
 use super::lowest::Lowest;
 use super::memory::Memory;
-use super::rates::{Outlook, Rate, Rates};
+use super::rates::{Outlook, Rates};
 use super::shadow::Asked;
 use super::{Candidate, EvictionPolicy, Guess, Prefetch, Victim};
 use crate::config::PredictConfig;
@@ -46,7 +46,8 @@ const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
 const NOTED: usize = 16;
 
-/// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate.
+/// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate. No processor of old turns an unsigned
+/// number into a float at once, and no time here is longer than a signed one holds.
 fn seconds(time: Duration) -> f64 {
     time.as_secs() as i64 as f64 + f64::from(time.subsec_nanos()) * 1e-9
 }
@@ -183,8 +184,9 @@ impl HotsetRetention {
         format!("least recently used: idle for {idle:.1} s")
     }
 
-    fn worth(rate: Rate, candidate: &Candidate) -> f64 {
-        Self::share(candidate) * rate.for_gb * candidate.restore_s
+    fn worth(rate: f64, candidate: &Candidate) -> f64 {
+        let seconds = Self::share(candidate) * rate * candidate.restore_s;
+        seconds * 1e9 / candidate.bytes.as_f64().max(1.0)
     }
 
     /// The rates, and what they are found by.
@@ -199,13 +201,13 @@ impl HotsetRetention {
 
     fn predicted_reason(&mut self, now: Duration, candidate: &Candidate) -> String {
         let (rates, mut outlook) = self.outlook(now);
-        let (rate, _) = rates.now(&mut outlook, &candidate.content, candidate.bytes);
+        let (rate, _) = rates.now(&mut outlook, &candidate.content);
         let horizon = outlook.horizon;
         format!(
             "wanted within {} requests with {:.1} %, {:.2} s to restore",
             // Whole: a float that is short in decimals takes long to write.
             horizon.round() as u64,
-            -(-rate.uses * horizon).exp_m1() * 100.0,
+            -(-rate * horizon).exp_m1() * 100.0,
             candidate.restore_s
         )
     }
@@ -244,7 +246,7 @@ impl HotsetRetention {
                 let (rates, mut outlook) = self.outlook(now);
                 let mut at = rates.grant(candidates.iter().map(|c| &c.content));
                 Lowest::new(candidates, |c| {
-                    let rate = rates.lately(&mut at, &mut outlook, &c.content, c.bytes);
+                    let rate = rates.lately(&mut at, &mut outlook, &c.content);
                     Self::worth(rate, c)
                 })
             }
@@ -268,8 +270,7 @@ impl HotsetRetention {
         while let Some((place, score)) = all.pop() {
             let candidate = &candidates[place as usize];
             if leader == Leader::Predictor {
-                let (content, bytes) = (&candidate.content, candidate.bytes);
-                let (rate, changed) = rates.now(&mut outlook, content, bytes);
+                let (rate, changed) = rates.now(&mut outlook, &candidate.content);
                 if changed {
                     all.push(place, Self::worth(rate, candidate));
                     continue;
@@ -404,11 +405,11 @@ impl EvictionPolicy for HotsetRetention {
             return None;
         }
         self.note_costs(residents);
-        let (_, mut outlook) = self.outlook(now);
+        let (rates, mut outlook) = self.outlook(now);
         let uses = if guess.certain {
             1.0 / outlook.horizon
         } else {
-            outlook.uses(&guess.content)
+            rates.now(&mut outlook, &guess.content).0
         };
         self.worth_less(now, uses * guess.restore_s, residents, needed)
     }
@@ -471,7 +472,7 @@ impl EvictionPolicy for HotsetRetention {
             Leader::Predictor => {
                 let (rates, mut outlook) = self.outlook(now);
                 Lowest::new(candidates, |c| {
-                    let (rate, _) = rates.now(&mut outlook, &c.content, c.bytes);
+                    let (rate, _) = rates.now(&mut outlook, &c.content);
                     Self::worth(rate, c)
                 })
             }

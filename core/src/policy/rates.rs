@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::slots::{Cursor, Slots};
 use crate::ids::ContentId;
 use crate::predict::Predictor;
-use crate::units::Bytes;
 
 /// A rate stands for one in so many of the requests since the component was used: it falls with the logarithm of that.
 const STANDS: u64 = 8;
@@ -15,15 +14,6 @@ const STANDS: u64 = 8;
 const RENEWED: usize = 2;
 /// Rates kept; past it they are all found anew.
 const MAX_KEPT: usize = 16_384;
-
-/// How often a component is used.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct Rate {
-    /// Expected uses in each request.
-    pub(super) uses: f64,
-    /// The same for each GB of it: a decision asks for a thousand of them, and dividing is a tenth of that.
-    pub(super) for_gb: f64,
-}
 
 /// By whom, when and how far ahead a rate is found.
 #[derive(Debug)]
@@ -36,30 +26,26 @@ pub(super) struct Outlook<'a> {
 
 impl Outlook<'_> {
     /// Expected uses in each request.
-    pub(super) fn uses(&mut self, content: &ContentId) -> f64 {
-        let uses = self.predictor.rate(self.now, content, self.horizon);
-        uses.filter(|uses| uses.is_finite()).unwrap_or(0.0)
+    pub(super) fn rate(&mut self, content: &ContentId) -> f64 {
+        let rate = self.predictor.rate(self.now, content, self.horizon);
+        rate.filter(|rate| rate.is_finite()).unwrap_or(0.0)
     }
 }
 
 /// What is kept of a component.
 #[derive(Debug, Clone, Copy, Default)]
 struct Kept {
-    rate: Rate,
+    rate: f64,
     /// The request before which it stands; zero where it was not found since the component was used last.
     fresh_until: u64,
 }
 
 impl Kept {
     #[cold]
-    fn renew(&mut self, outlook: &mut Outlook<'_>, content: &ContentId, bytes: Bytes) -> Rate {
-        let uses = outlook.uses(content);
+    fn renew(&mut self, outlook: &mut Outlook<'_>, content: &ContentId) -> f64 {
         let since = outlook.predictor.requests_since(content);
         *self = Self {
-            rate: Rate {
-                uses,
-                for_gb: uses * 1e9 / bytes.as_f64().max(1.0),
-            },
+            rate: outlook.rate(content),
             fresh_until: outlook.predictor.observed() + since / STANDS + 1,
         };
         self.rate
@@ -92,17 +78,12 @@ impl Rates {
     }
 
     /// The rate as it is now, and whether it is another than what was kept.
-    pub(super) fn now(
-        &mut self,
-        outlook: &mut Outlook<'_>,
-        content: &ContentId,
-        bytes: Bytes,
-    ) -> (Rate, bool) {
+    pub(super) fn now(&mut self, outlook: &mut Outlook<'_>, content: &ContentId) -> (f64, bool) {
         let kept = self.kept(content);
         if kept.fresh_until > outlook.predictor.observed() {
             return (kept.rate, false);
         }
-        (kept.renew(outlook, content, bytes), true)
+        (kept.renew(outlook, content), true)
     }
 
     /// The rate as it was not long ago.
@@ -112,10 +93,9 @@ impl Rates {
         walk: &mut Cursor,
         outlook: &mut Outlook<'_>,
         content: &ContentId,
-        bytes: Bytes,
-    ) -> Rate {
+    ) -> f64 {
         let Some(kept) = self.kept.walk(walk, content) else {
-            return self.now(outlook, content, bytes).0;
+            return self.now(outlook, content).0;
         };
         // One comparison, which comes out the same nearly always: which of them still stand no processor can foresee.
         let enough = if self.left == 0 {
@@ -127,7 +107,7 @@ impl Rates {
             return kept.rate;
         }
         self.left -= usize::from(kept.fresh_until > 0);
-        kept.renew(outlook, content, bytes)
+        kept.renew(outlook, content)
     }
 
     /// The request before which the kept rate stands.
@@ -150,6 +130,7 @@ mod tests {
     use crate::config::PredictConfig;
     use crate::ids::SessionId;
     use crate::predict::{Observed, Seen};
+    use crate::units::Bytes;
 
     fn content(n: u64) -> ContentId {
         let mut digest = [0; 32];
@@ -181,7 +162,6 @@ mod tests {
             now: Duration::from_secs(3_000),
             horizon: 64.0,
         };
-        let half_gb = Bytes(500_000_000);
         let all: Vec<u64> = (0..13).collect();
         for round in 0..40_u64 {
             // In order, with some gone, and turned around.
@@ -192,18 +172,17 @@ mod tests {
             let order: Vec<ContentId> = order.into_iter().map(content).collect();
             let mut walk = rates.grant(order.iter());
             for content in &order {
-                let rate = rates.lately(&mut walk, &mut outlook, content, half_gb);
+                let rate = rates.lately(&mut walk, &mut outlook, content);
                 let now = outlook.now;
                 let own = outlook.predictor.rate(now, content, outlook.horizon);
-                assert_eq!(Some(rate.uses), own, "{content:?}");
-                assert!((rate.for_gb - 2.0 * rate.uses).abs() <= 1e-9 * rate.for_gb);
-                assert_eq!(rates.now(&mut outlook, content, half_gb), (rate, false));
+                assert_eq!(Some(rate), own, "{content:?}");
+                assert_eq!(rates.now(&mut outlook, content), (rate, false));
             }
         }
         rates.forget(&content(3));
-        assert!(rates.now(&mut outlook, &content(3), half_gb).1);
+        assert!(rates.now(&mut outlook, &content(3)).1);
         for n in 0..2 * MAX_KEPT as u64 {
-            rates.now(&mut outlook, &content(n), half_gb);
+            rates.now(&mut outlook, &content(n));
         }
         assert!(rates.kept.len() <= MAX_KEPT);
     }

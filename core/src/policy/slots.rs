@@ -122,21 +122,21 @@ impl<T> Slots<T> {
         entry.is_some_and(|(there, _)| there == content)
     }
 
-    #[cold]
     /// Where one is that does not come next, and how far the walk has come then.
+    #[cold]
     fn aside(&mut self, at: Cursor, content: &ContentId) -> Option<(usize, Cursor)> {
-        let mut ahead = at.next + 1..at.next + SKIPPED;
+        let mut ahead = at.next + 1..=at.next + SKIPPED;
         if let Some(place) = ahead.find(|place| self.is_at(*place, content)) {
             let next = place + 1;
             return Some((place, Cursor { next, ..at }));
         }
-        let place = if self.is_at(at.aside, content) {
-            at.aside
-        } else {
-            let place = *self.places.get(content)?;
-            self.astray += 1;
-            place as usize
-        };
+        if self.is_at(at.aside, content) {
+            // The second in a row there: after a gap that is too wide to look over, the walk goes on behind it.
+            let (next, aside) = (at.aside + 1, at.next);
+            return Some((at.aside, Cursor { next, aside }));
+        }
+        let place = *self.places.get(content)? as usize;
+        self.astray += 1;
         let aside = place + 1;
         Some((place, Cursor { aside, ..at }))
     }
@@ -182,6 +182,13 @@ mod tests {
         };
         assert!(walk(&mut slots) > 90);
         assert_eq!(walk(&mut slots), 0);
+        // After a wide gap the walk goes on as before.
+        let rest = &order[50..];
+        let mut at = slots.rewind(rest.iter());
+        for content in rest {
+            assert!(slots.walk(&mut at, content).is_some());
+        }
+        assert_eq!((slots.astray, at.next), (1, 100));
         // A newcomer is one step aside, and so is what it took the place of.
         slots.remove(&content(50));
         slots.insert(content(50), 50);

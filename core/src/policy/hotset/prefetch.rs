@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{HotsetRetention, Leader};
 use crate::policy::rates::Outlook;
 use crate::policy::shadow::Asked;
-use crate::policy::{Candidate, Prefetch, Score, Victim};
+use crate::policy::{Candidate, Prefetch, Score, Victim, together};
 use crate::predict::Position;
 use crate::units::Bytes;
 
@@ -26,8 +26,7 @@ impl HotsetRetention {
         if needed.is_zero() {
             return Some(Vec::new());
         }
-        let evictable: Bytes = residents.iter().map(|c| c.bytes).sum();
-        if needed > evictable {
+        if !together(residents, needed) {
             return None;
         }
         let victims = self.choose_as(Leader::Predictor, now, residents, needed);
@@ -35,8 +34,8 @@ impl HotsetRetention {
         let mut lost_s = 0.0;
         for victim in &victims {
             if let Some(held) = residents.iter().find(|c| c.content == victim.content) {
-                let (rate, _) = rates.now(&mut outlook, &held.content, held.bytes);
-                lost_s += rate.uses * held.restore_s;
+                let (rate, _) = rates.now(&mut outlook, &held.content);
+                lost_s += rate * held.restore_s;
             }
         }
         (saved_s > MARGIN * lost_s).then_some(victims)
@@ -66,9 +65,8 @@ impl HotsetRetention {
             .iter()
             .filter(|ghost| !board.holds(&ghost.content))
             .map(|ghost| {
-                let (content, bytes) = (&ghost.content, ghost.bytes);
-                let rate = self.rates.lately(&mut walk, &mut outlook, content, bytes);
-                (Score(-rate.uses * ghost.restore_s), *ghost)
+                let rate = self.rates.lately(&mut walk, &mut outlook, &ghost.content);
+                (Score(-rate * ghost.restore_s), *ghost)
             })
             .filter(|(Score(saved), ghost)| -saved * horizon >= MIN_USES * ghost.restore_s)
             .collect();

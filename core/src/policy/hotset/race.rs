@@ -395,10 +395,9 @@ impl ByRate<'_> {
             let last = now - predictor.requests_since(&asked.content).min(now);
             return (last as f64 * UNKNOWN, now + 1);
         }
-        let (content, bytes) = (&asked.content, asked.bytes);
-        let (rate, _) = self.rates.now(&mut self.outlook, content, bytes);
-        let fresh_until = self.rates.fresh_until(content);
-        (rate.for_gb * asked.restore_s, fresh_until)
+        let (rate, _) = self.rates.now(&mut self.outlook, &asked.content);
+        let fresh_until = self.rates.fresh_until(&asked.content);
+        (rate * asked.seconds_per_gb(), fresh_until)
     }
 }
 

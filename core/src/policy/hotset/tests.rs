@@ -40,12 +40,12 @@ fn keeps_what_comes_again() {
     let rare = candidate(last, gb, at);
     let ranked = policy.rank(Duration::from_secs(at), &[regular.clone(), rare.clone()]);
     assert_eq!(order_of(&ranked), [last, 1]);
-    // For a millionth of the seconds it is not worth its bytes.
-    let cheap = Candidate {
-        restore_s: 1e-6,
+    // A million times the bytes for the same seconds are not worth it.
+    let large = Candidate {
+        bytes: Bytes(1_000_000 * gb),
         ..regular
     };
-    let ranked = policy.rank(Duration::from_secs(at), &[cheap, rare]);
+    let ranked = policy.rank(Duration::from_secs(at), &[large, rare]);
     assert_eq!(order_of(&ranked), [1, last]);
 }
 
