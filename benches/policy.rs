@@ -96,7 +96,7 @@ impl Stream {
             above: false,
         };
         let mut candidates: Vec<_> = latest.drain(first..).map(candidate).collect();
-        // In a lasting order, as tiers list them.
+        // In a lasting order.
         candidates.sort_by_key(|candidate| candidate.content);
         candidates
     }
@@ -140,17 +140,15 @@ fn evict(
                 took += start.elapsed();
                 for victim in victims {
                     policy.on_evict(now, &victim.content);
-                    let there = |candidate: &Candidate| candidate.content.cmp(&victim.content);
-                    if let Ok(place) = candidates.binary_search_by(there) {
-                        gone.push_back(candidates.remove(place));
-                    }
+                    let place = candidates.iter().position(|c| c.content == victim.content);
+                    gone.extend(place.map(|place| candidates.remove(place)));
                 }
                 if gone.len() > ABSENT
                     && let Some(mut back) = gone.pop_front()
                 {
                     (back.last_used, back.uses) = (now, 1);
-                    let place = candidates.partition_point(|c| c.content < back.content);
-                    candidates.insert(place, back);
+                    // As the ledger lists them: by admission.
+                    candidates.push(back);
                 }
             }
             took

@@ -371,19 +371,20 @@ fn a_set_that_runs_out_of_descriptors_leaves_nothing() {
                 .current
                 .unwrap()
         };
-        // The limit is on numbers: one more that is free can be had.
-        let open = std::fs::read_dir(format!("/proc/{}/fd", server.id())).unwrap();
-        let open: BTreeSet<u64> = open
-            .map(|entry| {
-                entry
-                    .unwrap()
-                    .file_name()
-                    .to_str()
-                    .unwrap()
-                    .parse()
-                    .unwrap()
-            })
-            .collect();
+        // The limit is on numbers: one more that is free can be had. What is open for a moment only, as a descriptor is that was just sent
+        // to the holder, is not in each of many looks.
+        let look = || -> BTreeSet<u64> {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", server.id())).unwrap();
+            let number = |entry: std::io::Result<std::fs::DirEntry>| {
+                entry.unwrap().file_name().to_str().unwrap().parse()
+            };
+            open.map(|entry| number(entry).unwrap()).collect()
+        };
+        let mut open = look();
+        for _ in 0..20 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            open = &open & &look();
+        }
         let one_free = (0..).find(|number| !open.contains(number)).unwrap() + 1;
         let before = limit(one_free);
         let refused = client.load(&set).await.unwrap_err();

@@ -237,7 +237,7 @@ impl HotsetRetention {
                         return lowest;
                     }
                 }
-                // Not before something has to go: what was asked for until now is in the shadow's books.
+                // Not before somebody asks what is to go: what was asked for until now is in the shadow's books.
                 let gdsf = self.gdsf.get_or_insert_with(|| self.race.gdsf());
                 let mut at = gdsf.rewind(candidates);
                 Lowest::new(candidates, |c| gdsf.priority(&mut at, c))
