@@ -51,7 +51,7 @@ impl Gdsf {
 
     /// A decision among these begins.
     pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.entries.rewind(candidates.iter().map(|c| &c.content))
+        self.entries.rewind(candidates)
     }
 
     /// What keeping it is worth, by what restoring it costs now.

@@ -244,7 +244,7 @@ impl HotsetRetention {
             }
             Leader::Predictor => {
                 let (rates, mut outlook) = self.outlook(now);
-                let mut at = rates.grant(candidates.iter().map(|c| &c.content));
+                let mut at = rates.grant(candidates);
                 Lowest::new(candidates, |c| {
                     let rate = rates.lately(&mut at, &mut outlook, &c.content);
                     Self::worth(rate, c)

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::Candidate;
 use super::slots::{Cursor, Slots};
 use crate::ids::ContentId;
 
@@ -32,11 +33,8 @@ impl<T> Memory<T> {
     }
 
     /// A walk over these begins.
-    pub(super) fn rewind<'a>(
-        &mut self,
-        order: impl ExactSizeIterator<Item = &'a ContentId>,
-    ) -> Cursor {
-        self.values.rewind(order)
+    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
+        self.values.rewind(candidates)
     }
 
     /// As [`Self::get`], sooner in the order of the walk before.

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::Candidate;
 use super::slots::{Cursor, Slots};
 use crate::ids::ContentId;
 use crate::predict::Predictor;
@@ -62,12 +63,9 @@ pub(super) struct Rates {
 
 impl Rates {
     /// A decision among these begins.
-    pub(super) fn grant<'a>(
-        &mut self,
-        order: impl ExactSizeIterator<Item = &'a ContentId>,
-    ) -> Cursor {
+    pub(super) fn grant(&mut self, candidates: &[Candidate]) -> Cursor {
         self.left = RENEWED;
-        self.kept.rewind(order)
+        self.kept.rewind(candidates)
     }
 
     /// The component was used.
@@ -129,6 +127,7 @@ mod tests {
     use crate::catalog::Kind;
     use crate::config::PredictConfig;
     use crate::ids::SessionId;
+    use crate::policy::test_utils::candidate;
     use crate::predict::{Observed, Seen};
     use crate::units::Bytes;
 
@@ -169,9 +168,13 @@ mod tests {
             if round % 4 == 3 {
                 order.reverse();
             }
-            let order: Vec<ContentId> = order.into_iter().map(content).collect();
-            let mut walk = rates.grant(order.iter());
-            for content in &order {
+            let listed = |n: &u64| Candidate {
+                content: content(*n),
+                ..candidate(0, 1, 0)
+            };
+            let order: Vec<Candidate> = order.iter().map(listed).collect();
+            let mut walk = rates.grant(&order);
+            for Candidate { content, .. } in &order {
                 let rate = rates.lately(&mut walk, &mut outlook, content);
                 let now = outlook.now;
                 let own = outlook.predictor.rate(now, content, outlook.horizon);

@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 
+use super::Candidate;
 use crate::ids::ContentId;
 
 /// One is looked for among so many that follow the last, before it is looked for by hashing: those between were evicted or are pinned.
 const SKIPPED: usize = 8;
-/// One in so many may have been found elsewhere before the values are put in order again.
+/// One in so many may stand elsewhere than next before the values are put in order again.
 const ASTRAY: usize = 8;
 
 /// How far a walk has come. Its owner has it at hand: kept with the values, each step would wait until the one before is written.
@@ -24,7 +25,7 @@ pub(super) struct Cursor {
 pub(super) struct Slots<T> {
     entries: Vec<(ContentId, T)>,
     places: HashMap<ContentId, u32, foldhash::fast::RandomState>,
-    /// How many were found by hashing in this walk.
+    /// How many did not come next in this walk.
     astray: usize,
 }
 
@@ -92,13 +93,10 @@ impl<T> Slots<T> {
         Some(value)
     }
 
-    /// A walk over these begins. Where the one before found too many by hashing, the values are put in this order first.
-    pub(super) fn rewind<'a>(
-        &mut self,
-        order: impl ExactSizeIterator<Item = &'a ContentId>,
-    ) -> Cursor {
-        if self.astray > order.len() / ASTRAY {
-            self.put_in_order(order);
+    /// A walk over these begins. Where too many did not come next in the one before, the values are put in this order first.
+    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
+        if self.astray > candidates.len() / ASTRAY {
+            self.put_in_order(candidates);
         }
         self.astray = 0;
         Cursor::default()
@@ -125,6 +123,7 @@ impl<T> Slots<T> {
     /// Where one is that does not come next, and how far the walk has come then.
     #[cold]
     fn aside(&mut self, at: Cursor, content: &ContentId) -> Option<(usize, Cursor)> {
+        self.astray += 1;
         let mut ahead = at.next + 1..=at.next + SKIPPED;
         if let Some(place) = ahead.find(|place| self.is_at(*place, content)) {
             let next = place + 1;
@@ -136,15 +135,14 @@ impl<T> Slots<T> {
             return Some((at.aside, Cursor { next, aside }));
         }
         let place = *self.places.get(content)? as usize;
-        self.astray += 1;
         let aside = place + 1;
         Some((place, Cursor { aside, ..at }))
     }
 
     /// These first.
-    fn put_in_order<'a>(&mut self, order: impl Iterator<Item = &'a ContentId>) {
+    fn put_in_order(&mut self, candidates: &[Candidate]) {
         let mut to = 0;
-        for content in order {
+        for Candidate { content, .. } in candidates {
             let Some(place) = self.places.get(content).map(|place| *place as usize) else {
                 continue;
             };
@@ -166,17 +164,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::test_utils::content;
+    use crate::policy::test_utils::{candidate, content};
 
     #[test]
     fn the_order_of_walks_is_learned() {
         let mut slots = Slots::default();
         (0..100).for_each(|n| assert_eq!(slots.insert(content(n), n), None));
-        let order: Vec<ContentId> = (0..100).rev().map(content).collect();
+        let order: Vec<Candidate> = (0..100).rev().map(|n| candidate(n, 1, 0)).collect();
         let walk = |slots: &mut Slots<u8>| {
-            let mut at = slots.rewind(order.iter());
-            for (content, n) in order.iter().zip((0..100).rev()) {
-                assert_eq!(slots.walk(&mut at, content).copied(), Some(n));
+            let mut at = slots.rewind(&order);
+            for (there, n) in order.iter().zip((0..100).rev()) {
+                assert_eq!(slots.walk(&mut at, &there.content).copied(), Some(n));
             }
             slots.astray
         };
@@ -184,11 +182,11 @@ mod tests {
         assert_eq!(walk(&mut slots), 0);
         // After a wide gap the walk goes on as before.
         let rest = &order[50..];
-        let mut at = slots.rewind(rest.iter());
-        for content in rest {
-            assert!(slots.walk(&mut at, content).is_some());
+        let mut at = slots.rewind(rest);
+        for there in rest {
+            assert!(slots.walk(&mut at, &there.content).is_some());
         }
-        assert_eq!((slots.astray, at.next), (1, 100));
+        assert_eq!((slots.astray, at.next), (2, 100));
         // A newcomer is one step aside, and so is what it took the place of.
         slots.remove(&content(50));
         slots.insert(content(50), 50);
@@ -208,10 +206,10 @@ mod tests {
                     2 => prop_assert_eq!(slots.remove(&content(n)), model.remove(&n)),
                     _ => {
                         let walked = || (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0);
-                        let order: Vec<ContentId> = walked().map(content).collect();
-                        let mut at = slots.rewind(order.iter());
-                        for (content, n) in order.iter().zip(walked()) {
-                            prop_assert_eq!(slots.walk(&mut at, content).copied(), model.get(&n).copied());
+                        let order: Vec<Candidate> = walked().map(|n| candidate(n, 1, 0)).collect();
+                        let mut at = slots.rewind(&order);
+                        for (there, n) in order.iter().zip(walked()) {
+                            prop_assert_eq!(slots.walk(&mut at, &there.content).copied(), model.get(&n).copied());
                         }
                     }
                 }

@@ -59,7 +59,7 @@ impl HotsetRetention {
             horizon,
         };
         // What went stands in no order: it is found by hashing, which may cost the next choice putting its residents in order.
-        let mut walk = self.rates.grant(residents.iter().map(|c| &c.content));
+        let mut walk = self.rates.grant(residents);
         // The most seconds saved first; the first that pays for its victims is it.
         let mut wanted: Vec<(Score, Asked)> = self
             .ghosts

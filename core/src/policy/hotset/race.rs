@@ -213,8 +213,7 @@ impl Race {
 
     /// A decision among these begins.
     pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.gdsf_scores
-            .rewind(candidates.iter().map(|c| &c.content))
+        self.gdsf_scores.rewind(candidates)
     }
 
     /// GDSF as its shadow stands, to go on with.
