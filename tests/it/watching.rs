@@ -109,7 +109,6 @@ async fn equal_components_are_found_and_share_one_residency() {
     drop((held, leases));
     rig.assert_empty().await;
     let named = content(&rig, "one");
-    rig.hotset.scan().await.unwrap();
     rig.hotset.drain().await;
 
     // Known at once after a restart, and no header is read.

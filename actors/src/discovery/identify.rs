@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hotset_core::catalog::Component;
 use hotset_core::catalog::content::{Pace, digest, twins};
+use hotset_core::catalog::{Catalogue, Component};
 use hotset_core::io::idle_io_priority;
 use hotset_core::units::MIB;
 use hotset_core::{Bytes, ComponentId, ContentId};
@@ -69,6 +69,7 @@ impl Discovery {
                 idle_io_priority();
                 let mut known = known;
                 let identified = compare(&house, &keep, &mut known);
+                save(&house, &keep, &identified);
                 // Lost where Discovery has died since: its successor compares again.
                 let _ = discovery.send_message(DiscoveryMessage::Identified(known, identified));
             });
@@ -130,21 +131,37 @@ fn compare(house: &House, keep: &Keep, known: &mut Known) -> Identified {
     identified
 }
 
-/// Publishes what was found, and tells the ledger, so that what is resident stays so under its better name.
-pub(super) fn publish(house: &House, identified: &Identified) {
-    let before = house.catalogue.load();
-    let components = || before.models().flat_map(|model| &model.components);
-    let found: HashMap<ComponentId, ContentId> = components()
+/// The better content id of each component of the catalogue for which there is one.
+fn found(catalogue: &Catalogue, identified: &Identified) -> HashMap<ComponentId, ContentId> {
+    let components = catalogue.models().flat_map(|model| &model.components);
+    components
         .filter_map(|component| {
             let named = identified.get(&component.content_id)?;
             Some((component.id.clone(), *named))
         })
-        .collect();
+        .collect()
+}
+
+/// Saves what was found before anybody sees it: whoever knows a component by its better name now must find it under that name in the
+/// first catalogue after a restart. Memory that a client offers then is proven by the digest, and no file is read.
+fn save(house: &House, keep: &Keep, identified: &Identified) {
+    let catalogue = house.catalogue.load();
+    let found = found(&catalogue, identified);
+    if !found.is_empty() {
+        keep.save(&catalogue.with_content_ids(&found));
+    }
+}
+
+/// Publishes what was found, and tells the ledger, so that what is resident stays so under its better name.
+pub(super) fn publish(house: &House, identified: &Identified) {
+    let before = house.catalogue.load();
+    let found = found(&before, identified);
     if found.is_empty() {
         return;
     }
     let after = before.with_content_ids(&found);
-    for component in components().filter(|component| found.contains_key(&component.id)) {
+    let components = before.models().flat_map(|model| &model.components);
+    for component in components.filter(|component| found.contains_key(&component.id)) {
         let renamed = after
             .get(&component.id.model)
             .and_then(|model| model.component(&component.id.component));
