@@ -59,6 +59,12 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// How many bytes, one at least.
+    fn size(&self) -> f64 {
+        // Signed: no processor of old turns an unsigned number into a float at once, and a decision asks for each candidate.
+        self.bytes.get().clamp(1, i64::MAX as u64) as i64 as f64
+    }
+
     /// The share of [`whole_s`](Self::whole_s) that restoring it takes: 1 where no other tier has it, else less.
     #[must_use]
     pub fn discount(&self) -> f64 {

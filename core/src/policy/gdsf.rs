@@ -7,9 +7,9 @@
 
 use std::time::Duration;
 
+use super::lowest::Scores;
 use super::memory::Memory;
 use super::shadow::Held;
-use super::slots::Cursor;
 use super::{Candidate, EvictionPolicy, Victim, by_score};
 use crate::ids::ContentId;
 use crate::units::Bytes;
@@ -49,32 +49,23 @@ impl Gdsf {
         }
     }
 
-    /// A decision among these begins.
-    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.entries.rewind(candidates)
-    }
-
-    /// What keeping it is worth, by what restoring it costs now.
-    #[inline]
-    pub(super) fn priority(&mut self, at: &mut Cursor, candidate: &Candidate) -> f64 {
-        self.uses_and_priority(at, candidate).1
-    }
-
-    #[inline]
-    fn uses_and_priority(&mut self, at: &mut Cursor, candidate: &Candidate) -> (f64, f64) {
-        let known = self.entries.walk(at, &candidate.content).copied();
-        let entry = known.unwrap_or_else(|| {
-            // Of what was used before these books began nothing is known but its uses; it ages from here on.
-            let entry = Entry {
-                clock: self.clock,
-                uses: candidate.uses as f64,
-            };
-            self.entries.put(candidate.content, entry);
-            entry
+    /// Scores all candidates by what restoring them costs now.
+    pub(super) fn score(&mut self, scores: &mut Scores<'_>) {
+        let clock = self.clock;
+        let mut unknown = Vec::new();
+        self.entries.score(scores, |candidate, known| {
+            let entry = known.copied().unwrap_or_else(|| {
+                // Of what was used before these books began nothing is known but its uses; it ages from here on.
+                let uses = candidate.uses as f64;
+                let entry = Entry { clock, uses };
+                unknown.push((candidate.content, entry));
+                entry
+            });
+            entry.clock + entry.uses * candidate.restore_s * 1e9 / candidate.size()
         });
-        let gb = candidate.bytes.as_f64().max(1.0) / 1e9;
-        let worth = entry.uses * candidate.restore_s / gb;
-        (entry.uses, entry.clock + worth)
+        for (content, entry) in unknown {
+            self.entries.put(content, entry);
+        }
     }
 
     /// These were chosen: the clock rises as they go.
@@ -105,9 +96,13 @@ impl EvictionPolicy for Gdsf {
     }
 
     fn rank(&mut self, _now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        let mut at = self.rewind(candidates);
+        let mut scores = Scores::of(candidates, f64::NEG_INFINITY);
+        self.score(&mut scores);
+        // One for each, in their order.
+        let mut scores = scores.iter();
         let ranked = by_score(candidates, |c| {
-            let (uses, priority) = self.uses_and_priority(&mut at, c);
+            let priority = scores.next().unwrap_or_default();
+            let uses = self.entries.get(&c.content).map_or(0.0, |entry| entry.uses);
             (
                 priority,
                 format!("least worth its bytes: {uses} uses, priority {priority:.3}"),

@@ -15,13 +15,14 @@ mod prefetch;
 mod race;
 
 use std::collections::VecDeque;
+use std::iter;
 use std::time::Duration;
 
 pub use self::race::Leader;
 use self::race::Race;
 use super::cheapest::{self, Item};
 use super::gdsf::Gdsf;
-use super::lowest::Lowest;
+use super::lowest::{Lowest, Scores};
 use super::memory::Memory;
 use super::rates::{Outlook, Rates};
 use super::shadow::Asked;
@@ -45,6 +46,27 @@ const MAX_GHOSTS: usize = 64;
 const APPETITE: u32 = 1_000;
 /// Candidates whose restore costs are noted at one choice.
 const NOTED: usize = 16;
+/// Costs heard of that wait for the next request; past it they are noted at once.
+const MAX_HEARD: usize = 1_024;
+
+/// What restoring a component takes. Not what it takes just now: the race is run as if no other tier had anything, since what others will have
+/// when a shadow would load is not known.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    content: ContentId,
+    bytes: Bytes,
+    whole_s: f64,
+}
+
+impl Cost {
+    const fn of(candidate: &Candidate) -> Self {
+        Self {
+            content: candidate.content,
+            bytes: candidate.bytes,
+            whole_s: candidate.whole_s,
+        }
+    }
+}
 
 /// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate. No processor of old turns an unsigned
 /// number into a float at once, and no time here is longer than a signed one holds.
@@ -62,8 +84,12 @@ pub struct HotsetRetention {
     restore_s: Memory<f64>,
     /// Seconds and GB of all restores heard of, for those not heard of yet.
     restored: (f64, f64),
+    /// Costs of the last choice, until the next request, which alone needs them: while something is chosen a load waits.
+    heard: Vec<Cost>,
 
     race: Race,
+    /// Up to which score the last choice had to put candidates in order, and whose scores: much the same will do for the next.
+    bar: Option<(Leader, f64)>,
     /// GDSF's books of the real tier, while it leads where a tier below changes what a restore costs: on a GPU, over RAM. By present costs it
     /// keeps other things than its shadow, which knows whole costs alone; in the order of the shadow's scores a GPU paid up to a fifth more.
     gdsf: Option<Gdsf>,
@@ -88,7 +114,9 @@ impl HotsetRetention {
             capacity: Bytes::ZERO,
             restore_s: Memory::default(),
             restored: (0.0, 0.0),
+            heard: Vec::new(),
             race: Race::default(),
+            bar: None,
             gdsf: None,
             prefetch: None,
             ghosts: VecDeque::new(),
@@ -144,15 +172,26 @@ impl HotsetRetention {
         }
     }
 
-    /// Hears what restoring costs. Not what it costs just now: the race is run as if no other tier had anything, since what others will have when
-    /// a shadow would load is not known.
-    fn note_costs(&mut self, candidates: &[Candidate]) {
-        for candidate in candidates {
-            let restore_s = candidate.whole_s;
-            if restore_s.is_finite() && self.restore_s.get(&candidate.content) != Some(&restore_s) {
-                self.restore_s.put(candidate.content, restore_s);
-                self.restored.0 += restore_s;
-                self.restored.1 += candidate.bytes.as_f64() / 1e9;
+    /// Hears what restoring costs.
+    fn hear(&mut self, candidates: &[Candidate]) {
+        if self.heard.len() > MAX_HEARD {
+            self.note_costs();
+        }
+        self.heard.extend(candidates.iter().map(Cost::of));
+    }
+
+    /// Notes what restoring costs.
+    fn note_costs(&mut self) {
+        for Cost {
+            content,
+            bytes,
+            whole_s,
+        } in self.heard.drain(..)
+        {
+            if whole_s.is_finite() && self.restore_s.get(&content) != Some(&whole_s) {
+                self.restore_s.put(content, whole_s);
+                self.restored.0 += whole_s;
+                self.restored.1 += bytes.as_f64() / 1e9;
             }
         }
     }
@@ -186,7 +225,7 @@ impl HotsetRetention {
 
     fn worth(rate: f64, candidate: &Candidate) -> f64 {
         let seconds = Self::share(candidate) * rate * candidate.restore_s;
-        seconds * 1e9 / candidate.bytes.as_f64().max(1.0)
+        seconds * 1e9 / candidate.size()
     }
 
     /// The rates, and what they are found by.
@@ -219,38 +258,39 @@ impl HotsetRetention {
         now: Duration,
         candidates: &'a [Candidate],
     ) -> Lowest<'a> {
+        let bar = match self.bar {
+            Some((of, bar)) if of == leader => bar,
+            _ => f64::NEG_INFINITY,
+        };
+        let mut scores = Scores::of(candidates, bar);
         match leader {
             Leader::Lru => {
                 let now_s = seconds(now);
-                Lowest::new(candidates, |c| Self::lru_score(now_s, c))
+                scores.extend(iter::repeat(()), |c, ()| Some(Self::lru_score(now_s, c)));
             }
             Leader::Gdsf => {
                 if self.gdsf.is_none() {
-                    let mut at = self.race.rewind(candidates);
                     let mut discounted = false;
                     // In RAM the clock counts for less with the rest, so that once it has risen what a GPU has goes first.
-                    let lowest = Lowest::new(candidates, |c| {
-                        discounted |= c.restore_s < c.whole_s;
-                        self.race.gdsf_score(&mut at, &c.content) * Self::share(c)
+                    self.race.score_as_gdsf(&mut scores, |candidate| {
+                        discounted |= candidate.restore_s < candidate.whole_s;
+                        Self::share(candidate)
                     });
                     if !discounted {
-                        return lowest;
+                        return scores.lowest();
                     }
+                    scores = Scores::of(candidates, bar);
                 }
                 // Not before somebody asks what is to go: what was asked for until now is in the shadow's books.
                 let gdsf = self.gdsf.get_or_insert_with(|| self.race.gdsf());
-                let mut at = gdsf.rewind(candidates);
-                Lowest::new(candidates, |c| gdsf.priority(&mut at, c))
+                gdsf.score(&mut scores);
             }
             Leader::Predictor => {
                 let (rates, mut outlook) = self.outlook(now);
-                let mut at = rates.grant(candidates);
-                Lowest::new(candidates, |c| {
-                    let rate = rates.lately(&mut at, &mut outlook, &c.content);
-                    Self::worth(rate, c)
-                })
+                rates.score(&mut outlook, &mut scores, Self::worth);
             }
         }
+        scores.lowest()
     }
 
     /// As the default, but with a bound on how many rates are found anew: what has changed little is looked at again only
@@ -290,6 +330,7 @@ impl HotsetRetention {
                 }
             }
         }
+        self.bar = Some((leader, all.bar()));
         if let (Leader::Predictor, Some(greedy)) = (leader, enough) {
             // Guesses that nobody used stand first and go whatever they seem to be worth.
             let items: Vec<Item> = lowest
@@ -346,6 +387,7 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn observe(&mut self, now: Duration, request: &Observed<'_>) {
+        self.note_costs();
         self.predictor.observe(now, request);
         for seen in request.components {
             self.rates.forget(&seen.content);
@@ -381,6 +423,7 @@ impl EvictionPolicy for HotsetRetention {
         if self.ghosts.len() == MAX_GHOSTS {
             self.ghosts.pop_front();
         }
+        self.note_costs();
         let ghost = self.asked(*content, bytes);
         self.ghosts.push_back(ghost);
     }
@@ -404,7 +447,7 @@ impl EvictionPolicy for HotsetRetention {
         if !self.predictor.is_trained() || !self.race.believes_predictor() {
             return None;
         }
-        self.note_costs(residents);
+        self.hear(residents);
         let (rates, mut outlook) = self.outlook(now);
         let uses = if guess.certain {
             1.0 / outlook.horizon
@@ -465,19 +508,21 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        self.note_costs(candidates);
+        self.hear(candidates);
         let leader = self.leader();
         let mut all = match leader {
             Leader::Lru | Leader::Gdsf => self.lowest(leader, now, candidates),
             Leader::Predictor => {
                 let (rates, mut outlook) = self.outlook(now);
-                Lowest::new(candidates, |c| {
-                    let (rate, _) = rates.now(&mut outlook, &c.content);
-                    Self::worth(rate, c)
-                })
+                let mut scores = Scores::of(candidates, f64::NEG_INFINITY);
+                scores.extend(iter::repeat(()), |candidate, ()| {
+                    let (rate, _) = rates.now(&mut outlook, &candidate.content);
+                    Some(Self::worth(rate, candidate))
+                });
+                scores.lowest()
             }
         };
-        std::iter::from_fn(|| all.pop())
+        iter::from_fn(|| all.pop())
             .map(|(place, score)| {
                 let candidate = &candidates[place as usize];
                 self.victim(leader, now, candidate, score)
@@ -489,7 +534,7 @@ impl EvictionPolicy for HotsetRetention {
         // Some at a time: costs change seldom, and each has its turn.
         let start = self.predictor.observed() as usize * NOTED % candidates.len().max(1);
         let end = (start + NOTED).min(candidates.len());
-        self.note_costs(&candidates[start..end]);
+        self.hear(&candidates[start..end]);
         let leader = self.leader();
         let victims = self.choose_as(leader, now, candidates, needed);
         if let Some(gdsf) = &mut self.gdsf {

@@ -9,6 +9,8 @@ use super::{Candidate, Score};
 /// So many of the scores, evenly spread, are looked at to tell which are low. What is not above the second lowest of them is put in order:
 /// about a thirtieth of all.
 const SAMPLE: usize = 64;
+/// With more than so many up to it a bar of the last time is too high by now.
+const MAX_NEAR: usize = 128;
 /// So many scores are compared with the bar at once.
 const AT_ONCE: usize = 8;
 
@@ -37,6 +39,107 @@ fn sound(score: f64) -> f64 {
     if score.is_finite() { score } else { 0.0 }
 }
 
+/// The scores of candidates, one after the other.
+#[derive(Debug)]
+pub(super) struct Scores<'a> {
+    candidates: &'a [Candidate],
+    scores: Vec<f64>,
+    /// How many are there.
+    done: usize,
+    bar: f64,
+    /// The places of those up to the bar, of those prefetched, and of those that are no number.
+    odd: Vec<u32>,
+}
+
+impl<'a> Scores<'a> {
+    /// None yet. A few should be up to this bar: best is that of the last time, see [`Lowest::bar`].
+    pub(super) fn of(candidates: &'a [Candidate], bar: f64) -> Self {
+        Self {
+            candidates,
+            scores: vec![0.0; candidates.len()],
+            done: 0,
+            bar,
+            odd: Vec::new(),
+        }
+    }
+
+    /// All candidates.
+    pub(super) const fn candidates(&self) -> &'a [Candidate] {
+        self.candidates
+    }
+
+    /// Those without a score yet.
+    pub(super) fn rest(&self) -> &'a [Candidate] {
+        &self.candidates[self.done..]
+    }
+
+    /// Scores those that follow, each by one of these values, until there is no score; gives how many. A score that is no number counts as zero.
+    /// All in one pass: a thousand candidates are more than a processor has at hand. And without a branch that would be hard to foresee, or
+    /// anything kept in memory from one to the next: both would be most of a decision.
+    #[inline(always)]
+    pub(super) fn extend<V>(
+        &mut self,
+        values: impl IntoIterator<Item = V>,
+        mut score: impl FnMut(&Candidate, V) -> Option<f64>,
+    ) -> usize {
+        let (from, bar) = (self.done, self.bar);
+        let ahead = self.candidates[from..].iter().zip(&mut self.scores[from..]);
+        let mut place = from;
+        for ((candidate, kept), value) in ahead.zip(values) {
+            let Some(score) = score(candidate, value) else {
+                break;
+            };
+            *kept = score;
+            if !((score > bar) & (score < f64::INFINITY) & !candidate.prefetched) {
+                Self::is_odd(&mut self.odd, place);
+            }
+            place += 1;
+        }
+        self.done = place;
+        place - from
+    }
+
+    #[cold]
+    fn is_odd(odd: &mut Vec<u32>, place: usize) {
+        odd.push(place as u32);
+    }
+
+    /// Each in turn.
+    pub(super) fn iter(&self) -> impl Iterator<Item = f64> {
+        self.scores.iter().copied()
+    }
+
+    /// All candidates by them.
+    pub(super) fn lowest(mut self) -> Lowest<'a> {
+        let mut places = Vec::with_capacity(self.odd.len());
+        let mut near = BinaryHeap::with_capacity(self.candidates.len() / SAMPLE * 4);
+        for place in self.odd {
+            let candidate = &self.candidates[place as usize];
+            let score = &mut self.scores[place as usize];
+            *score = sound(*score);
+            if candidate.prefetched {
+                near.push(Reverse(Key::of(candidate, *score, place)));
+                *score = f64::NAN;
+            } else if *score <= self.bar {
+                places.push(place);
+            }
+        }
+        let mut lowest = Lowest {
+            candidates: self.candidates,
+            far: self.scores.len() - near.len(),
+            scores: self.scores,
+            near,
+            bar: self.bar,
+        };
+        if places.len() > MAX_NEAR {
+            lowest.bar = f64::NEG_INFINITY;
+        } else {
+            lowest.draw_near(places);
+        }
+        lowest
+    }
+}
+
 /// Candidates that are taken from the lowest up.
 #[derive(Debug)]
 pub(super) struct Lowest<'a> {
@@ -50,30 +153,10 @@ pub(super) struct Lowest<'a> {
     far: usize,
 }
 
-impl<'a> Lowest<'a> {
-    /// Scores each once, in their order; zero where a score is no number. All in one pass: a thousand candidates are more than a processor
-    /// has at hand, and reading them is most of a decision.
-    #[inline(always)]
-    pub(super) fn new(
-        candidates: &'a [Candidate],
-        mut score: impl FnMut(&Candidate) -> f64,
-    ) -> Self {
-        let mut near = BinaryHeap::with_capacity(candidates.len() / SAMPLE * 4);
-        let mut scores = vec![0.0; candidates.len()];
-        for ((place, candidate), kept) in (0..).zip(candidates).zip(&mut scores) {
-            *kept = sound(score(candidate));
-            if candidate.prefetched {
-                near.push(Reverse(Key::of(candidate, *kept, place)));
-                *kept = f64::NAN;
-            }
-        }
-        Self {
-            candidates,
-            far: scores.len() - near.len(),
-            scores,
-            near,
-            bar: f64::NEG_INFINITY,
-        }
+impl Lowest<'_> {
+    /// Up to which score candidates have been put in order.
+    pub(super) const fn bar(&self) -> f64 {
+        self.bar
     }
 
     /// Puts one back with another score.
@@ -123,6 +206,10 @@ impl<'a> Lowest<'a> {
                 places.extend(raised.map(|(place, _): (u32, &f64)| place));
             }
         }
+        self.draw_near(places);
+    }
+
+    fn draw_near(&mut self, places: Vec<u32>) {
         self.far -= places.len();
         let key = |place: u32| {
             let at = place as usize;
@@ -144,6 +231,7 @@ mod tests {
         fn they_come_in_order_also_where_some_are_put_back(
             scores in prop::collection::vec((0_usize..500, 0_u64..3, 0_u8..20), 0..200),
             raised in prop::collection::vec(0_u32..200, 0..200),
+            bar in prop_oneof![Just(f64::NEG_INFINITY), -250.0..250.0],
         ) {
             let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0];
             let given: Vec<f64> = scores
@@ -157,8 +245,9 @@ mod tests {
                     ..candidate(0, 1, *last_used)
                 })
                 .collect();
-            let mut next = given.iter();
-            let mut lowest = Lowest::new(&candidates, |_| *next.next().unwrap());
+            let mut all = Scores::of(&candidates, bar);
+            all.extend(&given, |_, score| Some(*score));
+            let mut lowest = all.lowest();
             let given = given.iter().copied().map(sound);
             let key = |place: u32, score: f64| Key::of(&candidates[place as usize], score, place);
             let mut model: BinaryHeap<_> =

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::Candidate;
-use super::slots::{Cursor, Slots};
+use super::lowest::Scores;
+use super::slots::Slots;
 use crate::ids::ContentId;
 
 /// Components remembered; past it, what was put longest ago is forgotten.
@@ -32,15 +33,16 @@ impl<T> Memory<T> {
         self.values.get(content).map(|(_, value)| value)
     }
 
-    /// A walk over these begins.
-    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.values.rewind(candidates)
-    }
-
-    /// As [`Self::get`], sooner in the order of the walk before.
-    #[inline]
-    pub(super) fn walk(&mut self, at: &mut Cursor, content: &ContentId) -> Option<&T> {
-        self.values.walk(at, content).map(|(_, value)| &*value)
+    /// As [`Slots::score`].
+    #[inline(always)]
+    pub(super) fn score(
+        &mut self,
+        scores: &mut Scores<'_>,
+        mut score: impl FnMut(&Candidate, Option<&T>) -> f64,
+    ) {
+        self.values.score(scores, |candidate, known| {
+            score(candidate, known.map(|(_, value)| &*value))
+        });
     }
 
     pub(super) fn put(&mut self, content: ContentId, value: T) {

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use super::Candidate;
-use super::slots::{Cursor, Slots};
+use super::lowest::Scores;
+use super::slots::Slots;
 use crate::ids::ContentId;
 use crate::predict::Predictor;
 
@@ -57,15 +58,41 @@ impl Kept {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Rates {
     kept: Slots<Kept>,
-    /// How many more may be found anew in this decision.
-    left: usize,
 }
 
 impl Rates {
-    /// A decision among these begins.
-    pub(super) fn grant(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.left = RENEWED;
-        self.kept.rewind(candidates)
+    /// Scores all candidates by their rates as they were not long ago.
+    pub(super) fn score(
+        &mut self,
+        outlook: &mut Outlook<'_>,
+        scores: &mut Scores<'_>,
+        score: impl Fn(f64, &Candidate) -> f64,
+    ) {
+        let observed = outlook.predictor.observed();
+        let mut left = RENEWED;
+        // One comparison for each, which comes out the same nearly always: which of them still stand no processor can foresee.
+        let mut enough = observed;
+        let mut unknown = Vec::new();
+        self.kept.score(scores, |candidate, kept| {
+            let rate = match kept {
+                Some(kept) if kept.fresh_until > enough => kept.rate,
+                Some(kept) => {
+                    left -= usize::from(kept.fresh_until > 0);
+                    enough = if left == 0 { 0 } else { observed };
+                    kept.renew(outlook, &candidate.content)
+                }
+                None => {
+                    let mut kept = Kept::default();
+                    kept.renew(outlook, &candidate.content);
+                    unknown.push((candidate.content, kept));
+                    kept.rate
+                }
+            };
+            score(rate, candidate)
+        });
+        for (content, kept) in unknown {
+            *self.kept(&content) = kept;
+        }
     }
 
     /// The component was used.
@@ -82,30 +109,6 @@ impl Rates {
             return (kept.rate, false);
         }
         (kept.renew(outlook, content), true)
-    }
-
-    /// The rate as it was not long ago.
-    #[inline(always)]
-    pub(super) fn lately(
-        &mut self,
-        walk: &mut Cursor,
-        outlook: &mut Outlook<'_>,
-        content: &ContentId,
-    ) -> f64 {
-        let Some(kept) = self.kept.walk(walk, content) else {
-            return self.now(outlook, content).0;
-        };
-        // One comparison, which comes out the same nearly always: which of them still stand no processor can foresee.
-        let enough = if self.left == 0 {
-            0
-        } else {
-            outlook.predictor.observed()
-        };
-        if kept.fresh_until > enough {
-            return kept.rate;
-        }
-        self.left -= usize::from(kept.fresh_until > 0);
-        kept.renew(outlook, content)
     }
 
     /// The request before which the kept rate stands.
@@ -173,9 +176,9 @@ mod tests {
                 ..candidate(0, 1, 0)
             };
             let order: Vec<Candidate> = order.iter().map(listed).collect();
-            let mut walk = rates.grant(&order);
-            for Candidate { content, .. } in &order {
-                let rate = rates.lately(&mut walk, &mut outlook, content);
+            let mut scores = Scores::of(&order, 0.0);
+            rates.score(&mut outlook, &mut scores, |rate, _| rate);
+            for (Candidate { content, .. }, rate) in order.iter().zip(scores.iter()) {
                 let now = outlook.now;
                 let own = outlook.predictor.rate(now, content, outlook.horizon);
                 assert_eq!(Some(rate), own, "{content:?}");

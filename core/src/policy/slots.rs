@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use super::Candidate;
+use super::lowest::Scores;
 use crate::ids::ContentId;
 
 /// One is looked for among so many that follow the last, before it is looked for by hashing: those between were evicted or are pinned.
@@ -11,9 +12,9 @@ const SKIPPED: usize = 8;
 /// One in so many may stand elsewhere than next before the values are put in order again.
 const ASTRAY: usize = 8;
 
-/// How far a walk has come. Its owner has it at hand: kept with the values, each step would wait until the one before is written.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Cursor {
+/// How far a walk has come.
+#[derive(Debug, Default)]
+struct Cursor {
     /// After the last that was in order.
     next: usize,
     /// After the last that was astray.
@@ -93,50 +94,79 @@ impl<T> Slots<T> {
         Some(value)
     }
 
-    /// A walk over these begins. Where too many did not come next in the one before, the values are put in this order first.
-    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
+    /// Scores each candidate by its value, where there is one; the sooner the more the order is that of walks before. Where too many did
+    /// not come next in the one before, the values are put in this order first.
+    #[inline(always)]
+    pub(super) fn score(
+        &mut self,
+        scores: &mut Scores<'_>,
+        mut score: impl FnMut(&Candidate, Option<&mut T>) -> f64,
+    ) {
+        let candidates = scores.candidates();
         if self.astray > candidates.len() / ASTRAY {
             self.put_in_order(candidates);
         }
         self.astray = 0;
-        Cursor::default()
-    }
-
-    /// As [`Self::get_mut`], the sooner the more the order is that of walks before.
-    #[inline]
-    pub(super) fn walk(&mut self, at: &mut Cursor, content: &ContentId) -> Option<&mut T> {
-        let mut place = at.next;
-        if self.is_at(place, content) {
-            at.next += 1;
-        } else {
-            (place, *at) = self.aside(*at, content)?;
+        let mut at = Cursor::default();
+        loop {
+            let entries = self.entries.get_mut(at.next..).unwrap_or_default();
+            at.next += scores.extend(entries, |candidate, (content, value)| {
+                (candidate.content == *content).then(|| score(candidate, Some(value)))
+            });
+            let [candidate, following @ ..] = scores.rest() else {
+                return;
+            };
+            let place = self.aside(&mut at, &candidate.content, following.first());
+            let entry = place.and_then(|place| self.entries.get_mut(place));
+            let score = score(candidate, entry.map(|(_, value)| value));
+            scores.extend([()], |_, ()| Some(score));
         }
-        self.entries.get_mut(place).map(|(_, value)| value)
     }
 
-    #[inline]
     fn is_at(&self, place: usize, content: &ContentId) -> bool {
         let entry = self.entries.get(place);
         entry.is_some_and(|(there, _)| there == content)
     }
 
-    /// Where one is that does not come next, and how far the walk has come then.
+    /// Where one is that does not come next; `following` comes after it.
     #[cold]
-    fn aside(&mut self, at: Cursor, content: &ContentId) -> Option<(usize, Cursor)> {
+    fn aside(
+        &mut self,
+        at: &mut Cursor,
+        content: &ContentId,
+        following: Option<&Candidate>,
+    ) -> Option<usize> {
         self.astray += 1;
         let mut ahead = at.next + 1..=at.next + SKIPPED;
         if let Some(place) = ahead.find(|place| self.is_at(*place, content)) {
-            let next = place + 1;
-            return Some((place, Cursor { next, ..at }));
+            at.next = place + 1;
+            return Some(place);
         }
         if self.is_at(at.aside, content) {
             // The second in a row there: after a gap that is too wide to look over, the walk goes on behind it.
-            let (next, aside) = (at.aside + 1, at.next);
-            return Some((at.aside, Cursor { next, aside }));
+            let place = at.aside;
+            (at.next, at.aside) = (place + 1, at.next);
+            return Some(place);
         }
         let place = *self.places.get(content)? as usize;
-        let aside = place + 1;
-        Some((place, Cursor { aside, ..at }))
+        at.aside = place + 1;
+        let next = at.next;
+        let is_next = |following: &Candidate| self.is_at(next, &following.content);
+        if next < self.entries.len() && !following.is_some_and(is_next) {
+            // What stands here seems to be gone. So it is where newcomers come last: each takes such a place, and is in order from now on.
+            self.astray -= 1;
+            self.swap(next, place);
+            at.next += 1;
+            return Some(next);
+        }
+        Some(place)
+    }
+
+    fn swap(&mut self, to: usize, from: usize) {
+        self.entries.swap(to, from);
+        for place in [to, from] {
+            self.places.insert(self.entries[place].0, place as u32);
+        }
     }
 
     /// These first.
@@ -148,9 +178,7 @@ impl<T> Slots<T> {
             };
             // Else it was named twice.
             if place >= to {
-                self.entries.swap(to, place);
-                self.places.insert(self.entries[place].0, place as u32);
-                self.places.insert(*content, to as u32);
+                self.swap(to, place);
                 to += 1;
             }
         }
@@ -166,31 +194,65 @@ mod tests {
     use super::*;
     use crate::policy::test_utils::{candidate, content};
 
+    fn walked<T: Copy>(slots: &mut Slots<T>, order: &[Candidate]) -> Vec<Option<T>> {
+        let mut found = Vec::new();
+        slots.score(&mut Scores::of(order, 0.0), |_, value| {
+            found.push(value.copied());
+            0.0
+        });
+        found
+    }
+
     #[test]
     fn the_order_of_walks_is_learned() {
         let mut slots = Slots::default();
         (0..100).for_each(|n| assert_eq!(slots.insert(content(n), n), None));
         let order: Vec<Candidate> = (0..100).rev().map(|n| candidate(n, 1, 0)).collect();
         let walk = |slots: &mut Slots<u8>| {
-            let mut at = slots.rewind(&order);
-            for (there, n) in order.iter().zip((0..100).rev()) {
-                assert_eq!(slots.walk(&mut at, &there.content).copied(), Some(n));
-            }
+            let walked = walked(slots, &order);
+            assert!(walked.into_iter().eq((0..100).rev().map(Some)));
             slots.astray
         };
-        assert!(walk(&mut slots) > 90);
-        assert_eq!(walk(&mut slots), 0);
+        let few = 100 / ASTRAY;
+        walk(&mut slots);
+        assert!(walk(&mut slots) <= few);
         // After a wide gap the walk goes on as before.
-        let rest = &order[50..];
-        let mut at = slots.rewind(rest);
-        for there in rest {
-            assert!(slots.walk(&mut at, &there.content).is_some());
+        let before = slots.astray;
+        assert!(walked(&mut slots, &order[50..]).iter().all(Option::is_some));
+        assert!(slots.astray <= before + 1);
+        walk(&mut slots);
+        assert!(walk(&mut slots) <= few);
+        // What was not seen before, and what comes next but one: each is one step aside.
+        for n in [50, 51, 7] {
+            slots.remove(&content(n));
+            slots.insert(content(n), n);
         }
-        assert_eq!((slots.astray, at.next), (2, 100));
-        // A newcomer is one step aside, and so is what it took the place of.
-        slots.remove(&content(50));
-        slots.insert(content(50), 50);
-        assert!(walk(&mut slots) <= 3);
+        assert!(walk(&mut slots) <= few + 6);
+    }
+
+    #[test]
+    fn newcomers_that_come_last_take_the_places_of_what_is_gone() {
+        let mut slots = Slots::default();
+        (0..200).for_each(|n| assert_eq!(slots.insert(content(n), n), None));
+        let mut order: Vec<Candidate> = (0..100).map(|n| candidate(n, 1, 0)).collect();
+        walked(&mut slots, &order);
+        assert_eq!(slots.astray, 0);
+        for round in 0..12 {
+            order.remove(round * 5);
+            order.push(candidate(150 + round as u8, 1, 0));
+            let expected: Vec<_> = order
+                .iter()
+                .map(|there| slots.get(&there.content).copied())
+                .collect();
+            assert_eq!(walked(&mut slots, &order), expected);
+            // The gaps alone, until there are too many of them.
+            assert_eq!(slots.astray, round + 1);
+        }
+        order.remove(80);
+        for gaps in [13, 0] {
+            walked(&mut slots, &order);
+            assert_eq!(slots.astray, gaps);
+        }
     }
 
     proptest! {
@@ -205,12 +267,10 @@ mod tests {
                     0 | 1 => prop_assert_eq!(slots.insert(content(n), number), model.insert(n, number)),
                     2 => prop_assert_eq!(slots.remove(&content(n)), model.remove(&n)),
                     _ => {
-                        let walked = || (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0);
-                        let order: Vec<Candidate> = walked().map(|n| candidate(n, 1, 0)).collect();
-                        let mut at = slots.rewind(&order);
-                        for (there, n) in order.iter().zip(walked()) {
-                            prop_assert_eq!(slots.walk(&mut at, &there.content).copied(), model.get(&n).copied());
-                        }
+                        let walked_over = || (0..40).filter(|n| skip == 0 || n % (skip + 1) != 0);
+                        let order: Vec<Candidate> = walked_over().map(|n| candidate(n, 1, 0)).collect();
+                        let expected = walked_over().map(|n| model.get(&n).copied());
+                        prop_assert!(walked(&mut slots, &order).into_iter().eq(expected));
                     }
                 }
                 prop_assert_eq!(slots.get(&content(n)), model.get(&n));

@@ -58,15 +58,13 @@ impl HotsetRetention {
             now,
             horizon,
         };
-        // What went stands in no order: it is found by hashing, which may cost the next choice putting its residents in order.
-        let mut walk = self.rates.grant(residents);
         // The most seconds saved first; the first that pays for its victims is it.
         let mut wanted: Vec<(Score, Asked)> = self
             .ghosts
             .iter()
             .filter(|ghost| !board.holds(&ghost.content))
             .map(|ghost| {
-                let rate = self.rates.lately(&mut walk, &mut outlook, &ghost.content);
+                let (rate, _) = self.rates.now(&mut outlook, &ghost.content);
                 (Score(-rate * ghost.restore_s), *ghost)
             })
             .filter(|(Score(saved), ghost)| -saved * horizon >= MIN_USES * ghost.restore_s)

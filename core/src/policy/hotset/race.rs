@@ -8,13 +8,12 @@
 
 use std::time::Duration;
 
-use crate::ids::ContentId;
 use crate::policy::Candidate;
 use crate::policy::gdsf::Gdsf;
+use crate::policy::lowest::Scores;
 use crate::policy::memory::Memory;
 use crate::policy::rates::{Outlook, Rates};
 use crate::policy::shadow::{Asked, Held, Scoring, Shadow};
-use crate::policy::slots::Cursor;
 use crate::predict::Predictor;
 use crate::units::Bytes;
 
@@ -201,19 +200,21 @@ impl Race {
         !self.standing.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
     }
 
-    /// What GDSF's shadow gives a component. What it would not have kept goes first.
-    #[inline]
-    pub(super) fn gdsf_score(&mut self, at: &mut Cursor, content: &ContentId) -> f64 {
-        // Among very many components the score of one that is held may have been forgotten.
-        match self.gdsf_scores.walk(at, content) {
-            Some(score) => *score,
-            None => self.whole.gdsf.get(content).map_or(0.0, |held| held.score),
-        }
-    }
-
-    /// A decision among these begins.
-    pub(super) fn rewind(&mut self, candidates: &[Candidate]) -> Cursor {
-        self.gdsf_scores.rewind(candidates)
+    /// Scores all candidates by what GDSF's shadow gives each, and by this share of it; what it would not have kept goes first.
+    pub(super) fn score_as_gdsf(
+        &mut self,
+        scores: &mut Scores<'_>,
+        mut share: impl FnMut(&Candidate) -> f64,
+    ) {
+        let shadow = &self.whole.gdsf;
+        self.gdsf_scores.score(scores, |candidate, known| {
+            let score = known.copied().unwrap_or_else(|| {
+                // Among very many components the score of one that is held may have been forgotten.
+                let held = shadow.get(&candidate.content);
+                held.map_or(0.0, |held| held.score)
+            });
+            score * share(candidate)
+        });
     }
 
     /// GDSF as its shadow stands, to go on with.

@@ -2,7 +2,6 @@ use super::*;
 use crate::catalog::Kind;
 use crate::ids::SessionId;
 use crate::policy::select;
-use crate::policy::slots::Cursor;
 use crate::policy::test_utils::{candidate, check_policy, content, order_of};
 use crate::predict::Seen;
 use crate::units::Bytes;
@@ -297,7 +296,10 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     policy.on_evict(now, &content(1));
     ask(&mut policy, 3);
     let gdsf = policy.gdsf.as_mut().unwrap();
-    let mut priority = |held: &Candidate| gdsf.priority(&mut Cursor::default(), held);
-    assert!((priority(&candidate(3, gb, 0)) - 1.3).abs() < 1e-9);
-    assert!((priority(&all[1]) - 1.0).abs() < 1e-9);
+    let held = [candidate(3, gb, 0), all[1].clone()];
+    let mut scores = Scores::of(&held, 0.0);
+    gdsf.score(&mut scores);
+    let priorities: Vec<f64> = scores.iter().collect();
+    assert!((priorities[0] - 1.3).abs() < 1e-9);
+    assert!((priorities[1] - 1.0).abs() < 1e-9);
 }

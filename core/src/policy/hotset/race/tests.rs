@@ -1,6 +1,7 @@
 use super::*;
 use crate::catalog::Kind;
 use crate::config::PredictConfig;
+use crate::ids::ContentId;
 use crate::ids::SessionId;
 use crate::predict::{Observed, Seen};
 
