@@ -16,6 +16,8 @@ use hotset::core::{ContentId, SessionId};
 
 const RESIDENT: u64 = 1_000;
 const WARM_UP: u64 = 40_000;
+/// Requests after which it begins anew where one leader is looked at.
+const AGAIN: u64 = 2_000;
 /// Components that are not resident at a time, of those listed at first.
 const ABSENT: usize = 20;
 
@@ -112,60 +114,71 @@ fn elsewhere(candidates: &[Candidate], above: bool) -> Vec<Candidate> {
     candidates
 }
 
-/// Gives the number of the last request.
-fn evict(
-    criterion: &mut Criterion,
-    what: &str,
-    stream: Stream,
-    policy: &mut dyn EvictionPolicy,
-    candidates: &[Candidate],
-) -> u64 {
-    let mut number = WARM_UP;
-    let mut candidates = candidates.to_vec();
-    // What went comes again once so many others have gone.
-    let mut gone = VecDeque::new();
-    let label = format!("evict one of {}{what}/{}", candidates.len(), policy.name());
-    criterion.bench_function(&label, |bench| {
-        bench.iter_custom(|times| {
-            let mut took = Duration::ZERO;
-            for _ in 0..times {
-                // As in service, requests come between evictions; they are not part of the decision.
-                number += 1;
-                stream.request(policy, number);
-                let now = Duration::from_secs(number * 4);
-                // The tier lists them for each eviction.
-                let listed = candidates.clone();
-                let start = std::time::Instant::now();
-                let victims = black_box(select(policy, now, &listed, Bytes(1)));
-                took += start.elapsed();
-                for victim in victims {
-                    policy.on_evict(now, &victim.content);
-                    let place = candidates.iter().position(|c| c.content == victim.content);
-                    gone.extend(place.map(|place| candidates.remove(place)));
-                }
-                if gone.len() > ABSENT
-                    && let Some(mut back) = gone.pop_front()
-                {
-                    (back.last_used, back.uses) = (now, 1);
-                    // As the ledger lists them: by admission.
-                    candidates.push(back);
-                }
-            }
-            took
-        });
-    });
-    number
+/// A tier under a policy that has seen requests.
+#[derive(Clone)]
+struct Tier<P> {
+    policy: P,
+    candidates: Vec<Candidate>,
+    /// What went; it comes again once so many others have gone.
+    gone: VecDeque<Candidate>,
+    /// The last request.
+    number: u64,
+}
+
+impl<P> Tier<P> {
+    fn warm(policy: P, candidates: &[Candidate]) -> Self {
+        Self {
+            policy,
+            candidates: candidates.to_vec(),
+            gone: VecDeque::new(),
+            number: WARM_UP,
+        }
+    }
+
+    /// A request, and an eviction; gives what choosing took. As in service, requests come between evictions; they are not part of the decision.
+    fn evict(&mut self, stream: Stream, policy: fn(&mut P) -> &mut dyn EvictionPolicy) -> Duration {
+        self.number += 1;
+        let policy = policy(&mut self.policy);
+        stream.request(policy, self.number);
+        let now = Duration::from_secs(self.number * 4);
+        // The tier lists them for each eviction.
+        let listed = self.candidates.clone();
+        let start = std::time::Instant::now();
+        let victims = black_box(select(policy, now, &listed, Bytes(1)));
+        let took = start.elapsed();
+        for victim in victims {
+            policy.on_evict(now, &victim.content);
+            let held = &mut self.candidates;
+            let place = held.iter().position(|c| c.content == victim.content);
+            self.gone.extend(place.map(|place| held.remove(place)));
+        }
+        if self.gone.len() > ABSENT
+            && let Some(mut back) = self.gone.pop_front()
+        {
+            (back.last_used, back.uses) = (now, 1);
+            // As the ledger lists them: by admission.
+            self.candidates.push(back);
+        }
+        took
+    }
 }
 
 fn decisions(criterion: &mut Criterion) {
     for name in EvictionPolicyName::ALL {
         let mut policy = by_name(name);
+        let name = policy.name();
         let candidates = Stream::PLAIN.warm(policy.as_mut());
-        let mut number = evict(criterion, "", Stream::PLAIN, policy.as_mut(), &candidates);
-        criterion.bench_function(&format!("learn one request/{}", policy.name()), |bench| {
+        let mut tier = Tier::warm(policy, &candidates);
+        criterion.bench_function(&format!("evict one of {RESIDENT}/{name}"), |bench| {
+            bench.iter_custom(|times| {
+                let took = |_| tier.evict(Stream::PLAIN, |policy| policy.as_mut());
+                (0..times).map(took).sum()
+            });
+        });
+        criterion.bench_function(&format!("learn one request/{name}"), |bench| {
             bench.iter(|| {
-                number += 1;
-                Stream::PLAIN.request(policy.as_mut(), number);
+                tier.number += 1;
+                Stream::PLAIN.request(tier.policy.as_mut(), tier.number);
             });
         });
     }
@@ -200,8 +213,23 @@ fn leaders(criterion: &mut Criterion) {
             (", half in RAM too", &below),
             (", half on a GPU too", &above),
         ] {
-            let what = format!(", {leader:?} leads{which}");
-            evict(criterion, &what, stream, &mut policy.clone(), candidates);
+            let warm = Tier::warm(policy.clone(), candidates);
+            let mut tier = warm.clone();
+            let label = format!("evict one of {RESIDENT}, {leader:?} leads{which}");
+            criterion.bench_function(&label, |bench| {
+                bench.iter_custom(|times| {
+                    let evict = |_| {
+                        // Of much more of the same stream another may come to lead.
+                        if tier.number > WARM_UP + AGAIN {
+                            tier = warm.clone();
+                        }
+                        let took = tier.evict(stream, |policy| policy);
+                        assert_eq!(tier.policy.leader(), leader, "another leads by now");
+                        took
+                    };
+                    (0..times).map(evict).sum()
+                });
+            });
         }
     }
 }
