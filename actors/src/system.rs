@@ -38,6 +38,9 @@ use crate::vram_manager::VramManagerMessage;
 /// How long an actor may take to answer a question about its state. Handlers take microseconds, and a restart far less
 /// than this.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
+/// The same for what it is told to evict. That gives gigabytes back to the machine, which takes its time where it is busy: an answer that is
+/// late is none that is missing.
+const RELIEVE_TIME: Duration = Duration::from_secs(10);
 
 /// What a system is made of.
 pub struct Parts {
@@ -362,7 +365,7 @@ impl System {
                     cause,
                     reply: Some(reply),
                 });
-                tokio::time::timeout(ANSWER_TIME, call).await
+                tokio::time::timeout(RELIEVE_TIME, call).await
             }
             Tier::Vram(gpu) => {
                 let slot = self.house.vram.get(&gpu).ok_or_else(|| missing.clone())?;
@@ -371,7 +374,7 @@ impl System {
                     cause,
                     reply: Some(reply),
                 });
-                tokio::time::timeout(ANSWER_TIME, call).await
+                tokio::time::timeout(RELIEVE_TIME, call).await
             }
         };
         answer.ok().and_then(Result::ok).ok_or(missing)
