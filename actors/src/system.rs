@@ -38,8 +38,8 @@ use crate::vram_manager::VramManagerMessage;
 /// How long an actor may take to answer a question about its state. Handlers take microseconds, and a restart far less
 /// than this.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// The same for what it is told to evict. That gives gigabytes back to the machine, which takes its time where it is busy: an answer that is
-/// late is none that is missing.
+/// The same for what it is told to evict: its answer is waited for by somebody who needs the memory, and on a machine that does much else
+/// it may be late.
 const RELIEVE_TIME: Duration = Duration::from_secs(10);
 
 /// What a system is made of.

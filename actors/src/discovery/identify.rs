@@ -7,13 +7,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotset_core::catalog::Component;
 use hotset_core::catalog::content::{Pace, digest, twins};
-use hotset_core::catalog::{Catalogue, Component};
 use hotset_core::io::idle_io_priority;
 use hotset_core::units::MIB;
-use hotset_core::{Bytes, ComponentId, ContentId};
+use hotset_core::{Bytes, ContentId};
 use ractor::ActorRef;
 
+use super::keep::found;
 use super::{Discovery, DiscoveryMessage, Keep};
 use crate::house::House;
 
@@ -69,7 +70,12 @@ impl Discovery {
                 idle_io_priority();
                 let mut known = known;
                 let identified = compare(&house, &keep, &mut known);
-                save(&house, &keep, &identified);
+                if !identified.is_empty() {
+                    // Before anybody sees it: whoever knows a component by its better name now must find it under that name in the first
+                    // catalogue after a restart. Memory that a client offers then is proven by the digest, and no file is read.
+                    keep.learn(&identified);
+                    keep.save(&house.catalogue.load());
+                }
                 // Lost where Discovery has died since: its successor compares again.
                 let _ = discovery.send_message(DiscoveryMessage::Identified(known, identified));
             });
@@ -129,27 +135,6 @@ fn compare(house: &House, keep: &Keep, known: &mut Known) -> Identified {
         }
     }
     identified
-}
-
-/// The better content id of each component of the catalogue for which there is one.
-fn found(catalogue: &Catalogue, identified: &Identified) -> HashMap<ComponentId, ContentId> {
-    let components = catalogue.models().flat_map(|model| &model.components);
-    components
-        .filter_map(|component| {
-            let named = identified.get(&component.content_id)?;
-            Some((component.id.clone(), *named))
-        })
-        .collect()
-}
-
-/// Saves what was found before anybody sees it: whoever knows a component by its better name now must find it under that name in the
-/// first catalogue after a restart. Memory that a client offers then is proven by the digest, and no file is read.
-fn save(house: &House, keep: &Keep, identified: &Identified) {
-    let catalogue = house.catalogue.load();
-    let found = found(&catalogue, identified);
-    if !found.is_empty() {
-        keep.save(&catalogue.with_content_ids(&found));
-    }
 }
 
 /// Publishes what was found, and tells the ledger, so that what is resident stays so under its better name.

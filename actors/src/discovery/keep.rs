@@ -1,24 +1,65 @@
 //! The catalogue's database, opened when a scan first needs it, and used on threads that may block.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use hotset_core::ContentId;
 use hotset_core::catalog::Catalogue;
 use hotset_core::catalog::store::Store;
+use hotset_core::{ComponentId, ContentId};
+
+use super::Identified;
 
 /// The database, where there is one. What is wrong with it is told and never stops a scan.
 pub(super) struct Keep {
     path: Option<PathBuf>,
     store: Mutex<Option<Store>>,
+    /// What comparisons have found so far. A scan that began before knows files only.
+    identified: Mutex<Identified>,
+}
+
+/// The better content id of each component of a catalogue for which there is one.
+pub(super) fn found(
+    catalogue: &Catalogue,
+    identified: &Identified,
+) -> HashMap<ComponentId, ContentId> {
+    let components = catalogue.models().flat_map(|model| &model.components);
+    components
+        .filter_map(|component| {
+            let named = identified.get(&component.content_id)?;
+            Some((component.id.clone(), *named))
+        })
+        .collect()
 }
 
 impl Keep {
-    pub(super) const fn new(path: Option<PathBuf>) -> Self {
+    pub(super) fn new(path: Option<PathBuf>) -> Self {
         Self {
             path,
             store: Mutex::new(None),
+            identified: Mutex::default(),
         }
+    }
+
+    /// Hears what a comparison found.
+    pub(super) fn learn(&self, identified: &Identified) {
+        let mut known = self.names();
+        known.extend(identified);
+    }
+
+    fn names(&self) -> std::sync::MutexGuard<'_, Identified> {
+        self.identified
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The catalogue by the best content ids that are known.
+    pub(super) fn named(&self, catalogue: &Catalogue) -> Catalogue {
+        let found = found(catalogue, &self.names());
+        if found.is_empty() {
+            return catalogue.clone();
+        }
+        catalogue.with_content_ids(&found)
     }
 
     /// The catalogue as it was saved last.
@@ -42,7 +83,7 @@ impl Keep {
         }
     }
 
-    /// Saves the catalogue. A Discovery that was started again has not opened the database yet; and where it is corrupt,
+    /// Saves the catalogue, by the best content ids. A Discovery that was started again has not opened the database yet; and where it is corrupt,
     /// another takes its place.
     pub(super) fn save(&self, catalogue: &Catalogue) {
         let mut slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,6 +93,7 @@ impl Keep {
         let (Some(path), Some(store)) = (&self.path, slot.as_mut()) else {
             return;
         };
+        let catalogue = &self.named(catalogue);
         let mut saved = store.save(catalogue);
         if let Err(error) = &saved
             && error.is_corrupt()

@@ -364,7 +364,8 @@ fn not_looked_at(
 
 /// Whether an entry is still what its files say.
 fn is_unchanged(unit: &Unit, model: &Model) -> bool {
-    if model.presence == Presence::Unread {
+    // What was gone and is back is looked at again, as what could not be read.
+    if matches!(model.presence, Presence::Unread | Presence::Gone) {
         return false;
     }
     if model.error.is_some() && reads_more_than_listed(unit) {

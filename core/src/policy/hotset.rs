@@ -84,7 +84,7 @@ pub struct HotsetRetention {
     restore_s: Memory<f64>,
     /// Seconds and GB of all restores heard of, for those not heard of yet.
     restored: (f64, f64),
-    /// Costs of the last choice, until the next request, which alone needs them: while something is chosen a load waits.
+    /// Costs heard of at choices, until the next request notes them: it is the first to need them, and while something is chosen a load waits.
     heard: Vec<Cost>,
 
     race: Race,

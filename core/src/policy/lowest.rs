@@ -91,7 +91,7 @@ impl<'a> Scores<'a> {
             };
             *kept = score;
             if !((score > bar) & (score < f64::INFINITY) & !candidate.prefetched) {
-                Self::is_odd(&mut self.odd, place);
+                Self::set_apart(&mut self.odd, place);
             }
             place += 1;
         }
@@ -100,7 +100,7 @@ impl<'a> Scores<'a> {
     }
 
     #[cold]
-    fn is_odd(odd: &mut Vec<u32>, place: usize) {
+    fn set_apart(odd: &mut Vec<u32>, place: usize) {
         odd.push(place as u32);
     }
 
@@ -111,6 +111,7 @@ impl<'a> Scores<'a> {
 
     /// All candidates by them.
     pub(super) fn lowest(mut self) -> Lowest<'a> {
+        debug_assert!(self.rest().is_empty(), "a candidate without a score");
         let mut places = Vec::with_capacity(self.odd.len());
         let mut near = BinaryHeap::with_capacity(self.candidates.len() / SAMPLE * 4);
         for place in self.odd {
@@ -231,7 +232,7 @@ mod tests {
         fn they_come_in_order_also_where_some_are_put_back(
             scores in prop::collection::vec((0_usize..500, 0_u64..3, 0_u8..20), 0..200),
             raised in prop::collection::vec(0_u32..200, 0..200),
-            bar in prop_oneof![Just(f64::NEG_INFINITY), -250.0..250.0],
+            bar in prop_oneof![Just(f64::NEG_INFINITY), -250.0..250.0, Just(f64::INFINITY)],
         ) {
             let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0];
             let given: Vec<f64> = scores

@@ -49,6 +49,32 @@ fn keeps_what_comes_again() {
 }
 
 #[test]
+fn a_choice_does_not_depend_on_those_before() {
+    let mut policy = HotsetRetention::new(1);
+    let mut held: Vec<Candidate> = (0..250)
+        .map(|n| candidate(n, 1 + u64::from(n) * 97 % 50, 0))
+        .collect();
+    for round in 0..200_usize {
+        let now = Duration::from_secs(1_000 + 7 * round as u64);
+        let used = round * 31 % held.len();
+        held[used].last_used = now;
+        let (at, count) = (round % 50, held.len());
+        held[at * 3 % count].prefetched = round % 40 == 3;
+        // From one to nearly all.
+        let needed = Bytes(if round % 20 == 9 {
+            5_000
+        } else {
+            1 + round as u64
+        });
+        let mut anew = policy.clone();
+        anew.bar = None;
+        let victims = policy.choose(now, &held, needed);
+        assert_eq!(victims, anew.choose(now, &held, needed), "{round}");
+        assert!(!victims.is_empty());
+    }
+}
+
+#[test]
 fn what_it_has_learned_outlives_it() {
     let ask = |policy: &mut HotsetRetention, number: u64| {
         let components = [Seen {
