@@ -213,9 +213,9 @@ impl HotsetRetention {
 
     fn lru_reason(now: Duration, candidate: &Candidate) -> String {
         let idle = now.saturating_sub(candidate.last_used).as_secs_f64();
-        let left = Self::left(candidate);
-        if left < 1.0 {
-            let times = 1.0 / left;
+        let times = 1.0 / Self::left(candidate);
+        // Not where it would read as once.
+        if times >= 1.05 {
             return format!(
                 "least recently used: idle for {idle:.1} s, counted {times:.1} times since another tier has it"
             );
