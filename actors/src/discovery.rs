@@ -429,10 +429,8 @@ fn begin(myself: &ActorRef<DiscoveryMessage>, state: &mut State, next: Next) {
                 }
                 Scope::Everything => scan(&options, Some(&previous), &silent),
             };
-            keep.save(&report.catalogue);
-            // A comparison may have ended since the scan began.
-            report.catalogue = keep.named(&report.catalogue);
-            report.catalogue = keep_leased(&previous, &report.catalogue, &leased(&house));
+            let saved = keep.save(report.catalogue);
+            report.catalogue = keep_leased(&previous, &saved, &leased(&house));
             report
         });
         let finished = Finished {

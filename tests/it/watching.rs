@@ -129,7 +129,8 @@ async fn changes_are_told_and_a_removed_model_is_shown_while_it_is_leased() {
     let leases = outcome(session.load(ComponentSet::new(["goes"])))
         .await
         .unwrap();
-    std::fs::remove_file(library.path("goes.safetensors")).unwrap();
+    let (path, away) = (library.path("goes.safetensors"), library.path("away"));
+    std::fs::rename(&path, &away).unwrap();
     library.single("new", 3, 100);
     rig.hotset.scan().await.unwrap();
     let told = crate::library::soon("the change", changes.recv())
@@ -156,6 +157,11 @@ async fn changes_are_told_and_a_removed_model_is_shown_while_it_is_leased() {
         .await
         .unwrap_err();
     assert!(refused.to_string().contains("removed"), "{refused}");
+    // Back as it was, it is there again.
+    std::fs::rename(&away, &path).unwrap();
+    rig.hotset.scan().await.unwrap();
+    assert_eq!(presence(), Ok(Presence::Present));
+    std::fs::remove_file(&path).unwrap();
     drop(leases);
     rig.hotset.scan().await.unwrap();
     assert!(presence().is_err());

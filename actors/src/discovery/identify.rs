@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hotset_core::catalog::Component;
 use hotset_core::catalog::content::{Pace, digest, twins};
+use hotset_core::catalog::{Catalogue, Component};
 use hotset_core::io::idle_io_priority;
 use hotset_core::units::MIB;
 use hotset_core::{Bytes, ContentId};
@@ -74,7 +74,7 @@ impl Discovery {
                     // Before anybody sees it: whoever knows a component by its better name now must find it under that name in the first
                     // catalogue after a restart. Memory that a client offers then is proven by the digest, and no file is read.
                     keep.learn(&identified);
-                    keep.save(&house.catalogue.load());
+                    keep.save(Catalogue::clone(&house.catalogue.load()));
                 }
                 // Lost where Discovery has died since: its successor compares again.
                 let _ = discovery.send_message(DiscoveryMessage::Identified(known, identified));

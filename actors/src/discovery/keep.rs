@@ -54,10 +54,10 @@ impl Keep {
     }
 
     /// The catalogue by the best content ids that are known.
-    pub(super) fn named(&self, catalogue: &Catalogue) -> Catalogue {
-        let found = found(catalogue, &self.names());
+    fn named(&self, catalogue: Catalogue) -> Catalogue {
+        let found = found(&catalogue, &self.names());
         if found.is_empty() {
-            return catalogue.clone();
+            return catalogue;
         }
         catalogue.with_content_ids(&found)
     }
@@ -83,17 +83,22 @@ impl Keep {
         }
     }
 
-    /// Saves the catalogue, by the best content ids. A Discovery that was started again has not opened the database yet; and where it is corrupt,
-    /// another takes its place.
-    pub(super) fn save(&self, catalogue: &Catalogue) {
+    /// Gives the catalogue by the best content ids, and saves it. A comparison that ends beside a scan saves after it, or is known here.
+    pub(super) fn save(&self, catalogue: Catalogue) -> Catalogue {
         let mut slot = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() && self.open(&mut slot).is_none() {
+        let catalogue = self.named(catalogue);
+        self.write(&mut slot, &catalogue);
+        catalogue
+    }
+
+    /// A Discovery that was started again has not opened the database yet; and where it is corrupt, another takes its place.
+    fn write(&self, slot: &mut Option<Store>, catalogue: &Catalogue) {
+        if slot.is_none() && self.open(slot).is_none() {
             return;
         }
         let (Some(path), Some(store)) = (&self.path, slot.as_mut()) else {
             return;
         };
-        let catalogue = &self.named(catalogue);
         let mut saved = store.save(catalogue);
         if let Err(error) = &saved
             && error.is_corrupt()
@@ -148,9 +153,30 @@ mod tests {
         let path = Some(state.join("catalogue.db"));
         let keep = Keep::new(path.clone());
         assert!(keep.load().is_none());
-        keep.save(&catalogue);
+        let catalogue = keep.save(catalogue);
         std::fs::remove_file(&state).unwrap();
-        keep.save(&catalogue);
+        keep.save(catalogue);
         assert_eq!(Keep::new(path).load().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_scan_that_began_before_a_comparison_ended_saves_its_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let header = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes().chain([7]));
+        std::fs::write(folder.path().join("a.safetensors"), file).unwrap();
+        let roots = vec![folder.path().to_path_buf()];
+        let scanned = scan(&ScanOptions::new(roots), None, &|_| {}).catalogue;
+        let content = |catalogue: &Catalogue| {
+            let mut components = catalogue.models().flat_map(|model| &model.components);
+            components.next().unwrap().content_id
+        };
+        let (file, named) = (content(&scanned), ContentId::Blake3([7; 32]));
+        let path = Some(folder.path().join("catalogue.db"));
+        let keep = Keep::new(path.clone());
+        keep.learn(&Identified::from([(file, named)]));
+        assert_eq!(content(&keep.save(scanned)), named);
+        assert_eq!(content(&Keep::new(path).load().unwrap()), named);
     }
 }
