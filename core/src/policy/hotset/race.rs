@@ -32,17 +32,22 @@ const AGE_STEP: f64 = 1.0 / 64.0;
 /// say is not to be forgotten before the next. With half after 350, as before, no small lead could ever become plain, and in loops of
 /// which a tier held most the tier went to and fro between two that each won for hundreds of requests in turn: worse than either.
 const MEMORY: f64 = 0.9995;
-/// A challenger must be ahead of the predictor by so many standard deviations of their differences, were these of random sign:
-/// few loads decide much, and following luck costs more than waiting. Of less, down to the second, the less far it looks ahead of the
-/// time for which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
-const AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
-/// Of LRU by so many, which one load may be: the predictor does better nearly everywhere in the end. Of more, up to the second, by the
+/// LRU must be ahead of the predictor by so many standard deviations of their differences, were these of random sign: few loads decide
+/// much, and following luck costs more than waiting. Of less, down to the second, the less far the predictor looks ahead of the time for
+/// which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
+const LRU_AHEAD_OF_PREDICTOR: (f64, f64) = (2.0, 1.0);
+/// GDSF by so many, by the same measure.
+const GDSF_AHEAD_OF_PREDICTOR: (f64, f64) = (1.5, 0.5);
+/// The predictor of LRU by so many, which one load may be: it does better nearly everywhere in the end. Of more, up to the second, by the
 /// same measure: in a large tier there is little to win over LRU, and much to lose once what is popular changes.
-const AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
+const PREDICTOR_AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
 /// GDSF of LRU by so many.
 const GDSF_AHEAD_OF_LRU: f64 = 0.75;
-/// Another of GDSF by so many, and by the same measure up to the second.
-const AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
+/// The predictor of GDSF by so many, and by the same measure up to the second: in a large tier the two are as good, luck soon takes one of
+/// them ahead by a deviation or two, and the predictor's is the one that does worse where things change.
+const PREDICTOR_AHEAD_OF_GDSF: (f64, f64) = (1.0, 3.0);
+/// LRU of GDSF by so many, and by the same measure up to the second.
+const LRU_AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
 /// The smaller tier's share of the capacity. Measured with a half, a third and a quarter: all within a percent.
 const SMALLER: f64 = 0.5;
 /// Once so many requests have cost the whole tier's LRU and GDSF unlike, what the smaller one's pay counts half: where it misleads, it is
@@ -197,7 +202,7 @@ impl Race {
     /// tier from which little was evicted it has not had to prove anything.
     pub(super) fn believes_predictor(&self) -> bool {
         let behind = &self.lags[Leader::Predictor as usize][self.leader() as usize];
-        !self.standing.predictor_lost && !behind.is_plain(AHEAD_OF_PREDICTOR.1)
+        !self.standing.predictor_lost && !behind.is_plain(LRU_AHEAD_OF_PREDICTOR.1)
     }
 
     /// Scores all candidates by what GDSF's shadow gives each, and by this share of it; what it would not have kept goes first.
@@ -265,14 +270,14 @@ impl Race {
     /// By how many standard deviations another must be ahead of the leader.
     fn needed_ahead(&self, other: Leader) -> f64 {
         let more = |(least, most): (f64, f64)| (least / self.foresight()).clamp(least, most);
+        let less = |(most, least): (f64, f64)| (most * self.foresight()).clamp(least, most);
         match (self.leader(), other) {
-            (Leader::Predictor, _) => {
-                let (most, least) = AHEAD_OF_PREDICTOR;
-                (most * self.foresight()).clamp(least, most)
-            }
-            (Leader::Lru, Leader::Predictor) => more(AHEAD_OF_LRU),
+            (Leader::Predictor, Leader::Gdsf) => less(GDSF_AHEAD_OF_PREDICTOR),
+            (Leader::Predictor, _) => less(LRU_AHEAD_OF_PREDICTOR),
+            (Leader::Lru, Leader::Predictor) => more(PREDICTOR_AHEAD_OF_LRU),
             (Leader::Lru, _) => GDSF_AHEAD_OF_LRU,
-            (Leader::Gdsf, _) => more(AHEAD_OF_GDSF),
+            (Leader::Gdsf, Leader::Predictor) => more(PREDICTOR_AHEAD_OF_GDSF),
+            (Leader::Gdsf, _) => more(LRU_AHEAD_OF_GDSF),
         }
     }
 
