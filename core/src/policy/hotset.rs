@@ -19,7 +19,7 @@ use std::iter;
 use std::time::Duration;
 
 pub use self::race::Leader;
-use self::race::Race;
+use self::race::{Place, Race};
 use super::cheapest::{self, Item};
 use super::gdsf::Gdsf;
 use super::lowest::{Lowest, Scores};
@@ -172,12 +172,17 @@ impl HotsetRetention {
         }
     }
 
-    /// Hears what restoring costs.
+    /// Hears what restoring costs, and whether other tiers have any of it.
     fn hear(&mut self, candidates: &[Candidate]) {
         if self.heard.len() > MAX_HEARD {
             self.note_costs();
         }
         self.heard.extend(candidates.iter().map(Cost::of));
+        if candidates.iter().any(|c| c.above) {
+            self.race.stands(Place::Below);
+        } else if candidates.iter().any(|c| c.restore_s < c.whole_s) {
+            self.race.stands(Place::Above);
+        }
     }
 
     /// Notes what restoring costs.

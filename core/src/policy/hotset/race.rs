@@ -41,13 +41,48 @@ const GDSF_AHEAD_OF_PREDICTOR: (f64, f64) = (1.5, 0.5);
 /// The predictor of LRU by so many, which one load may be: it does better nearly everywhere in the end. Of more, up to the second, by the
 /// same measure: in a large tier there is little to win over LRU, and much to lose once what is popular changes.
 const PREDICTOR_AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
-/// GDSF of LRU by so many.
-const GDSF_AHEAD_OF_LRU: f64 = 0.75;
-/// The predictor of GDSF by so many, and by the same measure up to the second: in a large tier the two are as good, luck soon takes one of
-/// them ahead by a deviation or two, and the predictor's is the one that does worse where things change.
-const PREDICTOR_AHEAD_OF_GDSF: (f64, f64) = (1.0, 3.0);
-/// LRU of GDSF by so many, and by the same measure up to the second.
-const LRU_AHEAD_OF_GDSF: (f64, f64) = (0.5, 1.0);
+/// By how many others must be ahead where GDSF is one of the two.
+struct WithGdsf {
+    /// GDSF of LRU.
+    over_lru: f64,
+    /// LRU of GDSF, and by the same measure up to the second.
+    under_lru: (f64, f64),
+    /// The predictor of GDSF, and by the same measure up to the second: in a large tier the two are as good, luck soon takes one of them ahead by
+    /// a deviation or two, and it is the predictor that does worse where things change.
+    under_predictor: (f64, f64),
+}
+
+/// In a tier of which no other has anything.
+const ALONE: WithGdsf = WithGdsf {
+    over_lru: 0.75,
+    under_lru: (0.5, 1.0),
+    under_predictor: (1.0, 3.0),
+};
+/// In a tier below another. LRU is seldom right there, not even where the world changes, and leads for long if it is let, as few requests
+/// reach it.
+const BELOW: WithGdsf = WithGdsf {
+    over_lru: 0.2,
+    under_lru: (1.0, 2.0),
+    under_predictor: (1.0, 3.0),
+};
+/// In a tier above another, where whole costs, by which the race is run, tell less of what the predictor is worth.
+const ABOVE: WithGdsf = WithGdsf {
+    under_predictor: (2.0, 3.0),
+    ..BELOW
+};
+
+/// Where a tier stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Place {
+    /// No other has had any of what is here.
+    #[default]
+    Alone,
+    /// Over one that has had some of it.
+    Above,
+    /// Under one that has had some of it.
+    Below,
+}
+
 /// The smaller tier's share of the capacity. Measured with a half, a third and a quarter: all within a percent.
 const SMALLER: f64 = 0.5;
 /// Once so many requests have cost the whole tier's LRU and GDSF unlike, what the smaller one's pay counts half: where it misleads, it is
@@ -171,6 +206,7 @@ pub(super) struct Race {
     lags: [[Lag; 3]; 3],
     /// Requests that cost the whole tier's LRU and GDSF unlike.
     told: f64,
+    place: Place,
     standing: Standing,
 }
 
@@ -196,6 +232,11 @@ impl Race {
     /// Goes on from where the race stood in another process.
     pub(super) fn resume(&mut self, standing: Standing) {
         self.standing = standing;
+    }
+
+    /// Where the tier turns out to stand.
+    pub(super) const fn stands(&mut self, place: Place) {
+        self.place = place;
     }
 
     /// Whether the predictor's word counts: where it leads, and where it has neither lost nor is plainly behind whoever leads. In a
@@ -271,13 +312,18 @@ impl Race {
     fn needed_ahead(&self, other: Leader) -> f64 {
         let more = |(least, most): (f64, f64)| (least / self.foresight()).clamp(least, most);
         let less = |(most, least): (f64, f64)| (most * self.foresight()).clamp(least, most);
+        let with_gdsf = match self.place {
+            Place::Alone => ALONE,
+            Place::Above => ABOVE,
+            Place::Below => BELOW,
+        };
         match (self.leader(), other) {
             (Leader::Predictor, Leader::Gdsf) => less(GDSF_AHEAD_OF_PREDICTOR),
             (Leader::Predictor, _) => less(LRU_AHEAD_OF_PREDICTOR),
             (Leader::Lru, Leader::Predictor) => more(PREDICTOR_AHEAD_OF_LRU),
-            (Leader::Lru, _) => GDSF_AHEAD_OF_LRU,
-            (Leader::Gdsf, Leader::Predictor) => more(PREDICTOR_AHEAD_OF_GDSF),
-            (Leader::Gdsf, _) => more(LRU_AHEAD_OF_GDSF),
+            (Leader::Lru, _) => with_gdsf.over_lru,
+            (Leader::Gdsf, Leader::Predictor) => more(with_gdsf.under_predictor),
+            (Leader::Gdsf, _) => more(with_gdsf.under_lru),
         }
     }
 

@@ -178,7 +178,7 @@ fn nobody_is_elected_before_the_tier_is_short() {
     };
     run(&mut race, Bytes::gib(23));
     let lag = &race.lags[Leader::Lru as usize][Leader::Gdsf as usize];
-    assert!(lag.is_plain(GDSF_AHEAD_OF_LRU), "the smaller tier tells");
+    assert!(lag.is_plain(ALONE.over_lru), "the smaller tier tells");
     assert_eq!(race.standing().elected, None);
     assert!(race.believes_predictor());
     run(&mut race, Bytes::gib(5));
@@ -186,4 +186,22 @@ fn nobody_is_elected_before_the_tier_is_short() {
         race.standing().elected,
         Some(Leader::Gdsf | Leader::Predictor)
     ));
+}
+
+#[test]
+fn where_there_are_two_tiers_gdsf_takes_the_lead_sooner_and_keeps_it_longer() {
+    let needed = |leader, other, place| {
+        let mut race = Race::default();
+        race.standing.elected = Some(leader);
+        race.stands(place);
+        race.needed_ahead(other)
+    };
+    for place in [Place::Above, Place::Below] {
+        let over_lru = |place| needed(Leader::Lru, Leader::Gdsf, place);
+        assert!(over_lru(place) < over_lru(Place::Alone));
+        let under_lru = |place| needed(Leader::Gdsf, Leader::Lru, place);
+        assert!(under_lru(place) > under_lru(Place::Alone));
+    }
+    let under_predictor = |place| needed(Leader::Gdsf, Leader::Predictor, place);
+    assert!(under_predictor(Place::Above) > under_predictor(Place::Below));
 }
