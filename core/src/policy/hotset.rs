@@ -178,10 +178,8 @@ impl HotsetRetention {
             self.note_costs();
         }
         self.heard.extend(candidates.iter().map(Cost::of));
-        if candidates.iter().any(|c| c.above) {
-            self.race.stands(Place::Below);
-        } else if candidates.iter().any(|c| c.restore_s < c.whole_s) {
-            self.race.stands(Place::Above);
+        if let Some(place) = Place::of(candidates) {
+            self.race.place = place;
         }
     }
 

@@ -41,46 +41,53 @@ const GDSF_AHEAD_OF_PREDICTOR: (f64, f64) = (1.5, 0.5);
 /// The predictor of LRU by so many, which one load may be: it does better nearly everywhere in the end. Of more, up to the second, by the
 /// same measure: in a large tier there is little to win over LRU, and much to lose once what is popular changes.
 const PREDICTOR_AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
-/// By how many others must be ahead where GDSF is one of the two.
-struct WithGdsf {
-    /// GDSF of LRU.
-    over_lru: f64,
-    /// LRU of GDSF, and by the same measure up to the second.
-    under_lru: (f64, f64),
-    /// The predictor of GDSF, and by the same measure up to the second: in a large tier the two are as good, luck soon takes one of them ahead by
-    /// a deviation or two, and it is the predictor that does worse where things change.
-    under_predictor: (f64, f64),
-}
-
-/// In a tier of which no other has anything.
-const ALONE: WithGdsf = WithGdsf {
-    over_lru: 0.75,
-    under_lru: (0.5, 1.0),
-    under_predictor: (1.0, 3.0),
-};
-/// In a tier below another. LRU is seldom right there, not even where the world changes, and leads for long if it is let, as few requests
-/// reach it.
-const BELOW: WithGdsf = WithGdsf {
-    over_lru: 0.2,
-    under_lru: (1.0, 2.0),
-    under_predictor: (1.0, 3.0),
-};
-/// In a tier above another, where whole costs, by which the race is run, tell less of what the predictor is worth.
-const ABOVE: WithGdsf = WithGdsf {
-    under_predictor: (2.0, 3.0),
-    ..BELOW
-};
-
 /// Where a tier stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Place {
     /// No other has had any of what is here.
     #[default]
     Alone,
-    /// Over one that has had some of it.
-    Above,
+    /// Over one that has had some of it, as a GPU is over RAM.
+    OverAnother,
     /// Under one that has had some of it.
-    Below,
+    UnderAnother,
+}
+
+impl Place {
+    /// Where the tier with these stands; `None` where they do not tell.
+    pub(super) fn of(candidates: &[Candidate]) -> Option<Self> {
+        if candidates.iter().any(|c| c.above) {
+            return Some(Self::UnderAnother);
+        }
+        let over = candidates.iter().any(|c| c.restore_s < c.whole_s);
+        over.then_some(Self::OverAnother)
+    }
+
+    /// GDSF must be ahead of LRU by so many. Under another tier few requests arrive, and LRU, which leads at first, leads for long if it is let.
+    /// It is no better there but where the world changes, and then hotset is far ahead of both.
+    const fn gdsf_ahead_of_lru(self) -> f64 {
+        match self {
+            Self::Alone => 0.75,
+            Self::OverAnother | Self::UnderAnother => 0.2,
+        }
+    }
+
+    /// LRU of GDSF by so many, and by the same measure up to the second.
+    const fn lru_ahead_of_gdsf(self) -> (f64, f64) {
+        match self {
+            Self::Alone => (0.5, 1.0),
+            Self::OverAnother | Self::UnderAnother => (1.0, 2.0),
+        }
+    }
+
+    /// The predictor of GDSF by so many, and by the same measure up to the second: in a large tier the two are mostly as good, and luck soon
+    /// takes one of them ahead by a deviation or two. By more over another tier, where whole costs, by which the race is run, tell less.
+    const fn predictor_ahead_of_gdsf(self) -> (f64, f64) {
+        match self {
+            Self::Alone | Self::UnderAnother => (1.0, 3.0),
+            Self::OverAnother => (2.0, 3.0),
+        }
+    }
 }
 
 /// The smaller tier's share of the capacity. Measured with a half, a third and a quarter: all within a percent.
@@ -206,7 +213,7 @@ pub(super) struct Race {
     lags: [[Lag; 3]; 3],
     /// Requests that cost the whole tier's LRU and GDSF unlike.
     told: f64,
-    place: Place,
+    pub(super) place: Place,
     standing: Standing,
 }
 
@@ -215,7 +222,7 @@ pub(super) struct Race {
 pub(super) struct Standing {
     /// Who was elected last. Nobody yet: LRU is followed.
     elected: Option<Leader>,
-    /// Whether the predictor lost the lead, or was plainly behind when another took it.
+    /// Whether the predictor was plainly behind when another took the lead.
     predictor_lost: bool,
 }
 
@@ -234,16 +241,15 @@ impl Race {
         self.standing = standing;
     }
 
-    /// Where the tier turns out to stand.
-    pub(super) const fn stands(&mut self, place: Place) {
-        self.place = place;
-    }
-
     /// Whether the predictor's word counts: where it leads, and where it has neither lost nor is plainly behind whoever leads. In a
     /// tier from which little was evicted it has not had to prove anything.
     pub(super) fn believes_predictor(&self) -> bool {
-        let behind = &self.lags[Leader::Predictor as usize][self.leader() as usize];
-        !self.standing.predictor_lost && !behind.is_plain(LRU_AHEAD_OF_PREDICTOR.1)
+        !self.standing.predictor_lost && !self.is_behind(self.leader())
+    }
+
+    /// Whether the predictor is plainly behind another.
+    fn is_behind(&self, other: Leader) -> bool {
+        self.lags[Leader::Predictor as usize][other as usize].is_plain(LRU_AHEAD_OF_PREDICTOR.1)
     }
 
     /// Scores all candidates by what GDSF's shadow gives each, and by this share of it; what it would not have kept goes first.
@@ -312,18 +318,13 @@ impl Race {
     fn needed_ahead(&self, other: Leader) -> f64 {
         let more = |(least, most): (f64, f64)| (least / self.foresight()).clamp(least, most);
         let less = |(most, least): (f64, f64)| (most * self.foresight()).clamp(least, most);
-        let with_gdsf = match self.place {
-            Place::Alone => ALONE,
-            Place::Above => ABOVE,
-            Place::Below => BELOW,
-        };
         match (self.leader(), other) {
             (Leader::Predictor, Leader::Gdsf) => less(GDSF_AHEAD_OF_PREDICTOR),
             (Leader::Predictor, _) => less(LRU_AHEAD_OF_PREDICTOR),
             (Leader::Lru, Leader::Predictor) => more(PREDICTOR_AHEAD_OF_LRU),
-            (Leader::Lru, _) => with_gdsf.over_lru,
-            (Leader::Gdsf, Leader::Predictor) => more(with_gdsf.under_predictor),
-            (Leader::Gdsf, _) => more(with_gdsf.under_lru),
+            (Leader::Lru, _) => self.place.gdsf_ahead_of_lru(),
+            (Leader::Gdsf, Leader::Predictor) => more(self.place.predictor_ahead_of_gdsf()),
+            (Leader::Gdsf, _) => more(self.place.lru_ahead_of_gdsf()),
         }
     }
 
@@ -372,8 +373,9 @@ impl Race {
         };
         self.standing = Standing {
             elected: Some(next),
+            // In a large tier it loses the lead to GDSF by less, and guesses are not to be given up for that.
             predictor_lost: next != Leader::Predictor
-                && (leader == Leader::Predictor || !self.believes_predictor()),
+                && (self.is_behind(next) || !self.believes_predictor()),
         };
         if with_lru(leader, next) {
             // All stand level again: else what a third won before would undo it at once.

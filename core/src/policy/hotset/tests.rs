@@ -263,6 +263,8 @@ fn what_another_tier_has_goes_before_what_is_idle_for_longer() {
     assert_eq!(order_of(&policy.rank(now, &all)), [2, 3, 1]);
     let victims = policy.choose(now, &all, Bytes(gb));
     assert_eq!(order_of(&victims), [2]);
+    // It is told from what is offered, RAM by what a GPU has too.
+    assert_eq!(policy.race.place, Place::UnderAnother);
     let reason = &victims[0].reason;
     assert!(
         reason.contains("counted 10.0 times since another tier has it"),
@@ -305,6 +307,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     let (mut policy, _) = follows_gdsf();
     assert_eq!(order_of(&policy.choose(now, &all, Bytes(1))), [2]);
     assert!(policy.gdsf.is_none(), "its shadow will do");
+    assert_eq!(policy.race.place, Place::Alone);
     // Restored in a tenth of the time, three uses are worth less than one.
     let below = Candidate {
         restore_s: 0.1,
@@ -313,6 +316,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     let (mut policy, ask) = follows_gdsf();
     let victims = policy.choose(now, &[below, all[1].clone()], Bytes(1));
     assert_eq!(order_of(&victims), [1]);
+    assert_eq!(policy.race.place, Place::OverAnother);
     assert!(
         (victims[0].score - 0.3).abs() < 1e-9,
         "{}",

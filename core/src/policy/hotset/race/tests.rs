@@ -178,7 +178,10 @@ fn nobody_is_elected_before_the_tier_is_short() {
     };
     run(&mut race, Bytes::gib(23));
     let lag = &race.lags[Leader::Lru as usize][Leader::Gdsf as usize];
-    assert!(lag.is_plain(ALONE.over_lru), "the smaller tier tells");
+    assert!(
+        lag.is_plain(Place::Alone.gdsf_ahead_of_lru()),
+        "the smaller tier tells"
+    );
     assert_eq!(race.standing().elected, None);
     assert!(race.believes_predictor());
     run(&mut race, Bytes::gib(5));
@@ -189,19 +192,45 @@ fn nobody_is_elected_before_the_tier_is_short() {
 }
 
 #[test]
+fn losing_the_lead_by_little_is_no_loss_of_faith() {
+    let race = &mut Race::default();
+    assert_eq!(after(race, [3.0, 3.0, 1.0], 10), Leader::Predictor);
+    // LRU keeps things for so long that the predictor sees little of it: half a deviation will do for GDSF.
+    race.whole.lru_age = 10_000.0;
+    assert_eq!(after(race, [9.0, 1.0, 9.0], 3), Leader::Predictor);
+    assert_eq!(after(race, [9.0, 1.0, 9.0], 1), Leader::Gdsf);
+    assert!(race.believes_predictor(), "by less than a deviation");
+    assert_eq!(after(race, [9.0, 1.0, 9.0], 1), Leader::Gdsf);
+    assert!(!race.believes_predictor(), "by more than a deviation");
+}
+
+#[test]
 fn where_there_are_two_tiers_gdsf_takes_the_lead_sooner_and_keeps_it_longer() {
-    let needed = |leader, other, place| {
-        let mut race = Race::default();
+    let [lru, gdsf, predictor] = Leader::ALL;
+    // Who leads at a place where the leader has paid so many seconds more than another at one request, and so many at the next.
+    let lead = |place, leader, other: Leader, more_s: [f64; 2]| {
+        let mut race = Race {
+            place,
+            ..Race::default()
+        };
         race.standing.elected = Some(leader);
-        race.stands(place);
-        race.needed_ahead(other)
+        for more_s in more_s {
+            race.lags[leader as usize][other as usize].note(more_s);
+        }
+        race.elect();
+        race.leader()
     };
-    for place in [Place::Above, Place::Below] {
-        let over_lru = |place| needed(Leader::Lru, Leader::Gdsf, place);
-        assert!(over_lru(place) < over_lru(Place::Alone));
-        let under_lru = |place| needed(Leader::Gdsf, Leader::Lru, place);
-        assert!(under_lru(place) > under_lru(Place::Alone));
+    let [alone, over, under] = [Place::Alone, Place::OverAnother, Place::UnderAnother];
+    // A quarter of a deviation.
+    assert_eq!(lead(alone, lru, gdsf, [1.0, -0.7]), lru);
+    // Nine tenths.
+    assert_eq!(lead(alone, gdsf, lru, [1.0, -0.1]), lru);
+    for place in [over, under] {
+        assert_eq!(lead(place, lru, gdsf, [1.0, -0.7]), gdsf);
+        assert_eq!(lead(place, gdsf, lru, [1.0, -0.1]), gdsf);
     }
-    let under_predictor = |place| needed(Leader::Gdsf, Leader::Predictor, place);
-    assert!(under_predictor(Place::Above) > under_predictor(Place::Below));
+    // 1.4.
+    assert_eq!(lead(alone, gdsf, predictor, [1.0, 1.0]), predictor);
+    assert_eq!(lead(under, gdsf, predictor, [1.0, 1.0]), predictor);
+    assert_eq!(lead(over, gdsf, predictor, [1.0, 1.0]), gdsf);
 }
