@@ -81,10 +81,12 @@ impl Place {
     }
 
     /// The predictor of GDSF by so many, and by the same measure up to the second: in a large tier the two are mostly as good, and luck soon
-    /// takes one of them ahead by a deviation or two. By more over another tier, where whole costs, by which the race is run, tell less.
+    /// takes one of them ahead by a deviation or two. By more where there are two tiers, and most over another, where whole costs,
+    /// by which the race is run, tell less.
     const fn predictor_ahead_of_gdsf(self) -> (f64, f64) {
         match self {
-            Self::Alone | Self::UnderAnother => (1.0, 3.0),
+            Self::Alone => (0.75, 2.0),
+            Self::UnderAnother => (1.0, 3.0),
             Self::OverAnother => (2.0, 3.0),
         }
     }
