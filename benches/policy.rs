@@ -65,6 +65,7 @@ impl Stream {
         let now = Duration::from_secs(number * 4);
         let components = [Self::seen(n)];
         let session = SessionId(number % 50);
+        policy.on_cost(&components[0].content, 0.5);
         policy.observe(
             now,
             &Observed {

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hotset_core::breaks::{self, Break};
+use hotset_core::catalog::Component;
 use hotset_core::decision::{Act, EvictCause};
 use hotset_core::memory::{
     Evicted, Never, Reservation, Reserved, ResidencyView, Shortfall, TierSums, WakeWhen, Want,
 };
-use hotset_core::plan::{Priority, newcomers_wait, passing, restore_s};
+use hotset_core::plan::rates::Rates;
+use hotset_core::plan::{Priority, newcomers_wait, passing, read_s, restore_s};
 use hotset_core::policy::{Candidate, EvictionPolicy, Guess, Victim, select};
 use hotset_core::predict::{Observed, Seen, Studied};
 use hotset_core::{Bytes, ComponentId, ContentId, RequestId, SessionId, Tier};
@@ -360,7 +362,12 @@ impl Admission {
         self.let_study();
         let step = self.step(uses.len());
         self.since_kept += uses.len() / step;
+        let rates = self.house.rates().clone();
         for used in uses.into_iter().step_by(step) {
+            for (component, _) in used.components.iter() {
+                let whole_s = self.whole_s(&rates, component);
+                self.policy.on_cost(&component.content_id, whole_s);
+            }
             let seen: Vec<Seen> = used
                 .components
                 .iter()
@@ -382,6 +389,20 @@ impl Admission {
         }
         if self.since_kept >= KEPT_EVERY {
             self.keep_learned();
+        }
+    }
+
+    /// Seconds that loading a component takes where no tier has it: what its last load into RAM took, where that is known.
+    fn whole_s(&self, rates: &Rates, component: &Component) -> f64 {
+        match self.tier {
+            Tier::Vram(gpu) => restore_s(rates, gpu, component, false),
+            Tier::Ram => {
+                let took = self
+                    .house
+                    .ledger
+                    .load_time(Tier::Ram, &component.content_id);
+                took.map_or_else(|| read_s(rates, component), |took| took.as_secs_f64())
+            }
         }
     }
 
@@ -470,7 +491,7 @@ impl Admission {
                 Tier::Ram => candidate.above = there,
                 Tier::Vram(gpu) => {
                     candidate.restore_s = restore_s(&rates, gpu, &view.component, there);
-                    candidate.whole_s = restore_s(&rates, gpu, &view.component, false);
+                    candidate.whole_s = self.whole_s(&rates, &view.component);
                 }
             }
             candidate

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hotset_core::catalog::{Catalogue, Component};
-use hotset_core::plan::{DISK_PER_S, disk, resolve, restore_s};
+use hotset_core::plan::{read_s, resolve, restore_s};
 use hotset_core::predict::{
     Candidate, Grounds, Observed, Predictor, PredictorStats, Seen, Studied,
 };
@@ -277,10 +277,7 @@ fn propose(state: &mut State, used: &Used) {
         let rates = house.rates().clone();
         move |component: &Component, tier: Tier| match tier {
             Tier::Vram(gpu) => restore_s(&rates, gpu, component, true),
-            Tier::Ram => {
-                let rate = rates.per_s(disk(component)).unwrap_or(DISK_PER_S);
-                component.ram_bytes().as_f64() / rate
-            }
+            Tier::Ram => read_s(&rates, component),
         }
     };
     if proposals.len() < PROPOSALS {

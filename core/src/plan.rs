@@ -18,7 +18,7 @@ mod steps;
 mod test_utils;
 mod way;
 
-pub use estimate::{DISK_PER_S, Estimate, LINK_PER_S, disk, restore_s};
+pub use estimate::{DISK_PER_S, Estimate, LINK_PER_S, disk, read_s, restore_s};
 pub use graph::{DependencyGraph, Edge, ResolveError, resolve};
 pub use keep_alive::{KeepAlive, ParseKeepAliveError};
 pub use mix::{GiveUp, MixPlan, MixSet, SetPlan};

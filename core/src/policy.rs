@@ -121,6 +121,10 @@ pub trait EvictionPolicy: Send + 'static {
     /// The most bytes that the tier may hold, at the start and whenever that changes.
     fn on_capacity(&mut self, _capacity: Bytes) {}
 
+    /// What loading a component takes where no tier has it, in seconds, as far as is known: told of all that is asked for before
+    /// [`Self::observe`] is of the request.
+    fn on_cost(&mut self, _content: &ContentId, _whole_s: f64) {}
+
     /// A component set was asked for; told before [`Self::on_request`] is for each of its components.
     fn observe(&mut self, _now: Duration, _request: &Observed<'_>) {}
 

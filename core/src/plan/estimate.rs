@@ -39,7 +39,7 @@ impl Planner<'_> {
 
     /// Seconds until a component is in RAM, if nothing else is read.
     pub(super) fn read_s(&self, component: &Component) -> f64 {
-        component.ram_bytes().as_f64() / self.per_s(disk(component))
+        read_s(self.rates, component)
     }
 
     /// Seconds until a component is on a GPU to which it comes from another one.
@@ -132,12 +132,21 @@ fn per_s(rates: &Rates, way: Way) -> f64 {
     })
 }
 
+/// Seconds until a component would be in RAM again, if nothing else is read.
+#[must_use]
+pub fn read_s(rates: &Rates, component: &Component) -> f64 {
+    component.ram_bytes().as_f64() / per_s(rates, disk(component))
+}
+
 /// Seconds until a component would be on a GPU again, if nothing else moves: from RAM where that has it, else from its disk.
 #[must_use]
 pub fn restore_s(rates: &Rates, gpu: GpuIndex, component: &Component, in_ram: bool) -> f64 {
     let link_s = component.bytes.as_f64() / per_s(rates, Way::Link(gpu));
-    let read_s = component.ram_bytes().as_f64() / per_s(rates, disk(component));
-    if in_ram { link_s } else { read_s.max(link_s) }
+    if in_ram {
+        link_s
+    } else {
+        read_s(rates, component).max(link_s)
+    }
 }
 
 /// The disk that a component is read from. All files of one lie in one folder, and so on one file system but for links.

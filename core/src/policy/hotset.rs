@@ -44,29 +44,10 @@ const ABOVE: f64 = 0.2;
 const MAX_GHOSTS: usize = 64;
 /// Requests in a second that are learned from: a twentieth of a core. Services whose loads take seconds see far fewer.
 const APPETITE: u32 = 1_000;
-/// Candidates whose restore costs are noted at one choice.
-const NOTED: usize = 16;
-/// Costs heard of that wait for the next request; past it they are noted at once.
-const MAX_HEARD: usize = 1_024;
-
-/// What restoring a component takes. Not what it takes just now: the race is run as if no other tier had anything, since what others will have
-/// when a shadow would load is not known.
-#[derive(Debug, Clone, Copy)]
-struct Cost {
-    content: ContentId,
-    bytes: Bytes,
-    whole_s: f64,
-}
-
-impl Cost {
-    const fn of(candidate: &Candidate) -> Self {
-        Self {
-            content: candidate.content,
-            bytes: candidate.bytes,
-            whole_s: candidate.whole_s,
-        }
-    }
-}
+/// Candidates that are asked at one choice where the tier stands.
+const ASKED: usize = 16;
+/// Seconds that loading a GB is taken to last where nobody has told: what a plain SSD takes.
+const ASSUMED_S_PER_GB: f64 = 1.0;
 
 /// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate. No processor of old turns an unsigned
 /// number into a float at once, and no time here is longer than a signed one holds.
@@ -80,12 +61,9 @@ pub struct HotsetRetention {
     predictor: Predictor,
     rates: Rates,
     capacity: Bytes,
-    /// Whole restore seconds as last heard.
-    restore_s: Memory<f64>,
-    /// Seconds and GB of all restores heard of, for those not heard of yet.
-    restored: (f64, f64),
-    /// Costs heard of at choices, until the next request notes them: it is the first to need them, and while something is chosen a load waits.
-    heard: Vec<Cost>,
+    /// What loading takes where no tier has it. Not what it takes just now: the race is run as if no other tier had anything, since what others
+    /// will have when a shadow would load is not known.
+    whole_s: Memory<f64>,
 
     race: Race,
     /// Up to which score the last choice had to put candidates in order, and whose scores: much the same will do for the next.
@@ -112,9 +90,7 @@ impl HotsetRetention {
             predictor,
             rates: Rates::default(),
             capacity: Bytes::ZERO,
-            restore_s: Memory::default(),
-            restored: (0.0, 0.0),
-            heard: Vec::new(),
+            whole_s: Memory::default(),
             race: Race::default(),
             bar: None,
             gdsf: None,
@@ -148,12 +124,11 @@ impl HotsetRetention {
     }
 
     fn asked(&self, content: ContentId, bytes: Bytes) -> Asked {
-        let (seconds, gb) = self.restored;
-        let assumed = bytes.as_f64() / 1e9 * if gb > 0.0 { seconds / gb } else { 1.0 };
+        let told = self.whole_s.get(&content).copied();
         Asked {
             content,
             bytes,
-            restore_s: self.restore_s.get(&content).copied().unwrap_or(assumed),
+            restore_s: told.unwrap_or(bytes.as_f64() / 1e9 * ASSUMED_S_PER_GB),
         }
     }
 
@@ -172,30 +147,10 @@ impl HotsetRetention {
         }
     }
 
-    /// Hears what restoring costs, and whether other tiers have any of it.
-    fn hear(&mut self, candidates: &[Candidate]) {
-        if self.heard.len() > MAX_HEARD {
-            self.note_costs();
-        }
-        self.heard.extend(candidates.iter().map(Cost::of));
+    /// Learns where the tier stands, where these tell.
+    fn look_around(&mut self, candidates: &[Candidate]) {
         if let Some(place) = Place::of(candidates) {
             self.race.place = place;
-        }
-    }
-
-    /// Notes what restoring costs.
-    fn note_costs(&mut self) {
-        for Cost {
-            content,
-            bytes,
-            whole_s,
-        } in self.heard.drain(..)
-        {
-            if whole_s.is_finite() && self.restore_s.get(&content) != Some(&whole_s) {
-                self.restore_s.put(content, whole_s);
-                self.restored.0 += whole_s;
-                self.restored.1 += bytes.as_f64() / 1e9;
-            }
         }
     }
 
@@ -389,8 +344,14 @@ impl EvictionPolicy for HotsetRetention {
         self.capacity = capacity;
     }
 
+    fn on_cost(&mut self, content: &ContentId, whole_s: f64) {
+        let sound = whole_s.is_finite() && whole_s >= 0.0;
+        if sound && self.whole_s.get(content) != Some(&whole_s) {
+            self.whole_s.put(*content, whole_s);
+        }
+    }
+
     fn observe(&mut self, now: Duration, request: &Observed<'_>) {
-        self.note_costs();
         self.predictor.observe(now, request);
         for seen in request.components {
             self.rates.forget(&seen.content);
@@ -426,7 +387,6 @@ impl EvictionPolicy for HotsetRetention {
         if self.ghosts.len() == MAX_GHOSTS {
             self.ghosts.pop_front();
         }
-        self.note_costs();
         let ghost = self.asked(*content, bytes);
         self.ghosts.push_back(ghost);
     }
@@ -450,7 +410,7 @@ impl EvictionPolicy for HotsetRetention {
         if !self.predictor.is_trained() || !self.race.believes_predictor() {
             return None;
         }
-        self.hear(residents);
+        self.look_around(residents);
         let (rates, mut outlook) = self.outlook(now);
         let uses = if guess.certain {
             1.0 / outlook.horizon
@@ -511,7 +471,7 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn rank(&mut self, now: Duration, candidates: &[Candidate]) -> Vec<Victim> {
-        self.hear(candidates);
+        self.look_around(candidates);
         let leader = self.leader();
         let mut all = match leader {
             Leader::Lru | Leader::Gdsf => self.lowest(leader, now, candidates),
@@ -534,10 +494,10 @@ impl EvictionPolicy for HotsetRetention {
     }
 
     fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
-        // Some at a time: costs change seldom, and each has its turn.
-        let start = self.predictor.observed() as usize * NOTED % candidates.len().max(1);
-        let end = (start + NOTED).min(candidates.len());
-        self.hear(&candidates[start..end]);
+        // Some at a time: while something is chosen a load waits, and each has its turn.
+        let start = self.predictor.observed() as usize * ASKED % candidates.len().max(1);
+        let end = (start + ASKED).min(candidates.len());
+        self.look_around(&candidates[start..end]);
         let leader = self.leader();
         let victims = self.choose_as(leader, now, candidates, needed);
         if let Some(gdsf) = &mut self.gdsf {

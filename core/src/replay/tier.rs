@@ -76,6 +76,9 @@ impl SimulatedTier {
         set: &[Wanted],
         needed: &[usize],
     ) -> Vec<usize> {
+        for at in needed {
+            self.policy.on_cost(&set[*at].content, set[*at].restore_s);
+        }
         self.policy.observe(now, request);
         while let Some(study) = self.policy.study() {
             self.policy.studied(study.run());

@@ -183,6 +183,12 @@ impl Ledger {
         })
     }
 
+    /// How long a component's load into a tier took, where it is there.
+    #[must_use]
+    pub fn load_time(&self, tier: Tier, content: &ContentId) -> Option<Duration> {
+        self.lock().tiers.get(&tier)?.entry(content)?.load_time
+    }
+
     /// What is resident in any of these tiers.
     #[must_use]
     pub fn resident(&self, tiers: impl Fn(Tier) -> bool) -> HashSet<ContentId> {

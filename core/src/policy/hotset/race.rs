@@ -67,7 +67,7 @@ impl Place {
     /// It is no better there but where the world changes, and then hotset is far ahead of both.
     const fn gdsf_ahead_of_lru(self) -> f64 {
         match self {
-            Self::Alone => 0.75,
+            Self::Alone => 1.0,
             Self::OverAnother | Self::UnderAnother => 0.2,
         }
     }
@@ -75,7 +75,7 @@ impl Place {
     /// LRU of GDSF by so many, and by the same measure up to the second.
     const fn lru_ahead_of_gdsf(self) -> (f64, f64) {
         match self {
-            Self::Alone => (0.5, 1.0),
+            Self::Alone => (0.5, 0.8),
             Self::OverAnother | Self::UnderAnother => (1.0, 2.0),
         }
     }

@@ -333,3 +333,19 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     assert!((priorities[0] - 1.3).abs() < 1e-9);
     assert!((priorities[1] - 1.0).abs() < 1e-9);
 }
+
+#[test]
+fn costs_are_known_before_anything_is_chosen() {
+    // A large tier chooses nothing for long, and GDSF's shadow goes by costs all the while.
+    let mut policy = HotsetRetention::new(0);
+    let content = |n| ContentId::File([n; 32]);
+    let cost =
+        |policy: &HotsetRetention, n| policy.asked(content(n), Bytes(2_000_000_000)).restore_s;
+    policy.on_cost(&content(1), 0.5);
+    assert_eq!(cost(&policy, 1), 0.5);
+    assert_eq!(cost(&policy, 2), 2.0, "nobody told");
+    policy.on_cost(&content(1), 0.75);
+    policy.on_cost(&content(1), f64::NAN);
+    policy.on_cost(&content(1), -1.0);
+    assert_eq!(cost(&policy, 1), 0.75);
+}

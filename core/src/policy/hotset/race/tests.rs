@@ -55,9 +55,12 @@ fn in_a_large_tier_the_predictor_has_to_prove_more() {
     assert_eq!(after(small, [0.0, 5.0, 5.0], 3), Leader::Predictor);
     assert_eq!(after(large, [0.0, 5.0, 5.0], 3), Leader::Lru);
     // GDSF has not: it looks at no horizon.
-    let large = &mut Race::default();
+    let (small, large) = (&mut Race::default(), &mut Race::default());
     large.whole.lru_age = 1_000.0;
-    assert_eq!(after(large, [5.0, 0.0, 5.0], 1), Leader::Gdsf);
+    for race in [small, large] {
+        assert_eq!(after(race, [5.0, 0.0, 5.0], 1), Leader::Lru);
+        assert_eq!(after(race, [5.0, 0.0, 5.0], 1), Leader::Gdsf);
+    }
 }
 
 #[test]
