@@ -365,7 +365,11 @@ impl Admission {
         let rates = self.house.rates().clone();
         for used in uses.into_iter().step_by(step) {
             for (component, _) in used.components.iter() {
-                let whole_s = self.whole_s(&rates, component);
+                let took = self
+                    .house
+                    .ledger
+                    .load_time(self.tier, &component.content_id);
+                let whole_s = self.whole_s(&rates, component, took);
                 self.policy.on_cost(&component.content_id, whole_s);
             }
             let seen: Vec<Seen> = used
@@ -392,17 +396,12 @@ impl Admission {
         }
     }
 
-    /// Seconds that loading a component takes where no tier has it: what its last load into RAM took, where that is known.
-    fn whole_s(&self, rates: &Rates, component: &Component) -> f64 {
-        match self.tier {
-            Tier::Vram(gpu) => restore_s(rates, gpu, component, false),
-            Tier::Ram => {
-                let took = self
-                    .house
-                    .ledger
-                    .load_time(Tier::Ram, &component.content_id);
-                took.map_or_else(|| read_s(rates, component), |took| took.as_secs_f64())
-            }
+    /// Seconds that loading a component takes where no tier has it: into RAM what its last load took, where it is there.
+    fn whole_s(&self, rates: &Rates, component: &Component, took: Option<Duration>) -> f64 {
+        match (self.tier, took) {
+            (Tier::Vram(gpu), _) => restore_s(rates, gpu, component, false),
+            (Tier::Ram, Some(took)) => took.as_secs_f64(),
+            (Tier::Ram, None) => read_s(rates, component),
         }
     }
 
@@ -485,13 +484,13 @@ impl Admission {
         let elsewhere = ledger.resident(|tier| (tier == Tier::Ram) != in_ram);
         let rates = self.house.rates().clone();
         let restored = |view: ResidencyView| {
-            let mut candidate = view.candidate();
+            let mut candidate =
+                view.candidate(self.whole_s(&rates, &view.component, view.load_time));
             let there = elsewhere.contains(&candidate.content);
             match self.tier {
                 Tier::Ram => candidate.above = there,
                 Tier::Vram(gpu) => {
                     candidate.restore_s = restore_s(&rates, gpu, &view.component, there);
-                    candidate.whole_s = self.whole_s(&rates, &view.component);
                 }
             }
             candidate

@@ -1,5 +1,6 @@
 //! Actors that are killed or panic in the middle of a load: leases live on, no byte is lost, every load ends.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -8,8 +9,8 @@ use hotset::core::device::sim::SimDevice;
 use hotset::core::policy::{Candidate, EvictionPolicy, Victim, lru::Lru};
 use hotset::core::predict::{Observed, UnsoundStateError};
 use hotset::{
-    ActorName, Bytes, ComponentSet, Device, GpuIndex, Health, Hotset, LoadError, ServiceState,
-    Target,
+    ActorName, Bytes, ComponentSet, ContentId, Device, GpuIndex, Health, Hotset, LoadError,
+    ServiceState, Target,
 };
 
 use crate::library::{Library, Rig, assert_tensors, outcome, soon, until};
@@ -314,9 +315,10 @@ async fn a_loss_that_the_manager_did_not_see_revokes_the_leases() {
     assert!(again[0].revoked().is_none());
 }
 
-/// Remembers how much it was told of, over all its successors.
+/// Remembers how many requests it was told of, over all its successors, and of what all that they ask for costs.
 struct Remembering {
     told: u64,
+    costs: HashSet<ContentId>,
     shown: Arc<AtomicUsize>,
 }
 
@@ -325,7 +327,15 @@ impl EvictionPolicy for Remembering {
         "remembering"
     }
 
-    fn observe(&mut self, _now: Duration, _request: &Observed<'_>) {
+    fn on_cost(&mut self, content: &ContentId, whole_s: f64) {
+        if whole_s > 0.0 {
+            self.costs.insert(*content);
+        }
+    }
+
+    fn observe(&mut self, _now: Duration, request: &Observed<'_>) {
+        let mut asked = request.components.iter();
+        assert!(asked.all(|seen| self.costs.contains(&seen.content)));
         self.told += 1;
         self.shown.store(self.told as usize, Ordering::SeqCst);
     }
@@ -370,6 +380,7 @@ async fn what_a_policy_has_learned_outlives_its_actor_and_the_system() {
         let policy = move || -> Box<dyn EvictionPolicy> {
             Box::new(Remembering {
                 told: 0,
+                costs: HashSet::new(),
                 shown: shown.clone(),
             })
         };

@@ -67,7 +67,8 @@ struct Entry {
     uses: u64,
     admitted: Duration,
     last_used: Duration,
-    loading_since: Duration,
+    /// `None` where its bytes were there already.
+    loading_since: Option<Duration>,
     load_time: Option<Duration>,
     prefetched: bool,
     /// How long it stays once nobody holds it.
@@ -387,7 +388,7 @@ impl Ledger {
                         uses: 0,
                         admitted: now,
                         last_used: now,
-                        loading_since: now,
+                        loading_since: Some(now),
                         load_time: None,
                         prefetched: prefetch,
                         keep_alive: KeepAlive::Unlimited,
@@ -435,7 +436,7 @@ impl Ledger {
                 flight: flight.clone(),
             },
         );
-        entry.loading_since = now;
+        entry.loading_since = Some(now);
         let State::Reserved { charge, .. } = before else {
             return None;
         };
@@ -506,7 +507,7 @@ impl Ledger {
                 uses: 0,
                 admitted: now,
                 last_used: now,
-                loading_since: now,
+                loading_since: None,
                 load_time: None,
                 prefetched: false,
                 keep_alive: KeepAlive::Unlimited,
@@ -527,7 +528,7 @@ impl Ledger {
         let mut books = self.lock();
         if let Some(entry) = books.entry_mut(key) {
             entry.state = State::Resident { held, table };
-            entry.load_time = Some(now.saturating_sub(entry.loading_since));
+            entry.load_time = entry.loading_since.map(|since| now.saturating_sub(since));
         }
         if let Some(tier) = books.tiers.get(&key.tier) {
             tier.wake_if_wanted();

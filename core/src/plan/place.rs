@@ -258,7 +258,7 @@ impl Planner<'_> {
                         part: place(&residency.component, &mut parts, residency.bytes),
                         loss_s: residency
                             .may_go()
-                            .then(|| expected_loss_s(&residency.candidate(), self.now)),
+                            .then(|| expected_loss_s(&self.candidate(residency), self.now)),
                     })
                     .collect(),
                 near: Vec::new(),
@@ -301,7 +301,9 @@ impl Planner<'_> {
                 .filter(|step| step.tier == *tier || through(step))
                 .map(|step| step.component.content_id)
                 .collect();
-            let mut others = candidates(view);
+            let mut others: Vec<Candidate> = evictable(view)
+                .map(|residency| self.candidate(residency))
+                .collect();
             others.retain(|c| !own.contains(&c.content));
             Some((view, needed.saturating_sub(view.free()), others))
         })
@@ -353,14 +355,18 @@ pub(super) fn there(view: &TierView, content: &ContentId) -> There {
     }
 }
 
-/// What could be evicted from a tier, as policies see it.
-#[must_use]
-pub(super) fn candidates(view: &TierView) -> Vec<Candidate> {
-    view.residencies
-        .iter()
-        .filter(|residency| residency.may_go())
-        .map(ResidencyView::candidate)
-        .collect()
+/// What could be evicted from a tier.
+pub(super) fn evictable(view: &TierView) -> impl Iterator<Item = &ResidencyView> {
+    let residencies = view.residencies.iter();
+    residencies.filter(|residency| residency.may_go())
+}
+
+impl Planner<'_> {
+    /// A residency as policies see it. Restoring it is taken to last as long as its load did, where there was one.
+    fn candidate(&self, residency: &ResidencyView) -> Candidate {
+        let took = residency.load_time.map(|took| took.as_secs_f64());
+        residency.candidate(took.unwrap_or_else(|| self.read_s(&residency.component)))
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::place::{Planner, candidates, there};
+use super::place::{Planner, evictable, there};
 use super::refusal::{PlanError, Shortage};
 use super::set::Target;
 use super::steps::{Plan, Route, Step, There};
@@ -114,7 +114,7 @@ impl Planner<'_> {
                 available: self.tiers.iter().map(|view| view.tier).collect(),
             });
         };
-        let evictable: Bytes = candidates(ram).iter().map(|c| c.bytes).sum();
+        let evictable: Bytes = evictable(ram).map(|residency| residency.bytes).sum();
         // What stays in RAM comes before what passes through it.
         let staying = absent_bytes(steps, Tier::Ram);
         let room = ram.free().saturating_add(evictable).saturating_sub(staying);
@@ -153,7 +153,9 @@ fn route_through(ram: &TierView, steps: &mut [Step], room: Bytes, ring: Bytes) -
     let staying: Bytes = staying.map(|step| step.bytes).sum();
     let mut room = room.saturating_sub(ring);
     let mut whole = ram.budget.saturating_sub(ring).saturating_sub(staying);
-    let evictable: HashSet<ContentId> = candidates(ram).iter().map(|c| c.content).collect();
+    let evictable: HashSet<ContentId> = evictable(ram)
+        .map(|residency| residency.component.content_id)
+        .collect();
     let (mut needed, mut streamed) = (Bytes::ZERO, 0);
     for kept in [true, false] {
         for step in steps.iter_mut().filter(|step| {

@@ -29,6 +29,7 @@ use super::shadow::Asked;
 use super::{Candidate, EvictionPolicy, Guess, Prefetch, Victim};
 use crate::config::PredictConfig;
 use crate::ids::ContentId;
+use crate::plan::DISK_PER_S;
 use crate::predict::{
     Observed, Predictor, PredictorStats, PrefetchScore, Scoreboard, Studied, Study,
     UnsoundStateError,
@@ -44,10 +45,8 @@ const ABOVE: f64 = 0.2;
 const MAX_GHOSTS: usize = 64;
 /// Requests in a second that are learned from: a twentieth of a core. Services whose loads take seconds see far fewer.
 const APPETITE: u32 = 1_000;
-/// Candidates that are asked at one choice where the tier stands.
-const ASKED: usize = 16;
-/// Seconds that loading a GB is taken to last where nobody has told: what a plain SSD takes.
-const ASSUMED_S_PER_GB: f64 = 1.0;
+/// Candidates that are looked at in one choice for where the tier stands.
+const LOOKED_AT: usize = 16;
 
 /// A third of the time that `as_secs_f64` takes, which divides: a decision asks for each candidate. No processor of old turns an unsigned
 /// number into a float at once, and no time here is longer than a signed one holds.
@@ -128,7 +127,7 @@ impl HotsetRetention {
         Asked {
             content,
             bytes,
-            restore_s: told.unwrap_or(bytes.as_f64() / 1e9 * ASSUMED_S_PER_GB),
+            restore_s: told.unwrap_or(bytes.as_f64() / DISK_PER_S),
         }
     }
 
@@ -495,8 +494,8 @@ impl EvictionPolicy for HotsetRetention {
 
     fn choose(&mut self, now: Duration, candidates: &[Candidate], needed: Bytes) -> Vec<Victim> {
         // Some at a time: while something is chosen a load waits, and each has its turn.
-        let start = self.predictor.observed() as usize * ASKED % candidates.len().max(1);
-        let end = (start + ASKED).min(candidates.len());
+        let start = self.predictor.observed() as usize * LOOKED_AT % candidates.len().max(1);
+        let end = (start + LOOKED_AT).min(candidates.len());
         self.look_around(&candidates[start..end]);
         let leader = self.leader();
         let victims = self.choose_as(leader, now, candidates, needed);

@@ -364,6 +364,11 @@ fn memory_that_turns_up_is_a_flight_that_others_join() {
         panic!("one claim")
     };
     assert!(matches!(wanted.state(), ResidencyState::Resident { .. }));
+    assert_eq!(
+        ledger.load_time(Tier::Ram, &here.content_id),
+        None,
+        "nothing was loaded"
+    );
     // A second one of the same content is charged, and no more than that: beyond the budget too.
     let more = ledger.charge(Tier::Ram, Bytes(60)).unwrap();
     let more = ledger.adopt(&here, more).unwrap_err();

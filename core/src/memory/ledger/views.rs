@@ -29,7 +29,7 @@ pub struct ResidencyView {
     pub admitted: Duration,
     /// When it was last asked for, since the start of the system.
     pub last_used: Duration,
-    /// How long its load took.
+    /// How long its load took; `None` until it is there, and where its bytes were there already.
     pub load_time: Option<Duration>,
     /// Loaded on a guess, and never asked for since.
     pub prefetched: bool,
@@ -46,18 +46,17 @@ impl ResidencyView {
         }
     }
 
-    /// The residency as a candidate for eviction, as if no other tier had it. Restoring it is taken to last as long as its load did.
+    /// The residency as a candidate for eviction, as if no other tier had it and loading it took so many seconds.
     #[must_use]
-    pub fn candidate(&self) -> Candidate {
-        let restore_s = self.load_time.unwrap_or_default().as_secs_f64();
+    pub fn candidate(&self, whole_s: f64) -> Candidate {
         Candidate {
             content: self.component.content_id,
             bytes: self.bytes,
             admitted: self.admitted,
             last_used: self.last_used,
             uses: self.uses,
-            restore_s,
-            whole_s: restore_s,
+            restore_s: whole_s,
+            whole_s,
             prefetched: self.prefetched,
             above: false,
         }
@@ -183,7 +182,7 @@ impl Ledger {
         })
     }
 
-    /// How long a component's load into a tier took, where it is there.
+    /// How long a component's load into a tier took: see [`ResidencyView::load_time`].
     #[must_use]
     pub fn load_time(&self, tier: Tier, content: &ContentId) -> Option<Duration> {
         self.lock().tiers.get(&tier)?.entry(content)?.load_time

@@ -41,6 +41,7 @@ const GDSF_AHEAD_OF_PREDICTOR: (f64, f64) = (1.5, 0.5);
 /// The predictor of LRU by so many, which one load may be: it does better nearly everywhere in the end. Of more, up to the second, by the
 /// same measure: in a large tier there is little to win over LRU, and much to lose once what is popular changes.
 const PREDICTOR_AHEAD_OF_LRU: (f64, f64) = (0.5, 1.5);
+
 /// Where a tier stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Place {

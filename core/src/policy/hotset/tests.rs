@@ -276,7 +276,7 @@ fn what_another_tier_has_goes_before_what_is_idle_for_longer() {
 fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
     let now = Duration::from_secs(100);
     let gb = 1_000_000_000;
-    let follows_gdsf = || {
+    let follows_gdsf = |first_s: f64| {
         let learned = HotsetRetention::new(0).learned().unwrap();
         let end = learned.iter().position(|byte| *byte == b'\n').unwrap();
         let standing = br#"{"elected":"gdsf","predictor_lost":true}"#;
@@ -284,7 +284,7 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
         let mut policy = HotsetRetention::new(0);
         policy.resume(now, Duration::ZERO, &state).unwrap();
         policy.on_capacity(Bytes(10 * gb));
-        let ask = |policy: &mut HotsetRetention, number: u8| {
+        let ask = move |policy: &mut HotsetRetention, number: u8| {
             let components = [Seen {
                 content: content(number),
                 kind: Kind::Unet,
@@ -294,6 +294,8 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
                 session: SessionId(1),
                 components: &components,
             };
+            let whole_s = if number == 1 { first_s } else { 1.0 };
+            policy.on_cost(&content(number), whole_s);
             policy.observe(now, &request);
             policy.on_request(now, &content(number), Bytes(gb), false);
         };
@@ -304,16 +306,19 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
         (policy, ask)
     };
     let all = [candidate(1, gb, 0), candidate(2, gb, 0)];
-    let (mut policy, _) = follows_gdsf();
+    let (mut policy, _) = follows_gdsf(1.0);
     assert_eq!(order_of(&policy.choose(now, &all, Bytes(1))), [2]);
     assert!(policy.gdsf.is_none(), "its shadow will do");
+    // What loading takes is told with each request: nothing had to be chosen before, and nothing is in a large tier.
+    let (mut policy, _) = follows_gdsf(0.1);
+    assert_eq!(order_of(&policy.choose(now, &all, Bytes(1))), [1]);
     assert_eq!(policy.race.place, Place::Alone);
     // Restored in a tenth of the time, three uses are worth less than one.
     let below = Candidate {
         restore_s: 0.1,
         ..all[0].clone()
     };
-    let (mut policy, ask) = follows_gdsf();
+    let (mut policy, ask) = follows_gdsf(1.0);
     let victims = policy.choose(now, &[below, all[1].clone()], Bytes(1));
     assert_eq!(order_of(&victims), [1]);
     assert_eq!(policy.race.place, Place::OverAnother);
@@ -335,17 +340,14 @@ fn gdsf_keeps_books_of_its_own_where_costs_are_discounted() {
 }
 
 #[test]
-fn costs_are_known_before_anything_is_chosen() {
-    // A large tier chooses nothing for long, and GDSF's shadow goes by costs all the while.
+fn no_cost_is_believed_that_is_none() {
     let mut policy = HotsetRetention::new(0);
-    let content = |n| ContentId::File([n; 32]);
-    let cost =
-        |policy: &HotsetRetention, n| policy.asked(content(n), Bytes(2_000_000_000)).restore_s;
+    let seconds =
+        |policy: &HotsetRetention| policy.asked(content(1), Bytes(2_000_000_000)).restore_s;
+    assert_eq!(seconds(&policy), 2.0, "nobody told");
     policy.on_cost(&content(1), 0.5);
-    assert_eq!(cost(&policy, 1), 0.5);
-    assert_eq!(cost(&policy, 2), 2.0, "nobody told");
-    policy.on_cost(&content(1), 0.75);
-    policy.on_cost(&content(1), f64::NAN);
-    policy.on_cost(&content(1), -1.0);
-    assert_eq!(cost(&policy, 1), 0.75);
+    for unsound in [f64::NAN, f64::INFINITY, -1.0] {
+        policy.on_cost(&content(1), unsound);
+    }
+    assert_eq!(seconds(&policy), 0.5);
 }
