@@ -32,6 +32,9 @@ const AGE_STEP: f64 = 1.0 / 64.0;
 /// say is not to be forgotten before the next. With half after 350, as before, no small lead could ever become plain, and in loops of
 /// which a tier held most the tier went to and fro between two that each won for hundreds of requests in turn: worse than either.
 const MEMORY: f64 = 0.9995;
+/// Share of the squares of their differences that is remembered when two stand level again. With all of them, a few large loads of long ago,
+/// most of them in the smaller tier, were what small losses had to be plain beside: LRU led on in large tiers that GDSF suits.
+const SQUARES_WHEN_LEVEL: f64 = 0.5;
 /// LRU must be ahead of the predictor by so many standard deviations of their differences, were these of random sign: few loads decide
 /// much, and following luck costs more than waiting. Of less, down to the second, the less far the predictor looks ahead of the time for
 /// which LRU keeps things: in a large tier few loads happen, and it takes long until they tell that it is wrong.
@@ -133,6 +136,12 @@ impl Lag {
     /// Counts only from when they last stood level, as Page's test for a change does (Biometrika 1954).
     fn forget_gains(&mut self) {
         self.seconds = self.seconds.max(0.0);
+    }
+
+    /// They stand level from here on, and what they differ by from here on counts for more.
+    fn stand_level(&mut self) {
+        self.seconds = 0.0;
+        self.squares *= SQUARES_WHEN_LEVEL;
     }
 
     /// Whether it is more than so many standard deviations.
@@ -382,9 +391,9 @@ impl Race {
         };
         if with_lru(leader, next) {
             // All stand level again: else what a third won before would undo it at once.
-            for other in Leader::ALL {
-                self.lags[Leader::Lru as usize][other as usize].seconds = 0.0;
-                self.lags[other as usize][Leader::Lru as usize].seconds = 0.0;
+            for other in [Leader::Gdsf, Leader::Predictor] {
+                self.lags[Leader::Lru as usize][other as usize].stand_level();
+                self.lags[other as usize][Leader::Lru as usize].stand_level();
             }
         }
     }

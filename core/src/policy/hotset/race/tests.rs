@@ -121,6 +121,16 @@ fn what_both_tiers_won_in_another_world_is_no_excuse() {
 }
 
 #[test]
+fn beside_large_losses_of_another_time_small_ones_still_tell() {
+    let race = &mut Race::default();
+    let level = [0.0; 3];
+    assert_eq!(beside(race, level, paid(20.0, 0.0), 4), Leader::Gdsf);
+    assert_eq!(beside(race, level, paid(0.0, 20.0), 4), Leader::Lru);
+    // The eight differ by 20 s each: 57 s are a deviation, were all of them remembered.
+    assert_eq!(after(race, [1.0, 0.0, 1.0], 50), Leader::Gdsf);
+}
+
+#[test]
 fn a_predictor_that_lost_nothing_is_believed_beside_gdsf() {
     let race = &mut Race::default();
     let resumed = |race: &Race| {
