@@ -16,7 +16,8 @@ mod run;
 mod server;
 pub(crate) mod worker;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use clap::Args;
@@ -106,6 +107,9 @@ pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliEr
         };
         return super::simulate::simulate(&simulation, global);
     }
+    if let Some(python) = &args.python {
+        has_package(python)?;
+    }
     let run = async {
         match (args.processes, args.soak) {
             (_, Some(time)) => {
@@ -136,6 +140,21 @@ pub(crate) async fn chaos(args: &ChaosArgs, global: &Global) -> Result<(), CliEr
         0 => Ok(()),
         violated => Err(CliError::Violations { violated }),
     }
+}
+
+/// Its workers would end at once else, and a run without them prove less than it seems to.
+fn has_package(python: &Path) -> Result<(), CliError> {
+    let shown = python.display();
+    let output = Command::new(python).args(["-c", "import hotset"]).output();
+    let output = output.map_err(|error| CliError::Usage(format!("--python {shown}: {error}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().next_back().unwrap_or("it says nothing");
+    Err(CliError::Usage(format!(
+        "--python {shown} cannot import hotset ({last}); install it with `{shown} -m pip install ./python`, or name the folder that holds it in PYTHONPATH"
+    )))
 }
 
 fn print(report: &Report) -> Result<(), CliError> {

@@ -25,6 +25,20 @@ fn nothing_is_lost_in_a_short_run() {
 }
 
 #[test]
+fn python_without_the_package_is_refused_before_anything_starts() {
+    let home = Home::new();
+    for (python, said) in [
+        // Fails as an interpreter without the package does, on machines without Python too.
+        ("false", "--python false cannot import hotset"),
+        ("/nonexistent/python", "No such file"),
+    ] {
+        let output = home.run(&["chaos", "--processes", "--python", python]);
+        assert_eq!(output.status.code(), Some(2), "{}", told(&output));
+        assert!(told(&output).contains(said), "{}", told(&output));
+    }
+}
+
+#[test]
 fn sessions_are_back_after_each_kill_of_their_server() {
     let home = Home::new();
     let output = home.run(&[
