@@ -365,12 +365,10 @@ impl Admission {
         let rates = self.house.rates().clone();
         for used in uses.into_iter().step_by(step) {
             for (component, _) in used.components.iter() {
-                let took = self
-                    .house
-                    .ledger
-                    .load_time(self.tier, &component.content_id);
+                let content = &component.content_id;
+                let took = || self.house.ledger.load_time(self.tier, content);
                 let whole_s = self.whole_s(&rates, component, took);
-                self.policy.on_cost(&component.content_id, whole_s);
+                self.policy.on_cost(content, whole_s);
             }
             let seen: Vec<Seen> = used
                 .components
@@ -397,11 +395,15 @@ impl Admission {
     }
 
     /// Seconds that loading a component takes where no tier has it: into RAM what its last load took, where it is there.
-    fn whole_s(&self, rates: &Rates, component: &Component, took: Option<Duration>) -> f64 {
-        match (self.tier, took) {
-            (Tier::Vram(gpu), _) => restore_s(rates, gpu, component, false),
-            (Tier::Ram, Some(took)) => took.as_secs_f64(),
-            (Tier::Ram, None) => read_s(rates, component),
+    fn whole_s(
+        &self,
+        rates: &Rates,
+        component: &Component,
+        took: impl FnOnce() -> Option<Duration>,
+    ) -> f64 {
+        match self.tier {
+            Tier::Vram(gpu) => restore_s(rates, gpu, component, false),
+            Tier::Ram => took().map_or_else(|| read_s(rates, component), |took| took.as_secs_f64()),
         }
     }
 
@@ -485,7 +487,7 @@ impl Admission {
         let rates = self.house.rates().clone();
         let restored = |view: ResidencyView| {
             let mut candidate =
-                view.candidate(self.whole_s(&rates, &view.component, view.load_time));
+                view.candidate(self.whole_s(&rates, &view.component, || view.load_time));
             let there = elsewhere.contains(&candidate.content);
             match self.tier {
                 Tier::Ram => candidate.above = there,
